@@ -1,0 +1,51 @@
+# make train [ARGS="--preset tiny"] · make test · make lint · make lock: each sets up what it needs, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+ifneq ($(GPU),0)
+REQUIREMENTS := requirements.txt
+WHY := nvidia-smi lists a GPU
+else
+REQUIREMENTS := requirements-cpu.txt
+WHY := nvidia-smi lists no GPU
+endif
+STAMP := $(VENV)/installed-$(REQUIREMENTS)
+
+.PHONY: train test lint lock
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+# uv would fetch CUDA's torch on a machine that has no use for it; with a GPU that is the right one.
+$(STAMP): requirements-cpu.txt requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d: install one and run make PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "installing $(REQUIREMENTS) into $(VENV), since $(WHY)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ $(REQUIREMENTS) = requirements.txt ] && command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(BIN)/python -r $(REQUIREMENTS) && uv pip install --quiet --python $(BIN)/python --no-deps -e .; \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .; \
+	fi
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python scripts/train_lora.py $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+# Resolve both requirement files into one common set of pins; fails where there is none.
+lock: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	@sed '/^-c/d' requirements-cpu.txt > .lock-cpu.in && sed 's/requirements-cpu.txt/.lock-cpu.in/' requirements.txt > .lock.in
+	@$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 .lock.in -o .lock.out; \
+		status=$$?; [ $$status -eq 0 ] && { echo "# Written by make lock: one set for both requirement files."; cat .lock.out; } > constraints.txt; \
+		rm -f .lock-cpu.in .lock.in .lock.out; exit $$status
+	@echo "constraints.txt: $$(grep -c == constraints.txt) packages"

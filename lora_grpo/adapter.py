@@ -1,0 +1,77 @@
+"""The adapter directory: what a run leaves behind, and the one argument of everything that comes
+after it.
+
+The directory remembers its base model, so that evaluate, merge, export, push, chat and resume need
+nothing else.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.atomic import staged_directory
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["check_adapter", "hash_weights", "read_train_config", "save_adapter", "staged_directory"]
+
+WEIGHTS, CONFIG, TRAIN_CONFIG = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "train_config.json",
+)
+
+
+def check_adapter(directory: Path) -> Path:
+    """Return the directory if it holds an adapter.
+
+    Raises:
+        FileNotFoundError: it does not; the message says what is missing and what to point at
+        instead.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"adapter directory {directory} does not exist: give one that train_lora.py wrote"
+        )
+    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    if missing:
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS}"))
+        hint = (
+            f"point at {directory / inside[0]} instead"
+            if inside
+            else "give one that train_lora.py wrote"
+        )
+        raise FileNotFoundError(
+            f"{directory} is not an adapter directory, it has no {' and no '.join(missing)}: {hint}"
+        )
+    return directory
+
+
+def read_train_config(directory: Path) -> dict[str, Any]:
+    """Return what `train_config.json` says, or nothing where a plain PEFT directory has none."""
+    path = directory / TRAIN_CONFIG
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def hash_weights(folder: Path) -> str:
+    """Return the SHA-256 of a model folder's safetensors files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def save_adapter(model: "PeftModel", directory: Path) -> None:
+    """Write PEFT's two files into the directory, each one whole, over those of an earlier step of
+    the same run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as staged:
+        model.save_pretrained(staged)
+        for name in (CONFIG, WEIGHTS):
+            os.replace(Path(staged) / name, directory / name)

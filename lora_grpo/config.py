@@ -1,0 +1,264 @@
+"""The training run's knobs: one frozen dataclass, its checks, and where its defaults come from.
+
+Flags override a `--config` file, which overrides a `--preset`, which overrides the defaults below.
+Nothing heavy is imported here, so that `--help` and a wrong flag answer at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a LoRA adapter with GRPO, evaluate it against its base, and save it in adapters/<run>.
+
+    Without --preset, --model, --config or --resume the preset is chosen from the hardware.
+    """
+
+    preset: Preset | None = None
+    """A tested set of defaults, which other flags override."""
+    config: Path | None = None
+    """A saved train_config.json or a YAML file; its values become the defaults that flags override.
+    """
+    resume: Path | None = None
+    """Go on with the run in this adapter directory. Only --max-steps and what is printed may
+    change."""
+    run_name: str | None = None
+    """Name of the directory to write; by default the preset's or model's name, numbered if taken.
+    """
+    adapters_dir: Path = Path("adapters")
+    """Where adapter directories live."""
+    seed: int = 0
+    """Seeds the adapter's first weights, the order of prompts and the sampling."""
+    dry_run: bool = False
+    """Print the resolved configuration and the plan, load no weights, write nothing."""
+    preview: bool = False
+    """Show three problems as the model will see them, with their gold answers, and stop."""
+    quiet: bool = False
+    """Print only warnings and the final table."""
+
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    """A Hub id, a local model folder, or `tiny` for the embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model; the commit is recorded."""
+    backend: Literal["transformers"] = "transformers"
+    """What loads the model: transformers + bitsandbytes + PEFT."""
+    rollout: Literal["generate"] = "generate"
+    """What samples the completions: transformers' own generate."""
+    load_in_4bit: bool = True
+    """Hold the base's linear layers in NF4: a quarter of the memory, at some cost in speed on a
+    CPU."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the NF4 scales too, as QLoRA does: 0.4 bits a weight less."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type to compute in; by default bfloat16 on a GPU that has it, float16 on one that has not,
+    float32 on a CPU."""
+
+    dataset: str = "openai/gsm8k:main"
+    """A Hub id (`owner/name` or `owner/name:config`), a .jsonl/.json/.csv/.parquet file, a folder,
+    or `arithmetic`."""
+    eval_dataset: str | None = None
+    """Held-out problems; by default the dataset's own test split, or rows held out of a single
+    file."""
+    question_column: str | None = None
+    """Column of the question; by default question, problem or prompt."""
+    answer_column: str | None = None
+    """Column of the gold answer; by default answer or solution."""
+    system_prompt_file: Path | None = None
+    """Text file to use in place of the built-in system prompt."""
+    one_shot: bool = False
+    """Put one worked training problem before each question; it is then not trained on."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens; longer ones are counted and dropped, never cut."""
+    strict_data: bool = False
+    """Stop on a doubtful row (a gold answer that its own reward rejects, an overlap) rather than
+    drop it."""
+    num_eval_items: int | None = None
+    """Evaluate on the first so many held-out problems, before and after; by default on all."""
+    num_validation_items: int = 64
+    """Problems kept out of training and of the final test, to choose the best step; 0 keeps the
+    last step instead."""
+
+    r: int = 16
+    """Rank of the adapter: 16 follows GRPO's sparse signal without many more weights."""
+    lora_alpha: int = 32
+    """Scale of the adapter: twice the rank, the usual ratio."""
+    lora_dropout: float = 0.0
+    """0, because dropout makes the policy that is trained another one than the policy that sampled.
+    """
+    target_modules: tuple[str, ...] = LINEAR_LAYERS
+    """The seven linear layers of a block; never lm_head or embed_tokens, which Qwen2.5 ties."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r) (arXiv 2312.03732): for ranks of 64 and more."""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    """Start of the adapter; all of these leave the base as it is, so that the first policy is the
+    base."""
+
+    num_generations: int = 8
+    """G, completions a prompt: 8 or more, so that most groups hold both right and wrong ones."""
+    max_completion_length: int = 512
+    """Longest completion in tokens: GSM8K needs 512, and a truncated completion earns nothing."""
+    temperature: float = 1.0
+    """1, so that the sampled policy is the one that is trained."""
+    top_p: float = 1.0
+    """1, for the same reason."""
+    beta: float = 0.0
+    """Weight of the KL term: 0 saves the reference pass; an adapter stays close to its base by
+    itself."""
+    epsilon: float = 0.2
+    """Lower clipping of the probability ratio (PPO's value)."""
+    epsilon_high: float | None = 0.28
+    """Upper clipping, a little wider as in DAPO (arXiv 2503.14476), so that rare good tokens can
+    grow."""
+    loss_type: LossType = "dapo"
+    """How token losses are averaged: dapo counts each token of the step once, so no length is
+    favoured."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the spread of the group, of the batch, or not at all."""
+    num_iterations: int = 1
+    """Updates on one batch of completions: 1 keeps every update on-policy."""
+    mask_truncated_completions: bool = False
+    """Leave truncated completions out of the loss instead of letting their low reward count."""
+
+    reward_set: Literal["default", "classic", "none"] = "default"
+    """Built-in rewards: `default`, `classic` (the five of the widespread GSM8K recipe), or `none`.
+    """
+    reward: tuple[str, ...] = ()
+    """Your own, as path/to/file.py:function=weight; as many as you like."""
+    reward_weight: tuple[str, ...] = ()
+    """Change a reward's weight, as name=value; as many as you like."""
+
+    learning_rate: float = 2e-5
+    """LoRA wants about ten times the rate of full fine-tuning."""
+    lr_scheduler_type: Schedule = "constant_with_warmup"
+    """Constant after warm-up, so that a run can be prolonged without changing its past."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """0: the adapter's weights are few."""
+    max_grad_norm: float = 0.2
+    """Clips the gradient; small, because one odd group can dominate a step."""
+    optim: str = "adamw_torch"
+    """An optimiser by its transformers name; `paged_adamw_8bit` saves memory on a GPU."""
+    per_device_train_batch_size: int = 8
+    """Micro-batch, in completions: memory, not mathematics; the gradient does not depend on it."""
+    gradient_accumulation_steps: int = 8
+    """Micro-batches an update; times the micro-batch it gives the completions of a step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_steps: int | None = 250
+    """Updates to make; `None` makes num_train_epochs passes over the data."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, used where max_steps is None."""
+
+    eval_steps: int = 25
+    """Choose the best adapter among every so many steps, by accuracy on the validation problems."""
+    eval_batch_size: int = 32
+    """Problems answered at once in an evaluation."""
+    save_steps: int = 25
+    """Write a checkpoint for --resume every so many steps; the two newest are kept."""
+    log_completions_steps: int = 5
+    """Print one completion and keep a step's completions every so many steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "num_eval_items"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        for name in POSITIVE:
+            self._at_least(name, 1)
+        for name in (
+            "num_validation_items",
+            "beta",
+            "weight_decay",
+            "warmup_ratio",
+            "top_p",
+            "epsilon",
+        ):
+            self._at_least(name, 0)
+        self._check_groups()
+        self._check_update()
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not value >= least:
+            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+
+    def _check_groups(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"--num-generations must be at least 2, got {self.num_generations}: a group of "
+                "one has no advantage"
+            )
+        if self.completions_per_step % self.num_generations:
+            raise ValueError(
+                "--per-device-train-batch-size x --gradient-accumulation-steps must be a "
+                "multiple of "
+                "--num-generations, so that a step holds whole groups: got "
+                f"{self.per_device_train_batch_size} x "
+                f"{self.gradient_accumulation_steps} with {self.num_generations}"
+            )
+
+    def _check_update(self) -> None:
+        for name in ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
+        if not (0 < self.top_p <= 1 and 0 <= self.warmup_ratio < 1 and 0 <= self.lora_dropout < 1):
+            raise ValueError(
+                f"--top-p must be in (0, 1], --warmup-ratio and --lora-dropout in [0, 1): "
+                f"got {self.top_p}, {self.warmup_ratio} and {self.lora_dropout}"
+            )
+        if self.loss_type == "bnpo" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "--loss-type bnpo divides by each micro-batch's tokens, so its gradient would "
+                "depend on the "
+                "micro-batch: use dapo, or --gradient-accumulation-steps 1 (got "
+                f"{self.gradient_accumulation_steps})"
+            )
+        banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
+        if banned or not self.target_modules:
+            raise ValueError(
+                f"--target-modules must name linear layers such as {' '.join(LINEAR_LAYERS)}, got "
+                f"{' '.join(self.target_modules) or 'none'}: tied embeddings cannot be adapted"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"--save-steps must be a multiple of --num-iterations, got {self.save_steps} and "
+                f"{self.num_iterations}: a checkpoint inside one batch of completions could not "
+                "be resumed exactly"
+            )
+
+    @property
+    def completions_per_step(self) -> int:
+        """B, completions that one update learns from on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_step(self) -> int:
+        """P = B / G."""
+        return self.completions_per_step // self.num_generations
+
+
+POSITIVE = (
+    "r",
+    "lora_alpha",
+    "max_completion_length",
+    "max_prompt_length",
+    "num_iterations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "eval_batch_size",
+    "save_steps",
+    "log_completions_steps",
+)
+
+
+def flag(name: str) -> str:
+    """Return a field's name as the user types it."""
+    return "--" + name.replace("_", "-")

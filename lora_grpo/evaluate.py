@@ -1,0 +1,151 @@
+"""A model and held-out problems become figures: greedy decoding, one sample an item, the training
+prompt."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from lora_grpo.adapter import check_adapter, read_train_config
+from lora_grpo.atomic import write_json, write_jsonl
+from lora_grpo.config import TrainConfig
+from lora_grpo.dataset import BUILT_IN, Problem, load_problems
+from lora_grpo.model import choose_placement, load_adapter, load_base, load_tokenizer, resolve_model
+from lora_grpo.prompt import PLAIN, PromptStyle, build_messages, render
+from lora_grpo.rollout import complete
+from lora_grpo.scoring import Item, build_report, build_rows, judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate an adapter against its base, or a model alone, on held-out problems."""
+
+    adapter_dir: tyro.conf.Positional[Path | None] = None
+    """An adapter directory: base and adapter answer the same problems."""
+    model: str | None = None
+    """A model to evaluate alone; with ADAPTER_DIR, the base to put the adapter on in place of its
+    own."""
+    dataset: str | None = None
+    """Held-out problems; by default those that the adapter was evaluated on, or `arithmetic`."""
+    question_column: str | None = None
+    """Column of the question; by default question, problem or prompt."""
+    answer_column: str | None = None
+    """Column of the gold answer; by default answer or solution."""
+    num_items: int | None = None
+    """Take the first so many problems; by default all."""
+    max_completion_length: int | None = None
+    """Longest completion in tokens; by default the length trained with, or 512."""
+    load_in_4bit: bool | None = None
+    """Hold the base in NF4; by default as it was trained, or not."""
+    batch_size: int = 32
+    """Problems answered at once."""
+    output: Path | None = None
+    """Write eval.json to this file and the items beside it; an existing file is never overwritten.
+    """
+
+    def __post_init__(self) -> None:
+        if self.adapter_dir is None and self.model is None:
+            raise ValueError("give an adapter directory such as adapters/tiny, or --model")
+        for name in ("num_items", "max_completion_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.output is not None and self.output.exists():
+            raise ValueError(
+                f"--output {self.output} exists already: choose another name or move it"
+            )
+
+
+def evaluate_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: Sequence[Problem],
+    style: PromptStyle,
+    max_completion_length: int,
+    batch_size: int,
+    advance: Advance = lambda count: None,
+) -> list[Item]:
+    """Answer each problem greedily and score it, in the problems' order."""
+    prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
+    completions = complete(model, tokenizer, prompts, max_completion_length, batch_size, advance)
+    return [judge(problem, done) for problem, done in zip(problems, completions, strict=True)]
+
+
+def trained_style(saved: dict[str, Any]) -> PromptStyle:
+    """Return what stood around each question in training, from `train_config.json`."""
+    if "system_prompt" not in saved:
+        return PLAIN
+    example = saved.get("example")
+    return PromptStyle(saved["system_prompt"], Problem(**example) if example else None)
+
+
+def held_out_problems(
+    config: EvaluateConfig, saved: dict[str, Any]
+) -> tuple[list[Problem], str, str]:
+    """Return the problems to evaluate on, with their dataset's and split's names."""
+    columns = (config.question_column, config.answer_column)
+    kept = config.adapter_dir / "eval_items.jsonl" if config.adapter_dir else None
+    if config.dataset is None and kept and kept.is_file():
+        report = json.loads((config.adapter_dir / "eval.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+        problems = [Problem(row["index"] + 1, row["question"], row["answer"]) for row in rows]
+        return problems[: config.num_items], report["dataset"], report["split"]
+    dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
+    return load_problems(dataset, "test", *columns)[: config.num_items], dataset, "test"
+
+
+def evaluate(
+    config: EvaluateConfig,
+    progress: Callable[[str, int], Advance] = lambda name, total: lambda count: None,
+) -> dict[str, Any]:
+    """Return what `eval.json` holds for the models asked for, and write it where `output` says.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter, model or data, each before any weights load.
+    """
+    saved: dict[str, Any] = {}
+    if config.adapter_dir is not None:
+        saved = read_train_config(check_adapter(config.adapter_dir))
+    problems, dataset, split = held_out_problems(config, saved)
+    name = config.model or saved.get("model") or base_of(config.adapter_dir)
+    folder = resolve_model(name, None if config.model else saved.get("revision"))
+    tokenizer = load_tokenizer(folder)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    length = config.max_completion_length or saved.get(
+        "max_completion_length", defaults["max_completion_length"]
+    )
+    in_4bit = (
+        saved.get("load_in_4bit", False) if config.load_in_4bit is None else config.load_in_4bit
+    )
+    model = load_base(
+        folder, choose_placement(), in_4bit, saved.get("bnb_4bit_use_double_quant", True)
+    )
+    settings = (tokenizer, problems, trained_style(saved), length, config.batch_size)
+    models = {"base": evaluate_model(model, *settings, progress("base", len(problems)))}
+    if config.adapter_dir is not None:
+        model = load_adapter(model, config.adapter_dir)
+        models["adapter"] = evaluate_model(model, *settings, progress("adapter", len(problems)))
+    report = build_report(dataset, split, models)
+    if config.output is not None:
+        write_jsonl(
+            config.output.with_name(config.output.stem + "_items.jsonl"),
+            build_rows(problems, models),
+        )
+        write_json(config.output, report)
+    return report
+
+
+def base_of(adapter_dir: Path) -> str:
+    """Return the base that PEFT's own file names."""
+    return json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]

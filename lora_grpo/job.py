@@ -1,0 +1,66 @@
+"""The training command: plan, then preview or train, with an exit status and the next command for
+each end."""
+
+import sys
+
+from lora_grpo.config import TrainConfig
+from lora_grpo.console import Display
+from lora_grpo.plan import Plan, describe_plan, make_plan
+from lora_grpo.prompt import build_messages, render
+
+PREVIEWED = 3
+
+
+def preview(plan: Plan, display: Display) -> None:
+    """Print three training problems as the model will see them, with their gold answers."""
+    for problem in plan.data.train[:PREVIEWED]:
+        text = render(plan.tokenizer, build_messages(problem.question, plan.data.style))
+        display.say(f"--- row {problem.row}, gold answer {problem.answer!r}\n{text}")
+
+
+def run(config: TrainConfig, why: str) -> int:
+    """Do what the configuration asks for and return the exit status.
+
+    0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n and ready to be resumed.
+    """
+    display = Display(config.quiet)
+    try:
+        plan = make_plan(config)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    display.plan("GRPO on a LoRA adapter", describe_plan(plan, why))
+    if config.preview:
+        preview(plan, display)
+        return 0
+    if config.dry_run:
+        for name, value in vars(plan.config).items():
+            display.say(f"  {name} = {value}")
+        display.say("dry run: nothing was loaded, nothing was written")
+        return 0
+    return run_plan(plan, display)
+
+
+def run_plan(plan: Plan, display: Display) -> int:
+    """Train and print the result, or say how to go on."""
+    from lora_grpo.train import Stopped, train
+
+    again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
+    try:
+        report = train(plan, display)
+    except Stopped as stop:
+        display.say(f"stopped by {stop}, everything is saved; {again}")
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        display.say(f"stopped; {again}")
+        return 130
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    display.results(report)
+    display.say(f"adapter of step {report['best_step']}: {plan.run_dir}")
+    display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
+    return 0

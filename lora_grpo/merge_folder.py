@@ -1,0 +1,106 @@
+"""The files around the merged weights: config, generation config, tokenizer, licence.
+
+A plan goes in; a folder that any loader reads as a plain 16-bit model comes out.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.lora_delta import read_json
+from lora_grpo.merge_inputs import MergePlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+SAMPLING_ONLY = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer as a plain user does; unlike for training, it may lack a chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def write_side_files(plan: MergePlan, folder: Path) -> None:
+    """Write everything but the weights."""
+    for name in TOKENIZER_FILES:
+        if (plan.tokenizer_folder / name).is_file():
+            shutil.copyfile(plan.tokenizer_folder / name, folder / name)
+    for licence in plan.base_folder.glob("LICENSE*"):
+        shutil.copyfile(licence, folder / licence.name)
+    write_json(folder / "config.json", build_config(plan))
+    tokenizer = load_tokenizer(plan.tokenizer_folder)
+    write_json(folder / "generation_config.json", build_generation_config(plan, tokenizer))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def build_config(plan: MergePlan) -> dict[str, Any]:
+    """Return the base's config with the merged type."""
+    config = read_json(plan.base_folder / "config.json")
+    config.pop("torch_dtype", None)
+    return {**config, "dtype": plan.dtype}
+
+
+def build_generation_config(
+    plan: MergePlan, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Any]:
+    """Return the base's generation config with every EOS id, less the flags that it would ignore.
+
+    Raises:
+        ValueError: transformers would not save it again.
+    """
+    from transformers import GenerationConfig
+
+    config, path = (
+        read_json(plan.base_folder / "config.json"),
+        plan.base_folder / "generation_config.json",
+    )
+    generation = read_json(path) if path.is_file() else {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        if generation.get(name) is None and config.get(name) is not None:
+            generation[name] = config[name]
+    generation["eos_token_id"] = end_ids(tokenizer, generation.get("eos_token_id"))
+    if tokenizer.pad_token_id is not None:
+        generation["pad_token_id"] = tokenizer.pad_token_id
+    if not generation.get("do_sample"):
+        generation = {
+            name: value for name, value in generation.items() if name not in SAMPLING_ONLY
+        }
+    try:
+        GenerationConfig(**generation).validate(strict=True)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be carried over ({error}): mend it in the base") from error
+    return generation
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase", declared: int | list[int] | None) -> list[int]:
+    """Return every token that ends a completion: the tokenizer's EOS first, then the base's."""
+    others = [declared] if isinstance(declared, int) else list(declared or [])
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*first, *others]))

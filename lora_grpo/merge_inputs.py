@@ -1,0 +1,214 @@
+"""What a merge starts from: adapter and base become a plan, or a sentence that says why not.
+
+Whatever can be known without merging is checked here: that the adapter can be merged and changed
+something, that it fits the base and was trained on it. Of the base only the headers are read, and
+the bytes for its hash.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lora_grpo.adapter import hash_weights, read_train_config
+from lora_grpo.evaluate import trained_style
+from lora_grpo.lora_delta import (
+    CONFIG,
+    Delta,
+    check_adapter_dir,
+    check_learned,
+    read_deltas,
+    read_json,
+    refuse_unmergeable,
+)
+from lora_grpo.model import choose_placement, resolve_model
+from lora_grpo.prompt import PromptStyle
+from lora_grpo.safetensors_stream import DTYPES, Slot, StoredTensor, read_header
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SMALL_FILES = 64 << 20
+Dtype = Literal["bfloat16", "float16"]
+Base = Literal["original", "dequantized"]
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """How the policy's base was quantised while it was trained (NF4)."""
+
+    double_quant: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that the merge and its proof need; `four_bit` is None for a run on the base as it is."""
+
+    adapter_dir: Path
+    base: Base
+    base_name: str
+    base_folder: Path
+    base_sha256: str
+    tokenizer_folder: Path
+    tensors: dict[str, StoredTensor]
+    deltas: dict[str, Delta]
+    dtype: Dtype
+    four_bit: FourBit | None
+    style: PromptStyle
+    warning: str | None
+
+    @property
+    def layout(self) -> dict[str, list[Slot]]:
+        """The merged model's tensors by file, in the base's order; floats take the plan's type."""
+        stored = next(name for name, dtype in DTYPES.items() if dtype == getattr(torch, self.dtype))
+        files: dict[str, list[Slot]] = {}
+        for name, tensor in self.tensors.items():
+            slot = Slot(name, stored if tensor.is_float else tensor.dtype, tensor.shape)
+            files.setdefault(tensor.path.name, []).append(slot)
+        return files
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slots in self.layout.values() for slot in slots)
+
+
+def plan_merge(
+    adapter_dir: Path, model: str | None = None, base: Base = "original", dtype: Dtype | None = None
+) -> MergePlan:
+    """Check an adapter and its base and return what to merge; `model` replaces the remembered base.
+
+    Raises:
+        FileNotFoundError: the adapter, the base or a file of theirs is missing.
+        ValueError: the adapter cannot be merged, changed nothing, or does not belong to the base.
+    """
+    check_adapter_dir(adapter_dir)
+    trained, adapter = read_train_config(adapter_dir), read_json(adapter_dir / CONFIG)
+    refuse_unmergeable(adapter)
+    four_bit = read_four_bit(trained)
+    if base == "dequantized" and four_bit is None:
+        raise ValueError(
+            f"--base dequantized is for adapters that were trained on a 4-bit base, {adapter_dir} "
+            "was not: leave --base out"
+        )
+    deltas = read_deltas(adapter_dir, adapter)
+    check_learned(adapter_dir, deltas)
+    base_name, revision = (model, None) if model else remembered_base(adapter_dir, trained, adapter)
+    base_folder = resolve_model(base_name, revision)
+    tensors = read_base(base_folder)
+    check_fit(deltas, tensors, base_folder)
+    sha256 = hash_weights(base_folder)
+    warning = compare_hash(trained.get("base_sha256"), sha256, base_folder, named=bool(model))
+    return MergePlan(
+        adapter_dir=adapter_dir,
+        base=base,
+        base_name=base_name,
+        base_folder=base_folder,
+        base_sha256=sha256,
+        tokenizer_folder=adapter_dir if has_tokenizer(adapter_dir) else base_folder,
+        tensors=tensors,
+        deltas=deltas,
+        dtype=dtype or choose_dtype(tensors),
+        four_bit=four_bit,
+        style=trained_style(trained),
+        warning=warning,
+    )
+
+
+def read_four_bit(trained: dict[str, Any]) -> FourBit | None:
+    """Return how a run's base was quantised, None where it was not."""
+    if not trained.get("load_in_4bit"):
+        return None
+    quant_type = trained.get("bnb_4bit_quant_type", "nf4")
+    if quant_type != "nf4":
+        raise ValueError(
+            f"train_config.json says bnb_4bit_quant_type {quant_type!r}: only nf4 is known"
+        )
+    double_quant = trained.get("bnb_4bit_use_double_quant", True)
+    return FourBit(double_quant, trained.get("dtype") or choose_placement().dtype)
+
+
+def remembered_base(
+    adapter_dir: Path, trained: dict[str, Any], adapter: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Return the id or path of the adapter's base, and its revision."""
+    if trained.get("model"):
+        return trained["model"], trained.get("revision")
+    if adapter.get("base_model_name_or_path"):
+        return adapter["base_model_name_or_path"], adapter.get("revision")
+    raise ValueError(f"{adapter_dir} does not say which base it belongs to: name it with --model")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_CORE)
+
+
+def read_base(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a 16-bit or 32-bit model, file by file in the order of their data."""
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ValueError(
+            f"the base {folder} is quantised already (quantization_config in its config.json): "
+            "name the 16-bit original with --model"
+        )
+    index = folder / INDEX_FILE
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {SINGLE_FILE}
+    missing = sorted(name for name in shards if not (folder / name).is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"the base {folder} has no {missing[0]}, and only safetensors are read: fetch it, or "
+            "load the model and save it again with save_pretrained"
+        )
+    headers = (read_header(folder / shard) for shard in sorted(shards))
+    return {name: tensor for header in headers for name, tensor in header.items()}
+
+
+def check_fit(deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path) -> None:
+    """Raise a ValueError for an adapter of another base, or one that would untie embeddings."""
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    for name, delta in deltas.items():
+        if tied and delta.module.split(".")[-1] in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"the adapter changes {delta.module}, but the base {folder} ties its embeddings: "
+                "the two cannot change apart, train on the linear layers of the blocks alone"
+            )
+        if name not in tensors:
+            raise ValueError(
+                f"the adapter changes {name}, which the base {folder} does not have: name the base "
+                "it was trained on with --model"
+            )
+        if tensors[name].shape != delta.shape:
+            raise ValueError(
+                f"the adapter changes {name} as {list(delta.shape)}, in the base {folder} it is "
+                f"{list(tensors[name].shape)}: name the base it was trained on with --model"
+            )
+
+
+def compare_hash(recorded: str | None, found: str, folder: Path, named: bool) -> str | None:
+    """Raise for another base than the run's own; return a warning if the user named that one."""
+    if recorded in (None, found):
+        return None
+    difference = (
+        f"the base {folder} is not the one the adapter was trained on (sha256 {found[:12]}, "
+        f"train_config.json says {recorded[:12]})"
+    )
+    if named:
+        return difference
+    raise ValueError(f"{difference}: fetch that one, or name a base with --model to merge into it")
+
+
+def choose_dtype(tensors: dict[str, StoredTensor]) -> Dtype:
+    """Return float16 if most of the base's bytes are of that type, else bfloat16."""
+    held = {dtype: sum(t.nbytes for t in tensors.values() if t.dtype == dtype) for dtype in DTYPES}
+    return "float16" if held["F16"] == max(held.values()) else "bfloat16"
+
+
+def check_space(target: Path, nbytes: int) -> None:
+    """Raise an OSError if the merged model does not fit on its disk."""
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + SMALL_FILES:
+        raise OSError(
+            f"--output-dir {target} needs {(nbytes + SMALL_FILES) / 1e9:.2f} GB and "
+            f"{free / 1e9:.2f} GB are free on its disk: make room or choose another disk"
+        )

@@ -1,0 +1,78 @@
+"""What a merged model is held against: base + adapter in float32, by PEFT's own arithmetic.
+
+A plan goes in; the loaded policy, its weights one by one, and the noise that rounding them is come
+out.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_grpo.merge_inputs import MergePlan
+from lora_grpo.merge_weights import load_weight
+from lora_grpo.model import load_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Adding in another order moves a float32 sum by a few units in its last place.
+FLOAT32_SLACK = 2.0**-18
+
+
+def load_policy(plan: MergePlan, quantized: frozenset[str]) -> "PeftModel":
+    """Load the base that was merged into, in float32, and put the adapter on it with PEFT."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(plan.base_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name in quantized:
+            base.get_parameter(name).copy_(load_weight(plan.tensors[name], plan.four_bit))
+    return load_adapter(base, plan.adapter_dir).eval()
+
+
+def policy_weight(
+    model: "PeftModel", plan: MergePlan, name: str
+) -> tuple[torch.Tensor, float] | None:
+    """Return a weight of base + adapter in float32, and how far off another order of adding may be.
+
+    None for a tensor that is no parameter of the loaded model, such as a tied one's second name.
+    """
+    base = model.get_base_model()
+    if name in plan.deltas:
+        layer = base.get_submodule(plan.deltas[name].module)
+        delta = layer.get_delta_weight(model.active_adapter)
+        return layer.base_layer.weight + delta, FLOAT32_SLACK * delta.abs().max().item()
+    try:
+        return base.get_parameter(name), 0.0
+    except AttributeError:
+        return None
+
+
+def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return how far rounding to `dtype` moves each float32 value at most: half the spacing."""
+    unit = torch.tensor(torch.finfo(dtype).eps / 4).expand_as(values)
+    spacing = torch.ldexp(unit, torch.frexp(values).exponent)
+    return spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2)
+
+
+@torch.no_grad()
+def add_rounding_noise(model: "PeftModel", plan: MergePlan) -> None:
+    """Move every value that the merge rounds by uniform noise of up to half an ulp, for good."""
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, plan.dtype)
+    for name in (slot.name for slots in plan.layout.values() for slot in slots if slot.is_float):
+        found = policy_weight(model, plan, name)
+        if found is None:
+            continue
+        weight = found[0]
+        rounded = weight.to(dtype).float() != weight
+        if rounded.any():
+            noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1)
+            stored_weight(model, plan, name).add_(noise * half_ulp(weight, dtype) * rounded)
+
+
+def stored_weight(model: "PeftModel", plan: MergePlan, name: str) -> torch.nn.Parameter:
+    base = model.get_base_model()
+    if name in plan.deltas:
+        return base.get_submodule(plan.deltas[name].module).base_layer.weight
+    module, _, leaf = name.rpartition(".")
+    return getattr(base.get_submodule(module), leaf)

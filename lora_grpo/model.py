@@ -1,0 +1,146 @@
+"""The base model and its LoRA adapter: finding the folder, loading it in 4-bit or whole, wrapping
+it with PEFT."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "tiny"
+EMBEDDED_FOLDER = Path(__file__).parent / "tiny_model"
+
+
+def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+    """Return the local folder of a model: the embedded one, the user's, or a snapshot from the Hub.
+
+    Without `weights`, a snapshot holds no more than what a plan needs.
+
+    Raises:
+        FileNotFoundError: the folder holds no model, or there is no such folder and the Hub cannot
+        give one.
+    """
+    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"--model {name} is a folder without config.json: give a Hugging Face model folder"
+            )
+        return folder.resolve()
+    return download_model(name, revision, ["*.safetensors"] if weights else [])
+
+
+def download_model(name: str, revision: str | None, weights: list[str]) -> Path:
+    """Return a snapshot of a Hub repository from the cache or the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md", *weights]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"--model {name} is neither a local folder nor a repository that the Hub gave "
+            f"({reason}): "
+            "give the path of a model folder, or use --preset tiny, which needs no network"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in what type the model computes."""
+
+    device: str
+    dtype: str
+
+
+def choose_placement(dtype: str | None = None) -> Placement:
+    """Return the device, and the compute type that it is good at unless one is named."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Placement("cpu", dtype or "float32")
+    return Placement("cuda", dtype or ("bfloat16" if torch.cuda.is_bf16_supported() else "float16"))
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer that pads on the left, as generation needs.
+
+    Raises:
+        ValueError: it has no chat template, or no token that ends a turn.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--model {folder} has no chat template: use an instruct model")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"--model {folder} names no EOS token in tokenizer_config.json: name one there"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAndBytesConfig | None":
+    """Return the NF4 settings of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), or None for whole
+    weights."""
+    if not load_in_4bit:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def end_of_turn_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return every token that ends a completion: the tokenizer's EOS first, then what the model
+    declares."""
+    declared = model.generation_config.eos_token_id
+    declared = [declared] if isinstance(declared, int) else list(declared or [])
+    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+
+
+def public_name(folder: Path) -> str:
+    """Return the Hub id of a snapshot's folder (`models--owner--name/snapshots/<commit>`), else the
+    folder itself."""
+    if folder.parent.name != "snapshots":
+        return str(folder)
+    return "/".join(folder.parent.parent.name.split("--")[1:])
+
+
+def load_base(
+    folder: Path, placement: Placement, load_in_4bit: bool, double_quant: bool = True
+) -> "PreTrainedModel":
+    """Load the base model, its linear layers in NF4 where asked, on one device.
+
+    The model goes by its Hub id where it has one, so that an adapter names that and not a cache's
+    folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, placement.dtype),
+        quantization_config=quantization(load_in_4bit, double_quant, placement.dtype),
+        device_map={"": placement.device},
+    )
+    model.name_or_path = model.config._name_or_path = public_name(folder)
+    return model
+
+
+def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
+    """Put a saved adapter on its base, for inference."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, directory)

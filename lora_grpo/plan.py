@@ -1,0 +1,223 @@
+"""What a run will do, known before any weights load: its directory, its size, its provenance."""
+
+import dataclasses
+import math
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.config import TrainConfig
+from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
+from lora_grpo.prepare import Data, prepare_data
+from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: everything but the weights."""
+
+    config: TrainConfig
+    run_dir: Path
+    folder: Path
+    placement: Placement
+    tokenizer: "PreTrainedTokenizerBase"
+    rewards: list[Reward]
+    data: Data
+    steps: int
+    parameters: int
+    trained_parameters: int
+
+
+def name_run(config: TrainConfig) -> Path:
+    """Return the directory that the run will write.
+
+    Raises:
+        FileExistsError: it was named and is there already.
+    """
+    if config.resume:
+        return config.resume
+    if config.run_name:
+        run_dir = config.adapters_dir / config.run_name
+        if run_dir.exists():
+            raise FileExistsError(
+                f"--run-name {config.run_name}: {run_dir} exists already and is never "
+                "overwritten: choose another "
+                f"name, or go on with it by --resume {run_dir}"
+            )
+        return run_dir
+    base = config.preset or Path(config.model).name.lower()
+    names = [base, *(f"{base}-{number}" for number in range(2, 10_000))]
+    return next(
+        config.adapters_dir / name for name in names if not (config.adapters_dir / name).exists()
+    )
+
+
+def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
+    """Return the parameters of the model and of the adapter, from `config.json` alone.
+
+    Raises:
+        ValueError: a target module that the model does not have.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    total, trained, found = sum(p.numel() for p in model.parameters()), 0, set()
+    linear = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            linear[name.rpartition(".")[2]] = True
+            if name.rpartition(".")[2] in config.target_modules:
+                found.add(name.rpartition(".")[2])
+                trained += config.r * (module.in_features + module.out_features)
+    missing = set(config.target_modules) - found
+    if missing:
+        raise ValueError(
+            f"--target-modules {' '.join(sorted(missing))}: the model has no such linear layer, "
+            "it has "
+            f"{' '.join(name for name in linear if name != 'lm_head')}"
+        )
+    return total, trained
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Check the run and everything that it reads, without loading weights.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
+        sentence.
+    """
+    from lora_grpo.grpo import count_steps
+
+    weights = parse_reward_weights(config.reward_weight)
+    rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
+    run_dir = name_run(config)
+    folder = resolve_model(
+        config.model, config.revision, weights=not (config.dry_run or config.preview)
+    )
+    tokenizer = load_tokenizer(folder)
+    parameters, trained = count_parameters(folder, config)
+    data = prepare_data(config, tokenizer, rewards)
+    placement = choose_placement(config.dtype)
+    config = dataclasses.replace(config, dtype=placement.dtype, run_name=run_dir.name)
+    return Plan(
+        config=config,
+        run_dir=run_dir,
+        folder=folder,
+        placement=placement,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        data=data,
+        steps=count_steps(config, len(data.train)),
+        parameters=parameters,
+        trained_parameters=trained,
+    )
+
+
+def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
+    """Return what will happen, as lines of a name and a text."""
+    config, data = plan.config, plan.data
+    bits = "4-bit NF4" if config.load_in_4bit else plan.placement.dtype
+    trained, total = plan.trained_parameters, plan.parameters
+    update = (
+        f"{config.loss_type}, beta {config.beta}, learning rate {config.learning_rate:g} "
+        f"{config.lr_scheduler_type}"
+    )
+    rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
+    return [
+        ("settings", why),
+        ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
+        (
+            "adapter",
+            (
+                f"LoRA r {config.r}, alpha {config.lora_alpha}: {trained:,} parameters trained "
+                f"({trained / total:.1%})"
+            ),
+        ),
+        (
+            "data",
+            (
+                f"{config.dataset}: {len(data.train):,} to train on, {len(data.validation):,} to "
+                "choose the best step"
+            ),
+        ),
+        (
+            "test",
+            f"{data.test_name} ({data.test_split}): {len(data.test):,}, base and adapter, greedy",
+        ),
+        *(("", note) for note in data.notes),
+        ("rewards", rewards),
+        (
+            "steps",
+            f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "
+            "completions of up to "
+            f"{config.max_completion_length} tokens",
+        ),
+        ("update", update),
+        ("writes", str(plan.run_dir)),
+    ]
+
+
+def git_commit() -> str | None:
+    """Return the commit of this code, or None outside a checkout."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a result depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in RECORDED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device_name(placement: Placement) -> str:
+    """Return the GPU's name, or the processor's architecture and how many threads torch uses."""
+    import torch
+
+    if placement.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Return what `train_config.json` records: every resolved knob, then where it comes from."""
+    from lora_grpo.adapter import hash_weights
+
+    config, style = plan.config, plan.data.style
+    knobs = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    snapshot = plan.folder.parent.name == "snapshots"
+    return {
+        **knobs,
+        "revision": plan.folder.name if snapshot else config.revision,
+        "base_model": config.model,
+        "base_sha256": hash_weights(plan.folder),
+        "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
+        "dataset_sha256": plan.data.sha256(),
+        "system_prompt": style.system_prompt,
+        "example": dataclasses.asdict(style.example) if style.example else None,
+        "steps": plan.steps,
+        "warmup_steps": math.ceil(config.warmup_ratio * plan.steps),
+        "versions": installed_versions(),
+        "device": device_name(plan.placement),
+        "git_commit": git_commit(),
+    }

@@ -1,0 +1,207 @@
+"""Everything that can go wrong with the data, found before any weights load: splits, gold answers,
+overlap, length.
+
+A configuration, a tokenizer and rewards go in; the problems to train, choose and test on come out,
+with a sentence for each thing that was left out.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_grpo.config import TrainConfig
+from lora_grpo.dataset import BUILT_IN, Problem, load_problems
+from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, read_system_prompt, render
+from lora_grpo.rewards import Reward, check_gold
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 10
+NAMED_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Data:
+    """Problems by use, no question in two of them, and what stands around each question."""
+
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    test_name: str
+    test_split: str
+    style: PromptStyle
+    notes: tuple[str, ...]
+
+    def sha256(self) -> str:
+        """Return the hash of every problem that the run uses, split by split."""
+        rows = [
+            [asdict(problem) for problem in part]
+            for part in (self.train, self.validation, self.test)
+        ]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def load_test(config: TrainConfig) -> tuple[list[Problem], str, str] | None:
+    """Return the held-out problems with their dataset and split, or None where the dataset has none
+    of its own."""
+    columns = (config.question_column, config.answer_column)
+    if config.eval_dataset is not None:
+        return load_problems(config.eval_dataset, "test", *columns), config.eval_dataset, "test"
+    if config.dataset == BUILT_IN or not Path(config.dataset).expanduser().is_file():
+        return load_problems(config.dataset, "test", *columns), config.dataset, "test"
+    return None
+
+
+def normalise(question: str) -> str:
+    """Return a question as it is compared: letter case and white space do not tell two apart."""
+    return re.sub(r"\s+", " ", question).strip().lower()
+
+
+def describe_rows(problems: Sequence[Problem]) -> str:
+    """Name the first few rows."""
+    named = ", ".join(str(problem.row) for problem in problems[:NAMED_ROWS])
+    more = len(problems) - NAMED_ROWS
+    return f"row {named}" + (f" and {more} more" if more > 0 else "")
+
+
+class Sieve:
+    """Drops problems and keeps a sentence for each kind that it dropped; a strict one stops
+    instead."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.notes: list[str] = []
+
+    def drop(
+        self, name: str, problems: list[Problem], bad: Sequence[Problem], why: str
+    ) -> list[Problem]:
+        """Return the problems less the bad ones.
+
+        Raises:
+            ValueError: there are bad ones and the sieve is strict, or nothing is left.
+        """
+        if not bad:
+            return problems
+        found = f"{name}: {len(bad)} of {len(problems)} {why} ({describe_rows(bad)})"
+        if self.strict:
+            raise ValueError(f"--strict-data: {found}: mend or remove them")
+        self.notes.append(f"dropped from {found}")
+        rows = {problem.row for problem in bad}
+        kept = [problem for problem in problems if problem.row not in rows]
+        if not kept:
+            raise ValueError(f"{found}: no usable rows are left")
+        return kept
+
+
+def drop_bad_gold(
+    sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward]
+) -> list[Problem]:
+    """Drop problems whose gold answer the reward would not pay in full."""
+    failing = check_gold([problem.answer for problem in problems], list(rewards))
+    bad = [problems[position] for position in failing]
+    shown = f", such as {bad[0].answer!r:.40}" if bad else ""
+    return sieve.drop(
+        name, problems, bad, f"gold answers do not earn full marks against themselves{shown}"
+    )
+
+
+def drop_long(
+    sieve: Sieve,
+    name: str,
+    problems: list[Problem],
+    style: PromptStyle,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int,
+) -> list[Problem]:
+    """Drop problems whose prompt is longer than the limit."""
+    prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
+    lengths = count_tokens(tokenizer, prompts)
+    bad = [problem for problem, length in zip(problems, lengths, strict=True) if length > limit]
+    return sieve.drop(
+        name,
+        problems,
+        bad,
+        f"prompts are longer than --max-prompt-length {limit} (the longest has {max(lengths)})",
+    )
+
+
+def drop_overlap(sieve: Sieve, train: list[Problem], test: Sequence[Problem]) -> list[Problem]:
+    """Drop training problems whose question is also a test question."""
+    held_out = {normalise(problem.question) for problem in test}
+    bad = [problem for problem in train if normalise(problem.question) in held_out]
+    return sieve.drop("train", train, bad, "questions are also in the test set")
+
+
+def hold_out(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Split off `count` problems drawn by the seed: what is left, and they; repeats of a question
+    stay together."""
+    order = list(dict.fromkeys(normalise(problem.question) for problem in problems))
+    chosen = set(random.Random(seed).sample(order, min(count, len(order))))
+    kept = [problem for problem in problems if normalise(problem.question) not in chosen]
+    return kept, [problem for problem in problems if normalise(problem.question) in chosen]
+
+
+def take_example(train: list[Problem], wanted: bool) -> tuple[list[Problem], Problem | None]:
+    """Set the first problem with a worked solution apart as the example, where one is wanted."""
+    if not wanted:
+        return train, None
+    for position, problem in enumerate(train):
+        if problem.solution:
+            return train[:position] + train[position + 1 :], problem
+    raise ValueError(
+        "--one-shot needs a training row with a worked solution before ####, found none: leave "
+        "it out"
+    )
+
+
+def prepare_data(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: Sequence[Reward]
+) -> Data:
+    """Load, check and split the problems of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: no data, broken data, too little of it, or doubtful rows with
+        --strict-data.
+    """
+    sieve = Sieve(config.strict_data)
+    style = PromptStyle(read_system_prompt(config.system_prompt_file))
+    train = load_problems(config.dataset, "train", config.question_column, config.answer_column)
+    train = drop_bad_gold(sieve, "train", train, rewards)
+    own_test = load_test(config)
+    if own_test:
+        test, test_name, test_split = own_test
+        test = drop_bad_gold(sieve, "test", test, rewards)
+        train = drop_overlap(sieve, train, test)
+    else:
+        train, test = hold_out(
+            train, config.num_eval_items or len(train) // HELD_OUT_SHARE, config.seed
+        )
+        test_name, test_split = config.dataset, f"held out of train with seed {config.seed}"
+    train, example = take_example(train, config.one_shot)
+    style = replace(style, example=example)
+    limits = (style, tokenizer, config.max_prompt_length)
+    train = drop_long(sieve, "train", train, *limits)
+    test = drop_long(sieve, "test", test, *limits)[: config.num_eval_items]
+    train, validation = hold_out(train, config.num_validation_items, config.seed)
+    check_enough(config, train, test)
+    return Data(train, validation, test, test_name, test_split, style, tuple(sieve.notes))
+
+
+def check_enough(config: TrainConfig, train: Sequence[Problem], test: Sequence[Problem]) -> None:
+    """Refuse a dataset that cannot fill one step or has nothing to test on."""
+    if len(train) < config.prompts_per_step:
+        raise ValueError(
+            f"--dataset {config.dataset} leaves {len(train)} problems to train on, a step takes "
+            f"{config.prompts_per_step}: give more rows, or lower --num-validation-items or the "
+            "batch"
+        )
+    if not test:
+        raise ValueError(
+            f"--dataset {config.dataset} leaves nothing to evaluate on: name one by --eval-dataset"
+        )

