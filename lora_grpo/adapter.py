@@ -74,4 +74,5 @@ def save_adapter(model: "PeftModel", directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as staged:
         model.save_pretrained(staged)
         for name in (CONFIG, WEIGHTS):
+            (Path(staged) / name).chmod(0o644)
             os.replace(Path(staged) / name, directory / name)

@@ -18,6 +18,7 @@ from rich.table import Table
 from lora_grpo.grpo import Batch
 
 LINES = 50
+LOG_WIDTH = 120
 
 
 def format_seconds(seconds: float) -> str:
@@ -35,7 +36,9 @@ class Display:
     """Prints a run to one console; a quiet one prints only warnings and the final table."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
         self.quiet = quiet
         self.progress: Progress | None = None
         self.started = time.perf_counter()
@@ -44,11 +47,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
         if not self.quiet:
-            self.console.print(text, markup=False)
-
-    def warn(self, text: str) -> None:
-        """Print a line, quiet or not."""
-        self.console.print(f"warning: {text}", markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def plan(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Print what will happen."""

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import Problem
-from lora_grpo.model import Placement
+from lora_grpo.model import Placement, dequantised
 from lora_grpo.prompt import PromptStyle, build_messages
 from lora_grpo.rewards import Reward, has_format, parse_answer, same_number
 
@@ -203,7 +203,8 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         started = time.perf_counter()
-        generated = super()._generate(prompts)
+        with dequantised(self.model):
+            generated = super()._generate(prompts)
         self.seconds["generate"] += time.perf_counter() - started
         return generated
 

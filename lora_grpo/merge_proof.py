@@ -47,12 +47,13 @@ MAX_NEW_TOKENS = 32
 class Proof:
     """The checks, and the distances that they rest on.
 
-    From base + adapter: the merged model, rounding noise, the bare base. Where the policy was
-    trained in 4-bit, also the merged model from that policy; this has no bound.
+    From base + adapter: the merged model (None if it cannot be loaded), rounding noise, the bare
+    base. Where the policy was trained in 4-bit, also the merged model from that policy; this has no
+    bound.
     """
 
     checks: tuple[Check, ...]
-    merged: Distance
+    merged: Distance | None
     rounding_noise: Distance
     bare_base: Distance
     from_4bit_policy: Distance | None
@@ -86,9 +87,12 @@ def prove_merge(
         report("proving: base + adapter in float32")
         policy = observe_policy(plan, folder, tokenizer, prompts, quantized)
         report("proving: the merged folder, reloaded")
-        merged, checks, logits = observe_merged(folder, policy)
-        drift = None
-        if plan.four_bit is not None:
+        logits, checks = observe_merged(folder, policy)
+        merged = drift = None
+        if logits is not None:
+            merged = measure_distance(policy.logits, logits)
+            checks += check_distance(merged, policy.rounding_noise)
+        if logits is not None and plan.four_bit is not None:
             report("measuring the drift from the 4-bit policy")
             drift, found = observe_drift(plan, policy.sequences, logits, quantized)
             checks += found
@@ -97,7 +101,6 @@ def prove_merge(
         check_config(plan, folder),
         check_generation_config(folder),
         check_tokenizer(folder, tokenizer, prompts),
-        *check_distance(merged, policy.rounding_noise),
     ]
     return Proof(tuple(checks), merged, policy.rounding_noise, policy.bare_base, drift)
 
@@ -142,23 +145,23 @@ def observe_policy(
     )
 
 
-def observe_merged(
-    folder: Path, policy: Policy
-) -> tuple[Distance, list[Check], list[torch.Tensor]]:
-    """Load the merged folder as any user would, and measure it on the policy's sequences."""
+def observe_merged(folder: Path, policy: Policy) -> tuple[list[torch.Tensor] | None, list[Check]]:
+    """Load the merged folder as any user would, and run it on the policy's sequences."""
     from transformers import AutoModelForCausalLM
 
     gc.collect()
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
-    logits = list(collect_logits(model, policy.sequences))
-    checks = [
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        logits = list(collect_logits(model, policy.sequences))
+    except Exception as error:  # whatever it is, the user's own load would meet it too
+        return None, [Check("reload", False, f"{type(error).__name__}: {error}")]
+    return logits, [
         check_reload(loading),
         check_ties(shares_embeddings(model), policy.tied),
         check_eos(model.generation_config.eos_token_id, policy.end_ids),
     ]
-    return measure_distance(policy.logits, logits), checks, logits
 
 
 def observe_drift(

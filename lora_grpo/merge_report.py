@@ -23,7 +23,7 @@ NOTABLE_LOSS = 0.1
 def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str, Any]:
     """Return `merge_report.json`: what was merged into what, each check, and the distances."""
     return {
-        "adapter": str(plan.adapter_dir),
+        "adapter": plan.adapter_dir.resolve().name,
         "base": plan.base_name,
         "base_sha256": plan.base_sha256,
         "merged_into": plan.base,
@@ -32,7 +32,7 @@ def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str,
         "num_adapted": len(plan.deltas),
         "passed": not proof.failed,
         "checks": [asdict(check) for check in proof.checks],
-        "from_policy": asdict(proof.merged),
+        "from_policy": asdict(proof.merged) if proof.merged else None,
         "rounding_noise_from_policy": asdict(proof.rounding_noise),
         "bare_base_from_policy": asdict(proof.bare_base),
         "from_4bit_policy": asdict(proof.from_4bit_policy) if proof.from_4bit_policy else None,
@@ -53,6 +53,8 @@ def warn_of_rounding(plan: "MergePlan", proof: "Proof") -> str | None:
     An adapter whose changes lie below half an ulp of the base's weights leaves no trace in them. KL
     grows with the square of a change, so the root of the ratio is the share that is lost.
     """
+    if proof.merged is None:
+        return None
     effect = proof.bare_base.mean_kl
     lost = math.sqrt(max(proof.merged.mean_kl, 0.0) / effect) if effect > 0 else 1.0
     if lost <= NOTABLE_LOSS:
@@ -120,7 +122,7 @@ def build_card(report: dict[str, Any]) -> str:
     named = HUB_ID.fullmatch(base) and not Path(base).exists()
     return CARD_TEXT.format(
         base_line=f"base_model: {base}\n" if named else "",
-        adapter=Path(report["adapter"]).name,
+        adapter=report["adapter"],
         into=INTO[report["merged_into"]],
         base=base,
         sha256=report["base_sha256"][:12],

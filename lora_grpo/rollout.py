@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_grpo.model import end_of_turn_ids
+from lora_grpo.model import dequantised, end_of_turn_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,10 +84,11 @@ def complete(
     settings = greedy_settings(model, tokenizer, max_completion_length)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = complete_batch(model, tokenizer, [prompts[index] for index in chosen], settings)
-        found.update(zip(chosen, batch, strict=True))
-        advance(len(chosen))
+    with dequantised(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = complete_batch(model, tokenizer, [prompts[index] for index in chosen], settings)
+            found.update(zip(chosen, batch, strict=True))
+            advance(len(chosen))
     model.train(was_training)
     return [found[index] for index in range(len(prompts))]

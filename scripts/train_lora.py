@@ -7,7 +7,6 @@
 On the embedded model strict accuracy on 512 held-out problems rises from 0 to well over 90 %.
 """
 
-import os
 import sys
 
 from lora_grpo.presets import parse_train_config

@@ -1,0 +1,46 @@
+"""Rebuild the embedded tiny model from a seed: tokenizer, pre-training, model card.
+
+    python scripts/build_tiny_model.py --output-dir /tmp/tiny_model
+
+About half an hour on two cores. The card's scores are to be expected: 0 % strict as asked, over
+95 % once its answer is begun with <reasoning>.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Rebuild the embedded tiny model."""
+
+    output_dir: Path
+    """Folder to write, which must not exist; copy it over lora_grpo/tiny_model to use it."""
+    seed: int = 0
+    """Seeds the data, the first weights and the answer styles."""
+    steps: int | None = None
+    """Pre-training steps; by default those of the model that the package holds."""
+
+    def __post_init__(self) -> None:
+        if self.output_dir.exists():
+            raise ValueError(
+                f"--output-dir {self.output_dir} exists already: choose another folder"
+            )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {self.steps}")
+
+
+def main() -> int:
+    config = tyro.cli(BuildConfig)
+    from lora_grpo.tiny_card import build_tiny_model
+
+    build_tiny_model(config.output_dir, config.seed, config.steps)
+    print(f"written: {config.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
