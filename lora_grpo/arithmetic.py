@@ -47,11 +47,6 @@ TEMPLATES = (
         (("a", "*", "b"),),
     ),
     Template(
-        "{name} puts {a} {item} into bags of {b}. How many bags does {name} fill?",
-        {"a": (4, 108), "b": GROUPS},
-        (("a", "/", "b"),),
-    ),
-    Template(
         "{name} has {a} {item}, finds {b} more and then loses {c}. How many {item} are left?",
         {"a": ADD, "b": ADD, "c": ADD},
         (("a", "+", "b"), ("1", "-", "c")),
@@ -90,6 +85,15 @@ TEMPLATES = (
         (("a", "*", "b"), ("1", "+", "c"), ("2", "-", "d")),
     ),
 )
+
+
+# Seen in pre-training only: it has so few numbers that held-out ones would test memory.
+BAGS = Template(
+    "{name} puts {a} {item} into bags of {b}. How many bags does {name} fill?",
+    {"a": (4, 108), "b": GROUPS},
+    (("a", "/", "b"),),
+)
+PRETRAINING_TEMPLATES = (*TEMPLATES[:3], BAGS, *TEMPLATES[3:])
 
 
 def apply(operator: str, left: int, right: int) -> int | None:
@@ -131,14 +135,16 @@ def draw_numbers(
             return numbers, lines
 
 
-def stream_problems(split: str, seed: int) -> Iterator[dict[str, str]]:
+def stream_problems(
+    split: str, seed: int, templates: tuple[Template, ...] = TEMPLATES
+) -> Iterator[dict[str, str]]:
     """Yield problems of one split without end, each as `question` and `answer`; the same seed gives
     the same ones."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     draw = random.Random(f"{split}-{seed}")
     while True:
-        template = draw.choice(TEMPLATES)
+        template = draw.choice(templates)
         numbers, lines = draw_numbers(template, split, draw)
         name, other = draw.sample(NAMES, 2)
         words = {"name": name, "other": other, "item": draw.choice(ITEMS)}

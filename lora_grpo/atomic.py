@@ -14,7 +14,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
         try:
             file.write(text)
@@ -47,8 +47,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a file that may have been cut in the middle of its last one."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 @contextmanager

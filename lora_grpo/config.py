@@ -1,17 +1,21 @@
-"""The training run's knobs: one frozen dataclass, its checks, and where its defaults come from.
+"""The training run's knobs: one frozen dataclass, its checks, and what is derived from them.
 
-Flags override a `--config` file, which overrides a `--preset`, which overrides the defaults below.
-Nothing heavy is imported here, so that `--help` and a wrong flag answer at once.
+`presets` says where the defaults come from. Nothing heavy is imported here, so that `--help` and a
+wrong flag answer at once. A field's docstring is one line: tyro shows the breaks of a longer one.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import UseAppendAction
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b"]
+Repeatable = Annotated[tuple[str, ...], UseAppendAction]
 
 
 @dataclass(frozen=True)
@@ -24,14 +28,11 @@ class TrainConfig:
     preset: Preset | None = None
     """A tested set of defaults, which other flags override."""
     config: Path | None = None
-    """A saved train_config.json or a YAML file; its values become the defaults that flags override.
-    """
+    """A saved train_config.json or a YAML file: defaults that other flags override."""
     resume: Path | None = None
-    """Go on with the run in this adapter directory. Only --max-steps and what is printed may
-    change."""
+    """Go on with the run in this adapter directory; of its knobs only --max-steps may change."""
     run_name: str | None = None
-    """Name of the directory to write; by default the preset's or model's name, numbered if taken.
-    """
+    """Directory to write; by default the preset's or model's name, numbered if taken."""
     adapters_dir: Path = Path("adapters")
     """Where adapter directories live."""
     seed: int = 0
@@ -52,20 +53,16 @@ class TrainConfig:
     rollout: Literal["generate"] = "generate"
     """What samples the completions: transformers' own generate."""
     load_in_4bit: bool = True
-    """Hold the base's linear layers in NF4: a quarter of the memory, at some cost in speed on a
-    CPU."""
+    """Hold the base's linear layers in NF4: a quarter of the memory, slower on a CPU."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the NF4 scales too, as QLoRA does: 0.4 bits a weight less."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type to compute in; by default bfloat16 on a GPU that has it, float16 on one that has not,
-    float32 on a CPU."""
+    """Type to compute in; by default bfloat16 or float16 as the GPU can, float32 on a CPU."""
 
     dataset: str = "openai/gsm8k:main"
-    """A Hub id (`owner/name` or `owner/name:config`), a .jsonl/.json/.csv/.parquet file, a folder,
-    or `arithmetic`."""
+    """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
     eval_dataset: str | None = None
-    """Held-out problems; by default the dataset's own test split, or rows held out of a single
-    file."""
+    """Held-out problems; by default the dataset's test split, or a tenth of a single file."""
     question_column: str | None = None
     """Column of the question; by default question, problem or prompt."""
     answer_column: str | None = None
@@ -77,28 +74,24 @@ class TrainConfig:
     max_prompt_length: int = 512
     """Longest prompt in tokens; longer ones are counted and dropped, never cut."""
     strict_data: bool = False
-    """Stop on a doubtful row (a gold answer that its own reward rejects, an overlap) rather than
-    drop it."""
+    """Stop on a row that would be dropped: blank, bad gold answer, overlap, prompt too long."""
     num_eval_items: int | None = None
     """Evaluate on the first so many held-out problems, before and after; by default on all."""
     num_validation_items: int = 64
-    """Problems kept out of training and of the final test, to choose the best step; 0 keeps the
-    last step instead."""
+    """Problems kept out of training and test to choose the best step; 0 keeps the last step."""
 
     r: int = 16
     """Rank of the adapter: 16 follows GRPO's sparse signal without many more weights."""
     lora_alpha: int = 32
     """Scale of the adapter: twice the rank, the usual ratio."""
     lora_dropout: float = 0.0
-    """0, because dropout makes the policy that is trained another one than the policy that sampled.
-    """
+    """0, because with dropout the policy that is trained is not the policy that sampled."""
     target_modules: tuple[str, ...] = LINEAR_LAYERS
     """The seven linear layers of a block; never lm_head or embed_tokens, which Qwen2.5 ties."""
     use_rslora: bool = False
     """Scale by alpha/sqrt(r) (arXiv 2312.03732): for ranks of 64 and more."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
-    """Start of the adapter; all of these leave the base as it is, so that the first policy is the
-    base."""
+    """Start of the adapter; each of these leaves the base as it is."""
 
     num_generations: int = 8
     """G, completions a prompt: 8 or more, so that most groups hold both right and wrong ones."""
@@ -109,16 +102,13 @@ class TrainConfig:
     top_p: float = 1.0
     """1, for the same reason."""
     beta: float = 0.0
-    """Weight of the KL term: 0 saves the reference pass; an adapter stays close to its base by
-    itself."""
+    """Weight of the KL term: 0 saves the reference pass; LoRA stays close to its base anyway."""
     epsilon: float = 0.2
     """Lower clipping of the probability ratio (PPO's value)."""
     epsilon_high: float | None = 0.28
-    """Upper clipping, a little wider as in DAPO (arXiv 2503.14476), so that rare good tokens can
-    grow."""
+    """Upper clipping, wider as in DAPO (arXiv 2503.14476), so that rare good tokens can grow."""
     loss_type: LossType = "dapo"
-    """How token losses are averaged: dapo counts each token of the step once, so no length is
-    favoured."""
+    """How token losses are averaged: dapo counts each token once, so no length is favoured."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the spread of the group, of the batch, or not at all."""
     num_iterations: int = 1
@@ -127,12 +117,11 @@ class TrainConfig:
     """Leave truncated completions out of the loss instead of letting their low reward count."""
 
     reward_set: Literal["default", "classic", "none"] = "default"
-    """Built-in rewards: `default`, `classic` (the five of the widespread GSM8K recipe), or `none`.
-    """
-    reward: tuple[str, ...] = ()
-    """Your own, as path/to/file.py:function=weight; as many as you like."""
-    reward_weight: tuple[str, ...] = ()
-    """Change a reward's weight, as name=value; as many as you like."""
+    """Built-in rewards: `default`, `classic` (the five of the usual GSM8K recipe), or `none`."""
+    reward: Repeatable = ()
+    """Your own, as path/to/file.py:function=weight."""
+    reward_weight: Repeatable = ()
+    """Change a reward's weight, as name=value."""
 
     learning_rate: float = 2e-5
     """LoRA wants about ten times the rate of full fine-tuning."""
@@ -147,7 +136,7 @@ class TrainConfig:
     optim: str = "adamw_torch"
     """An optimiser by its transformers name; `paged_adamw_8bit` saves memory on a GPU."""
     per_device_train_batch_size: int = 8
-    """Micro-batch, in completions: memory, not mathematics; the gradient does not depend on it."""
+    """Micro-batch in completions: memory, not mathematics; it does not change the gradient."""
     gradient_accumulation_steps: int = 8
     """Micro-batches an update; times the micro-batch it gives the completions of a step."""
     gradient_checkpointing: bool = False
@@ -158,7 +147,7 @@ class TrainConfig:
     """Passes over the data, used where max_steps is None."""
 
     eval_steps: int = 25
-    """Choose the best adapter among every so many steps, by accuracy on the validation problems."""
+    """Choose the best adapter among every so many steps, by accuracy on validation problems."""
     eval_batch_size: int = 32
     """Problems answered at once in an evaluation."""
     save_steps: int = 25
@@ -167,26 +156,25 @@ class TrainConfig:
     """Print one completion and keep a step's completions every so many steps."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "num_eval_items"):
-            if getattr(self, name) is not None:
-                self._at_least(name, 1)
-        for name in POSITIVE:
-            self._at_least(name, 1)
-        for name in (
-            "num_validation_items",
-            "beta",
-            "weight_decay",
-            "warmup_ratio",
-            "top_p",
-            "epsilon",
-        ):
-            self._at_least(name, 0)
+        for least, names in AT_LEAST.items():
+            for name in names:
+                self._at_least(name, least)
+        for name in ABOVE_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         self._check_groups()
         self._check_update()
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
-        if not value >= least:
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
 
     def _check_groups(self) -> None:
@@ -198,26 +186,16 @@ class TrainConfig:
         if self.completions_per_step % self.num_generations:
             raise ValueError(
                 "--per-device-train-batch-size x --gradient-accumulation-steps must be a "
-                "multiple of "
-                "--num-generations, so that a step holds whole groups: got "
-                f"{self.per_device_train_batch_size} x "
-                f"{self.gradient_accumulation_steps} with {self.num_generations}"
+                "multiple of --num-generations, so that a step holds whole groups: got "
+                f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps} with "
+                f"{self.num_generations}"
             )
 
     def _check_update(self) -> None:
-        for name in ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
-        if not (0 < self.top_p <= 1 and 0 <= self.warmup_ratio < 1 and 0 <= self.lora_dropout < 1):
-            raise ValueError(
-                f"--top-p must be in (0, 1], --warmup-ratio and --lora-dropout in [0, 1): "
-                f"got {self.top_p}, {self.warmup_ratio} and {self.lora_dropout}"
-            )
         if self.loss_type == "bnpo" and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "--loss-type bnpo divides by each micro-batch's tokens, so its gradient would "
-                "depend on the "
-                "micro-batch: use dapo, or --gradient-accumulation-steps 1 (got "
+                "depend on the micro-batch: use dapo, or --gradient-accumulation-steps 1 (got "
                 f"{self.gradient_accumulation_steps})"
             )
         banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
@@ -244,19 +222,25 @@ class TrainConfig:
         return self.completions_per_step // self.num_generations
 
 
-POSITIVE = (
-    "r",
-    "lora_alpha",
-    "max_completion_length",
-    "max_prompt_length",
-    "num_iterations",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "eval_steps",
-    "eval_batch_size",
-    "save_steps",
-    "log_completions_steps",
-)
+AT_LEAST = {
+    0: ("num_validation_items", "beta", "weight_decay", "epsilon", "epsilon_high"),
+    1: (
+        "r",
+        "lora_alpha",
+        "max_completion_length",
+        "max_prompt_length",
+        "num_iterations",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_eval_items",
+        "eval_steps",
+        "eval_batch_size",
+        "save_steps",
+        "log_completions_steps",
+    ),
+}
+ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs")
 
 
 def flag(name: str) -> str:

@@ -1,157 +1,31 @@
-"""Where problems come from: the Hub, a local file or folder, or the built-in arithmetic; questions
-with gold answers.
+"""Problems: questions with gold answers, the gold answer already taken from its field.
 
-A dataset's name and a split go in; a list of `Problem` comes out, the gold answer already taken
-from its field.
+A dataset's name and a split go in; its rows become `Problem`s, by columns that are found or named.
 """
 
-import csv
-import json
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Number
 from typing import Any
 
-from lora_grpo.arithmetic import generate_problems
+from lora_grpo.table import BUILT_IN, read_rows
 
-BUILT_IN = "arithmetic"
-BUILT_IN_ROWS = {"train": 4000, "validation": 256, "test": 512}
+__all__ = ["BUILT_IN", "Problem", "extract_gold", "load_problems", "read_problems"]
+
 QUESTION_COLUMNS = ("question", "problem", "prompt")
 ANSWER_COLUMNS = ("answer", "solution")
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question and its gold answer; `row` counts from 1 as an editor does, `solution` is the
+    """One question and its gold answer; `row` counts the dataset's rows from 1, `solution` is the
     worked text if any."""
 
     row: int
     question: str
     answer: str
     solution: str | None = None
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """Read one JSON value a line; blank lines are passed over."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"--dataset {path}, line {number}: broken JSON ({error.msg}): mend that line"
-                ) from None
-    return rows
-
-
-def read_json(path: Path) -> list[Any]:
-    """Read a JSON file that holds a list of objects."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8") or "[]")
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--dataset {path}, line {error.lineno}: broken JSON ({error.msg}): mend that line"
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"--dataset {path} holds a {type(rows).__name__}: a .json file must hold a list of "
-            "objects"
-        )
-    return rows
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file whose first line names the columns."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Read a Parquet file."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(
-            f"--dataset {path} is no readable Parquet file ({error}): write it again"
-        ) from None
-
-
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
-
-
-def find_in_folder(folder: Path, split: str) -> Path:
-    """Return the folder's one file for a split, such as `train.jsonl` or `train-00000.parquet`."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    named = [path for path in files if path.stem.split("-")[0] == split]
-    if len(named) != 1:
-        found = ", ".join(path.name for path in files) or "no data files"
-        raise FileNotFoundError(
-            f"--dataset {folder} must hold one {split}{'|'.join(SUFFIXES)} file, found {found}"
-        )
-    return named[0]
-
-
-def read_file(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a local file.
-
-    Raises:
-        ValueError: an unknown ending, broken text, a row that is not an object, or no rows.
-    """
-    if path.suffix not in READERS:
-        raise ValueError(
-            f"--dataset {path} must end in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'}"
-        )
-    try:
-        rows = READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--dataset {path} is not UTF-8 text (byte {error.start}): convert it"
-        ) from None
-    if not rows:
-        raise ValueError(f"--dataset {path} is empty: it must hold a row for each problem")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"--dataset {path}, row {number}: expected an object with named columns, got "
-                f"{row!r:.60}"
-            )
-    return rows
-
-
-def read_hub(name: str, split: str) -> list[dict[str, Any]]:
-    """Read one split of a Hub dataset, `owner/name` or `owner/name:config`."""
-    import datasets
-
-    repository, _, config = name.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(repository, config or None, split=split).to_list()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"--dataset {name} is no local file, and the Hub did not give its {split} split "
-            f"({reason}): "
-            "give the path of a local file, or use --preset tiny, which needs no network"
-        ) from error
-
-
-def read_rows(dataset: str, split: str) -> list[dict[str, Any]]:
-    """Return the rows of a dataset by the kind of its name."""
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return read_file(find_in_folder(path, split))
-    if path.is_file():
-        return read_file(path)
-    if path.suffix in SUFFIXES or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"--dataset {dataset} does not exist: check the path (relative to {Path.cwd()})"
-        )
-    return read_hub(dataset, split)
 
 
 def find_column(
@@ -164,7 +38,7 @@ def find_column(
         if column in columns:
             return column
     raise ValueError(
-        f"no column {' or '.join(wanted)} among {', '.join(map(str, columns))}: name one by {flag}"
+        f"has no column {' or '.join(wanted)} among {', '.join(columns)}: name one by {flag}"
     )
 
 
@@ -189,26 +63,70 @@ def extract_gold(field: str) -> str:
     return field.strip() if boxed is None else boxed
 
 
-def as_problem(number: int, question: Any, field: Any) -> Problem | None:
-    """Return a problem, or None where the question or the answer is missing."""
-    if question is None or field is None or not str(question).strip() or not str(field).strip():
-        return None
-    text = str(field)
-    answer = extract_gold(text)
-    solution = text.rpartition("####")[0].strip() if "####" in text else None
-    return Problem(number, str(question).strip(), answer, solution or None)
+def as_text(value: Any, row: int, column: str) -> str:
+    """Return a field as stripped text, nothing as the empty text.
+
+    Raises:
+        ValueError: it is neither text nor a number, such as a list of chat messages, or it holds
+        half a character.
+    """
+    if value is not None and not isinstance(value, str | Number):
+        raise ValueError(
+            f"row {row}: {column} must be text or a number, got a {type(value).__name__}: name "
+            "another column by --question-column or --answer-column"
+        )
+    text = "" if value is None else str(value).strip()
+    if HALF_CHARACTER.search(text):
+        raise ValueError(
+            f"row {row}: {column} holds half a character (an escape such as \\ud83d alone): mend it"
+        )
+    return text
 
 
 def to_problems(
-    rows: Iterable[dict[str, Any]], question_column: str, answer_column: str
-) -> list[Problem]:
-    """Return the rows that have both a question and an answer."""
-    numbered = enumerate(rows, start=1)
-    found = (
-        as_problem(number, row.get(question_column), row.get(answer_column))
-        for number, row in numbered
-    )
-    return [problem for problem in found if problem is not None]
+    rows: list[dict[str, Any]], question_column: str, answer_column: str
+) -> tuple[list[Problem], list[int]]:
+    """Return the problems, and the numbers of the rows that lack a question or an answer."""
+    problems, blank = [], []
+    for number, row in enumerate(rows, start=1):
+        question = as_text(row.get(question_column), number, question_column)
+        field = as_text(row.get(answer_column), number, answer_column)
+        if question and field:
+            solution = field.rpartition("####")[0].strip() or None
+            problems.append(Problem(number, question, extract_gold(field), solution))
+        else:
+            blank.append(number)
+    if not problems:
+        raise ValueError(
+            f"has no usable rows: {question_column} or {answer_column} is empty in each"
+        )
+    return problems, blank
+
+
+def read_problems(
+    dataset: str,
+    split: str = "train",
+    question_column: str | None = None,
+    answer_column: str | None = None,
+    flag: str = "--dataset",
+) -> tuple[list[Problem], list[int]]:
+    """Return the problems of a dataset, and the numbers of the rows that lack a question or an
+    answer; `flag` is what errors call the dataset by.
+
+    Raises:
+        FileNotFoundError: no such file or Hub dataset.
+        ValueError: broken or empty data, or a column that is not there.
+    """
+    try:
+        rows = read_rows(dataset, split)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{flag} {error}") from error
+    try:
+        question = find_column(rows, question_column, QUESTION_COLUMNS, "--question-column")
+        answer = find_column(rows, answer_column, ANSWER_COLUMNS, "--answer-column")
+        return to_problems(rows, question, answer)
+    except ValueError as error:
+        raise ValueError(f"{flag} {dataset} {error}") from error
 
 
 def load_problems(
@@ -217,21 +135,6 @@ def load_problems(
     question_column: str | None = None,
     answer_column: str | None = None,
 ) -> list[Problem]:
-    """Return the problems of a dataset.
-
-    Raises:
-        FileNotFoundError: no such file or Hub dataset.
-        ValueError: broken or empty data, or a column that is not there.
-    """
-    if dataset == BUILT_IN:
-        rows: list[dict[str, Any]] = list(generate_problems(BUILT_IN_ROWS[split], split))
-    else:
-        rows = read_rows(dataset, split)
-    question = find_column(rows, question_column, QUESTION_COLUMNS, "--question-column")
-    answer = find_column(rows, answer_column, ANSWER_COLUMNS, "--answer-column")
-    problems = to_problems(rows, question, answer)
-    if not problems:
-        raise ValueError(
-            f"--dataset {dataset} has no usable rows: {question} or {answer} is empty in each"
-        )
-    return problems
+    """Return the problems of a dataset, rows without a question or an answer left out; raises as
+    `read_problems` does."""
+    return read_problems(dataset, split, question_column, answer_column)[0]

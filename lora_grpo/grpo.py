@@ -253,10 +253,16 @@ class LoraGRPOTrainer(GRPOTrainer):
         finally:
             self.args.output_dir = str(run_dir)
             shutil.rmtree(staged, ignore_errors=True)
-        for old in list_checkpoints(run_dir)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        rotate_checkpoints(run_dir)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return a run's checkpoints, the oldest first."""
     return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def rotate_checkpoints(run_dir: Path) -> None:
+    """Keep the newest checkpoints alone; the older ones lose their names first, so that none is
+    ever found half removed."""
+    for old in list_checkpoints(run_dir)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old.rename(run_dir / f".old-{old.name}"))

@@ -17,14 +17,14 @@ from lora_grpo.merge_folder import build_config, load_tokenizer
 from lora_grpo.merge_inputs import MergePlan
 from lora_grpo.merge_reference import half_ulp, policy_weight
 from lora_grpo.merge_weights import dequantize
-from lora_grpo.safetensors_stream import read_tensor
+from lora_grpo.safetensors_stream import BLOCK_ELEMENTS, read_tensor
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Over 120 merges of random models (3 base types, 2 sizes, changes of 1e-5 to 1e-1) the worst were
-# 1.7 times the noise's logit difference and 2.0 times its KL.
+# 1.7 times the noise's logit difference and 2.0 times its KL; over 7 of SmolLM2-135M 1.2 and 1.0.
 LOGIT_FACTOR, KL_FACTOR = 3, 4
 PROBE_TEXT = "12 + 34 = 46,  1,200 is $1200.00\n\n\tf(x)  # naïve 数学 😀 <answer>7</answer>"
 
@@ -66,11 +66,13 @@ def compare_tensor(
     weight, slack = policy
     if merged.shape != weight.shape or merged.dtype != getattr(torch, plan.dtype):
         return [f"{name} is {list(merged.shape)} in {merged.dtype}"]
-    error = (merged.float() - weight.float()).abs()
-    wrong = ~(error <= half_ulp(weight.float(), merged.dtype) + slack)
-    if not wrong.any():
-        return []
-    return [f"{name}: {wrong.sum()} of {wrong.numel()} values off by up to {error.max():.3g}"]
+    count, worst = 0, 0.0
+    blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (merged, weight))
+    for found, expected in zip(*blocks, strict=True):
+        error = (found.float() - expected).abs()
+        wrong = error[~(error <= half_ulp(expected, merged.dtype) + slack)]
+        count, worst = count + len(wrong), max([worst, *wrong.sort().values[-1:].tolist()])
+    return [f"{name}: {count} of {merged.numel()} values off by up to {worst:.3g}"] if count else []
 
 
 def check_tokenizer(folder: Path, expected: "PreTrainedTokenizerBase", texts: list[str]) -> Check:
@@ -99,7 +101,7 @@ def check_generation_config(folder: Path) -> Check:
     try:
         GenerationConfig.from_pretrained(folder).validate(strict=True)
     except (ValueError, OSError) as error:
-        return Check("generation_config", False, str(error).splitlines()[0])
+        return Check("generation_config", False, " ".join(str(error).split()))
     return Check("generation_config", True, "valid")
 
 

@@ -5,7 +5,9 @@ may do to the logits is measured, not guessed: the policy's own weights get unif
 that size, and the merged model may be a few times as far from the policy as that noise takes it.
 """
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +151,7 @@ def observe_merged(folder: Path, policy: Policy) -> tuple[list[torch.Tensor] | N
     """Load the merged folder as any user would, and run it on the policy's sequences."""
     from transformers import AutoModelForCausalLM
 
-    gc.collect()
+    release_memory()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
@@ -171,12 +173,19 @@ def observe_drift(
     quantized: frozenset[str],
 ) -> tuple[Distance, list[Check]]:
     """Measure the merged model's distance from the policy as it was trained, on its 4-bit base."""
-    gc.collect()
+    release_memory()
     placement = choose_placement(plan.four_bit.dtype)
     base = load_base(plan.base_folder, placement, True, plan.four_bit.double_quant)
     checks = [check_dequantized(plan, quantized, base)] if plan.base == "dequantized" else []
     model = load_adapter(base, plan.adapter_dir).eval()
     return measure_distance(collect_logits(model, sequences), logits), checks
+
+
+def release_memory() -> None:
+    """Free the last model for good: the C library keeps blocks of it until it is told otherwise."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from lora_grpo.merge_inputs import MergePlan
 from lora_grpo.merge_weights import load_weight
 from lora_grpo.model import load_adapter
+from lora_grpo.safetensors_stream import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,7 +52,7 @@ def policy_weight(
 def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return how far rounding to `dtype` moves each float32 value at most: half the spacing."""
     unit = torch.tensor(torch.finfo(dtype).eps / 4).expand_as(values)
-    spacing = torch.ldexp(unit, torch.frexp(values).exponent)
+    spacing = torch.ldexp(unit, torch.frexp(values).exponent) * (values != 0)
     return spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2)
 
 
@@ -63,11 +64,13 @@ def add_rounding_noise(model: "PeftModel", plan: MergePlan) -> None:
         found = policy_weight(model, plan, name)
         if found is None:
             continue
-        weight = found[0]
-        rounded = weight.to(dtype).float() != weight
-        if rounded.any():
-            noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1)
-            stored_weight(model, plan, name).add_(noise * half_ulp(weight, dtype) * rounded)
+        stored = stored_weight(model, plan, name).view(-1)
+        blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (found[0], stored))
+        for weight, target in zip(*blocks, strict=True):
+            rounded = weight.to(dtype).float() != weight
+            if rounded.any():
+                noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1)
+                target.add_(noise * half_ulp(weight, dtype) * rounded)
 
 
 def stored_weight(model: "PeftModel", plan: MergePlan, name: str) -> torch.nn.Parameter:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 REPORT, CARD = "merge_report.json", "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-NOTABLE_LOSS = 0.1
+NOTABLE_LOSS = 0.25
 
 
 def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.config import TrainConfig
-from lora_grpo.dataset import BUILT_IN, Problem, load_problems
+from lora_grpo.dataset import BUILT_IN, Problem, read_problems
 from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, read_system_prompt, render
 from lora_grpo.rewards import Reward, check_gold
 
@@ -47,27 +47,16 @@ class Data:
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def load_test(config: TrainConfig) -> tuple[list[Problem], str, str] | None:
-    """Return the held-out problems with their dataset and split, or None where the dataset has none
-    of its own."""
-    columns = (config.question_column, config.answer_column)
-    if config.eval_dataset is not None:
-        return load_problems(config.eval_dataset, "test", *columns), config.eval_dataset, "test"
-    if config.dataset == BUILT_IN or not Path(config.dataset).expanduser().is_file():
-        return load_problems(config.dataset, "test", *columns), config.dataset, "test"
-    return None
-
-
 def normalise(question: str) -> str:
     """Return a question as it is compared: letter case and white space do not tell two apart."""
     return re.sub(r"\s+", " ", question).strip().lower()
 
 
-def describe_rows(problems: Sequence[Problem]) -> str:
+def describe_rows(rows: Sequence[int]) -> str:
     """Name the first few rows."""
-    named = ", ".join(str(problem.row) for problem in problems[:NAMED_ROWS])
-    more = len(problems) - NAMED_ROWS
-    return f"row {named}" + (f" and {more} more" if more > 0 else "")
+    more = len(rows) - NAMED_ROWS
+    named = ", ".join(map(str, rows[:NAMED_ROWS])) + (f" and {more} more" if more > 0 else "")
+    return f"row{'s' if len(rows) > 1 else ''} {named}"
 
 
 class Sieve:
@@ -78,37 +67,60 @@ class Sieve:
         self.strict = strict
         self.notes: list[str] = []
 
-    def drop(
-        self, name: str, problems: list[Problem], bad: Sequence[Problem], why: str
-    ) -> list[Problem]:
-        """Return the problems less the bad ones.
+    def drop(self, name: str, problems: list[Problem], rows: list[int], why: str) -> list[Problem]:
+        """Return the problems less those of the given rows, of which some may be gone already.
 
         Raises:
-            ValueError: there are bad ones and the sieve is strict, or nothing is left.
+            ValueError: there are such rows and the sieve is strict, or nothing is left.
         """
-        if not bad:
+        if not rows:
             return problems
-        found = f"{name}: {len(bad)} of {len(problems)} {why} ({describe_rows(bad)})"
+        total = len({problem.row for problem in problems}.union(rows))
+        found = f"{name}: {len(rows)} of {total} {why} ({describe_rows(rows)})"
         if self.strict:
             raise ValueError(f"--strict-data: {found}: mend or remove them")
         self.notes.append(f"dropped from {found}")
-        rows = {problem.row for problem in bad}
-        kept = [problem for problem in problems if problem.row not in rows]
+        dropped = set(rows)
+        kept = [problem for problem in problems if problem.row not in dropped]
         if not kept:
             raise ValueError(f"{found}: no usable rows are left")
         return kept
+
+
+def load_checked(
+    sieve: Sieve, config: TrainConfig, rewards: Sequence[Reward], split: str, dataset: str
+) -> list[Problem]:
+    """Return the problems of a split less those that are blank or cannot earn full marks."""
+    columns = (config.question_column, config.answer_column)
+    flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
+    problems, blank = read_problems(dataset, split, *columns, flag)
+    problems = sieve.drop(split, problems, blank, "rows lack a question or an answer")
+    return drop_bad_gold(sieve, split, problems, rewards)
+
+
+def find_test(config: TrainConfig) -> str | None:
+    """Return the dataset whose test split is held out, or None where a single file is all there
+    is."""
+    if config.eval_dataset is not None:
+        return config.eval_dataset
+    single = config.dataset != BUILT_IN and Path(config.dataset).expanduser().is_file()
+    return None if single else config.dataset
 
 
 def drop_bad_gold(
     sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward]
 ) -> list[Problem]:
     """Drop problems whose gold answer the reward would not pay in full."""
-    failing = check_gold([problem.answer for problem in problems], list(rewards))
+    failing = check_gold(
+        [problem.answer for problem in problems],
+        list(rewards),
+        prompts=[build_messages(problem.question) for problem in problems],
+        question=[problem.question for problem in problems],
+    )
     bad = [problems[position] for position in failing]
     shown = f", such as {bad[0].answer!r:.40}" if bad else ""
-    return sieve.drop(
-        name, problems, bad, f"gold answers do not earn full marks against themselves{shown}"
-    )
+    why = f"gold answers do not earn full marks against themselves{shown}"
+    return sieve.drop(name, problems, [problem.row for problem in bad], why)
 
 
 def drop_long(
@@ -122,19 +134,17 @@ def drop_long(
     """Drop problems whose prompt is longer than the limit."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
     lengths = count_tokens(tokenizer, prompts)
-    bad = [problem for problem, length in zip(problems, lengths, strict=True) if length > limit]
-    return sieve.drop(
-        name,
-        problems,
-        bad,
-        f"prompts are longer than --max-prompt-length {limit} (the longest has {max(lengths)})",
-    )
+    pairs = zip(problems, lengths, strict=True)
+    long = [problem.row for problem, length in pairs if length > limit]
+    longest = max(lengths, default=0)
+    why = f"prompts are longer than --max-prompt-length {limit} (the longest has {longest})"
+    return sieve.drop(name, problems, long, why)
 
 
 def drop_overlap(sieve: Sieve, train: list[Problem], test: Sequence[Problem]) -> list[Problem]:
     """Drop training problems whose question is also a test question."""
     held_out = {normalise(problem.question) for problem in test}
-    bad = [problem for problem in train if normalise(problem.question) in held_out]
+    bad = [problem.row for problem in train if normalise(problem.question) in held_out]
     return sieve.drop("train", train, bad, "questions are also in the test set")
 
 
@@ -148,16 +158,18 @@ def hold_out(problems: list[Problem], count: int, seed: int) -> tuple[list[Probl
 
 
 def take_example(train: list[Problem], wanted: bool) -> tuple[list[Problem], Problem | None]:
-    """Set the first problem with a worked solution apart as the example, where one is wanted."""
+    """Set the first problem with a worked solution apart as the example, where one is wanted;
+    repeats of its question go too."""
     if not wanted:
         return train, None
-    for position, problem in enumerate(train):
-        if problem.solution:
-            return train[:position] + train[position + 1 :], problem
-    raise ValueError(
-        "--one-shot needs a training row with a worked solution before ####, found none: leave "
-        "it out"
-    )
+    example = next((problem for problem in train if problem.solution), None)
+    if example is None:
+        raise ValueError(
+            "--one-shot needs a training row with a worked solution before ####, found none: leave "
+            "it out"
+        )
+    question = normalise(example.question)
+    return [problem for problem in train if normalise(problem.question) != question], example
 
 
 def prepare_data(
@@ -171,17 +183,14 @@ def prepare_data(
     """
     sieve = Sieve(config.strict_data)
     style = PromptStyle(read_system_prompt(config.system_prompt_file))
-    train = load_problems(config.dataset, "train", config.question_column, config.answer_column)
-    train = drop_bad_gold(sieve, "train", train, rewards)
-    own_test = load_test(config)
-    if own_test:
-        test, test_name, test_split = own_test
-        test = drop_bad_gold(sieve, "test", test, rewards)
+    train = load_checked(sieve, config, rewards, "train", config.dataset)
+    test_name = find_test(config)
+    if test_name is not None:
+        test, test_split = load_checked(sieve, config, rewards, "test", test_name), "test"
         train = drop_overlap(sieve, train, test)
     else:
-        train, test = hold_out(
-            train, config.num_eval_items or len(train) // HELD_OUT_SHARE, config.seed
-        )
+        count = config.num_eval_items or len(train) // HELD_OUT_SHARE
+        train, test = hold_out(train, count, config.seed)
         test_name, test_split = config.dataset, f"held out of train with seed {config.seed}"
     train, example = take_example(train, config.one_shot)
     style = replace(style, example=example)

@@ -2,17 +2,15 @@
 
 import argparse
 import dataclasses
-import json
 import shutil
 import subprocess
 import sys
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.config import TrainConfig, flag
+from lora_grpo.config_file import read_config_file, read_run
 
 PRESETS: dict[str, dict[str, Any]] = {
     # No network, no GPU: a rate fit for 0.85M parameters, completions that never reach 64 tokens,
@@ -29,11 +27,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_completion_length": 64,
         "per_device_train_batch_size": 128,
         "gradient_accumulation_steps": 1,
-        "max_steps": 30,
+        "max_steps": 40,
         "eval_steps": 10,
         "eval_batch_size": 256,
         "save_steps": 5,
-        "num_validation_items": 128,
+        "num_validation_items": 256,
     },
     # Small enough for a CPU to show ten steps of the real thing; completions cut to what it writes
     # before it rambles.
@@ -50,16 +48,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     # card.
     "qwen2.5-0.5b": {"gradient_checkpointing": True},
 }
-FREE_AT_RESUME = frozenset(
-    {"resume", "config", "quiet", "dry_run", "preview", "max_steps", "adapters_dir", "run_name"}
-)
+FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps"})
+GPU_SECONDS = 20
 
 
 def has_nvidia_gpu() -> bool:
     """Tell whether the driver lists a GPU, without loading torch."""
     if shutil.which("nvidia-smi") is None:
         return False
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=GPU_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
     return listed.returncode == 0 and "GPU" in listed.stdout
 
 
@@ -70,111 +72,70 @@ def choose_preset() -> tuple[str, str]:
     return "tiny", "this machine has no NVIDIA GPU"
 
 
-def coerce(name: str, value: Any) -> Any:
-    """Turn a JSON or YAML value into the field's type where that is a path or a tuple."""
-    hint = typing.get_type_hints(TrainConfig)[name]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is not None and Path in options:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
-
-
-def read_knobs(path: Path) -> dict[str, Any]:
-    """Return the knobs of a saved `train_config.json` (which records more than knobs) or of a YAML
-    file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: broken text, or a YAML key that is no knob.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--config {path} does not exist: give a train_config.json or a YAML file"
-        )
-    text = path.read_text(encoding="utf-8")
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if path.suffix == ".json":
-        values = parse_json(path, text)
-    else:
-        values = parse_yaml(path, text)
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise ValueError(
-                f"--config {path}: unknown key {', '.join(unknown)}: see --help for the knobs"
-            )
-    return {name: coerce(name, value) for name, value in values.items() if name in names}
-
-
-def parse_json(path: Path, text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--config {path}, line {error.lineno}: broken JSON ({error.msg})"
-        ) from None
-
-
-def parse_yaml(path: Path, text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"--config {path} is broken YAML: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"--config {path} must hold knobs as `name: value` lines, got {type(values).__name__}"
-        )
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
 def find_sources(arguments: Sequence[str]) -> argparse.Namespace:
     """Look ahead for the flags that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "resume", "model"):
-        parser.add_argument(f"--{name}")
-    return parser.parse_known_args(
-        [argument for argument in arguments if argument not in ("-h", "--help")]
-    )[0]
+        parser.add_argument(f"--{name}", nargs="?")
+    return parser.parse_known_args(arguments)[0]
 
 
 def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the defaults that the sources give, and a sentence that says where they come from."""
     if sources.resume:
-        return read_knobs(
-            Path(sources.resume) / "train_config.json"
-        ), f"as the run in {sources.resume} began"
-    knobs = read_knobs(Path(sources.config)) if sources.config else {}
+        if sources.config:
+            raise ValueError(
+                f"--resume {sources.resume} takes the knobs of that run: leave out --config"
+            )
+        return read_run(Path(sources.resume)), f"as the run in {sources.resume} began"
+    knobs = read_config_file(Path(sources.config)) if sources.config else {}
     preset = sources.preset or knobs.get("preset")
     if preset in PRESETS:
-        why = f"preset {preset}: {'from ' + sources.config if not sources.preset else 'asked for'}"
-    elif sources.config or sources.model:
-        preset, why = None, f"no preset: {'--config' if sources.config else '--model'} was given"
+        why = f"preset {preset}: {'asked for' if sources.preset else f'from {sources.config}'}"
+    elif sources.preset or sources.config or sources.model:
+        given = next(name for name in ("preset", "config", "model") if getattr(sources, name))
+        preset, why = None, f"no preset: --{given} was given"
     else:
         preset, reason = choose_preset()
         why = f"preset {preset}: {reason}"
     return {**PRESETS.get(preset, {}), **knobs, "preset": preset}, why
 
 
-def anchor_paths(config: TrainConfig) -> TrainConfig:
-    """Make the local paths that a run must find again absolute, so that it can be resumed from
-    anywhere."""
-    named = {
-        name: getattr(config, name)
-        for name in ("model", "dataset", "eval_dataset", "system_prompt_file")
-    }
-    found = {name: Path(value).expanduser() for name, value in named.items() if value is not None}
+def unchecked(knobs: dict[str, Any]) -> TrainConfig:
+    """Return a configuration whose checks wait until the flags have had their say."""
+    config = object.__new__(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        object.__setattr__(config, field.name, knobs.get(field.name, field.default))
+    return config
+
+
+def anchor(name: str) -> str:
+    """Make a local path absolute, so that a run finds it again from anywhere; leave other names."""
+    path = Path(name).expanduser()
+    return name if name in ("tiny", "arithmetic") or not path.exists() else str(path.resolve())
+
+
+def keep_last(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return one `name=value` a name, the last: a flag changes what a file or a run began with."""
+    by_name = {}
+    for spec in specs:
+        path, _, call = spec.rpartition(":")
+        by_name[path, call.partition("=")[0]] = spec
+    return tuple(by_name.values())
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """Make local paths absolute and let repeated flags override by name."""
+    rewards = [spec.rpartition(":") for spec in config.reward]
+    prompt = config.system_prompt_file
     return dataclasses.replace(
         config,
-        **{
-            name: type(named[name])(path.resolve())
-            if name == "system_prompt_file"
-            else str(path.resolve())
-            for name, path in found.items()
-            if path.exists() and named[name] not in ("tiny", "arithmetic")
-        },
+        model=anchor(config.model),
+        dataset=anchor(config.dataset),
+        eval_dataset=config.eval_dataset and anchor(config.eval_dataset),
+        system_prompt_file=prompt and Path(anchor(str(prompt))),
+        reward=keep_last(anchor(path) + colon + call for path, colon, call in rewards),
+        reward_weight=keep_last(config.reward_weight),
     )
 
 
@@ -191,15 +152,13 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
             f"--resume goes on with the same run, but {'; '.join(changed)}: leave them out, or "
             "start anew"
         )
-    if saved.max_steps and asked.max_steps and asked.max_steps < saved.max_steps:
-        raise ValueError(
-            f"--max-steps was {saved.max_steps}, now {asked.max_steps}: a resumed run can only be "
-            "prolonged"
-        )
+    steps = f"--max-steps was {saved.max_steps}, now {asked.max_steps}"
+    if asked.max_steps is None or asked.max_steps < saved.max_steps:
+        raise ValueError(f"{steps}: a resumed run can only be prolonged")
     if saved.max_steps != asked.max_steps and saved.lr_scheduler_type in ("linear", "cosine"):
         raise ValueError(
-            f"--max-steps was {saved.max_steps}, now {asked.max_steps}: with --lr-scheduler-type "
-            f"{saved.lr_scheduler_type} that changes the rate of the steps already made; start anew"
+            f"{steps}: with --lr-scheduler-type {saved.lr_scheduler_type} that changes the rate of "
+            "the steps already made; start anew"
         )
 
 
@@ -214,8 +173,8 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     knobs, why = defaults_for(find_sources(arguments))
-    default = TrainConfig(**knobs)
-    config = anchor_paths(tyro.cli(TrainConfig, default=default, args=arguments))
+    default = unchecked(knobs)
+    config = settle(tyro.cli(TrainConfig, default=default, args=arguments))
     if config.resume:
         check_resume(default, config)
     return config, why

@@ -18,7 +18,7 @@ import torch
 from tokenizers import pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from lora_grpo.arithmetic import stream_problems
+from lora_grpo.arithmetic import PRETRAINING_TEMPLATES, stream_problems
 from lora_grpo.prompt import Message, build_messages
 
 PADDING, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -64,7 +64,7 @@ def write_completion(problem: dict[str, str], draw: random.Random) -> str:
 def stream_conversations(seed: int) -> Iterator[tuple[list[Message], str]]:
     """Yield the chat messages of training problems, with a completion each."""
     draw = random.Random(seed)
-    for problem in stream_problems("train", seed):
+    for problem in stream_problems("train", seed, PRETRAINING_TEMPLATES):
         yield build_messages(problem["question"]), write_completion(problem, draw)
 
 

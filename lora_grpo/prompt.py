@@ -39,13 +39,18 @@ def read_system_prompt(path: Path | None) -> str:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is blank.
+        ValueError: the file is blank or not UTF-8 text.
     """
     if path is None:
         return SYSTEM_PROMPT
     if not path.is_file():
         raise FileNotFoundError(f"--system-prompt-file {path} does not exist: give a text file")
-    text = path.read_text(encoding="utf-8").strip()
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--system-prompt-file {path} is not UTF-8 text ({error.reason}): convert it"
+        ) from None
     if not text:
         raise ValueError(f"--system-prompt-file {path} is blank: write the prompt in it")
     return text
@@ -75,5 +80,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str
 
 def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[int]:
     """Return each text's length in tokens, the template's own special tokens counted once."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)
-    return [len(ids) for ids in encoded["input_ids"]]
+    batch = list(texts)
+    if not batch:  # of which a tokenizer makes an IndexError
+        return []
+    return [len(ids) for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.arithmetic import TEMPLATES
+from lora_grpo.arithmetic import PRETRAINING_TEMPLATES
 from lora_grpo.atomic import staged_directory
 from lora_grpo.dataset import Problem, load_problems
 from lora_grpo.pretrain import STYLES, PretrainConfig, pretrain
@@ -97,7 +97,7 @@ def write_tiny_card(
         steps=config.steps,
         batch=config.batch_size,
         rate=config.learning_rate,
-        templates=len(TEMPLATES),
+        templates=len(PRETRAINING_TEMPLATES),
         styles="\n".join(f"| {name} | {share:.0%} |" for name, (share, _) in STYLES.items()),
         num_items=len(problems),
         asked=describe(answer_all(model, tokenizer, problems)),

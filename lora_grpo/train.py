@@ -5,9 +5,11 @@ goes on from there.
 """
 
 import dataclasses
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
@@ -24,6 +26,7 @@ from lora_grpo.grpo import (
     grpo_config,
     list_checkpoints,
     lora_config,
+    rotate_checkpoints,
 )
 from lora_grpo.model import load_base
 from lora_grpo.plan import Plan, provenance
@@ -129,6 +132,16 @@ def listening(recorder: Recorder) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what a killed run had begun to write or to remove: hidden names, old checkpoints."""
+    for path in run_dir.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != BASE_ITEMS:
+            path.unlink()
+    rotate_checkpoints(run_dir)
+
+
 def optimise(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> None:
     """Make the steps that are still to be made.
 
@@ -140,6 +153,7 @@ def optimise(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> None:
     checkpoint = next(reversed(list_checkpoints(run_dir)), None)
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     cut_back(run_dir, done)
+    clear_leftovers(run_dir)
 
     def validate() -> dict[str, float]:
         found = summarise(

@@ -1,0 +1,198 @@
+"""The update: TRL's mathematics, a base that stays as it is, no trace of the micro-batch."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from trl import GRPOTrainer
+
+from lora_grpo.config import TrainConfig
+from lora_grpo.dataset import load_problems
+from lora_grpo.grpo import (
+    LoraGRPOTrainer,
+    build_dataset,
+    count_steps,
+    grpo_config,
+    lora_config,
+    order_problems,
+)
+from lora_grpo.model import EMBEDDED_FOLDER, Placement, dequantised, load_base, load_tokenizer
+from lora_grpo.presets import PRESETS
+from lora_grpo.prompt import PLAIN
+from lora_grpo.rewards import build_rewards
+
+CPU = Placement("cpu", "float32")
+SMALL = {
+    **PRESETS["tiny"],
+    "max_steps": 1,
+    "max_completion_length": 40,
+    "num_generations": 4,
+    "per_device_train_batch_size": 16,
+    "load_in_4bit": False,
+}
+
+
+def make_trainer(tmp_path: Path, trainer_class: type = LoraGRPOTrainer, **knobs) -> GRPOTrainer:
+    config = TrainConfig(**{**SMALL, **knobs})
+    rewards = build_rewards("default", max_completion_length=config.max_completion_length)
+    model = load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, double_quant=False)
+    problems = load_problems("arithmetic")[:64]
+    args = grpo_config(config, tmp_path, CPU, config.max_steps, 0, rewards)
+    dataset = build_dataset(config, problems, PLAIN, config.max_steps)
+    tokenizer = load_tokenizer(EMBEDDED_FOLDER)
+    if trainer_class is LoraGRPOTrainer:
+        trainer = LoraGRPOTrainer(model, tokenizer, rewards, args, lora_config(config), dataset)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+    torch.manual_seed(args.seed)
+    return GRPOTrainer(
+        model,
+        [reward.function for reward in rewards],
+        args,
+        dataset,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+    )
+
+
+class GradientCatcher(TrainerCallback):
+    """Keeps the first step's gradients, as they are before clipping would touch them."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_) -> None:
+        if not self.gradients:
+            self.gradients = {
+                name: parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+def train_and_catch(tmp_path: Path, **knobs) -> tuple[GRPOTrainer, dict[str, torch.Tensor]]:
+    trainer = make_trainer(tmp_path, max_grad_norm=1e9, **knobs)
+    catcher = GradientCatcher()
+    trainer.add_callback(catcher)
+    trainer.train()
+    return trainer, catcher.gradients
+
+
+def hash_frozen(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            digest.update(name.encode())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path, loss_type: str) -> None:
+    shapes = [(16, 1), (4, 4), (2, 8)]
+    found = [
+        train_and_catch(
+            tmp_path,
+            loss_type=loss_type,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+        )
+        for size, count in shapes
+    ]
+    whole_trainer, whole = found[0]
+    assert max(gradient.abs().max() for gradient in whole.values()) > 1e-4
+    for trainer, gradients in found[1:]:
+        assert trainer.batch.completions == whole_trainer.batch.completions
+        for name, gradient in whole.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_base_weights_are_bit_identical_after_training(tmp_path: Path, load_in_4bit: bool) -> None:
+    trainer = make_trainer(tmp_path, load_in_4bit=load_in_4bit, max_steps=2)
+    before = hash_frozen(trainer.model)
+    trainer.train()
+    assert hash_frozen(trainer.model) == before
+    moved = [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+    assert all(parameter.abs().max() > 0 for parameter in moved)
+
+
+def test_only_the_adapter_is_trained_and_in_float32_on_a_4bit_base(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, load_in_4bit=True)
+    trained = {n: p.dtype for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+
+
+def test_steps_equal_plain_trl(tmp_path: Path) -> None:
+    ours = make_trainer(tmp_path, max_steps=3)
+    plain = make_trainer(tmp_path, GRPOTrainer, max_steps=3)
+    for trainer in (ours, plain):
+        set_seed(7)
+        trainer.train()
+    names = ("loss", "reward", "grad_norm", "completions/mean_length", "frac_reward_zero_std")
+    for mine, theirs in zip(ours.state.log_history[:3], plain.state.log_history[:3], strict=True):
+        assert [mine[name] for name in names] == [theirs[name] for name in names]
+
+
+def test_batch_holds_what_trl_was_paid(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    batch, logs = trainer.batch, trainer.state.log_history[0]
+    assert len(batch.completions) == 16
+    assert sum(batch.totals()) / 16 == pytest.approx(logs["reward"], abs=1e-6)
+    assert sum(batch.tokens) / 16 == pytest.approx(logs["completions/mean_length"])
+    assert sum(batch.truncated) / 16 == pytest.approx(logs["completions/clipped_ratio"])
+    assert batch.rows(1)[0]["rewards"].keys() == {"correctness", "format", "length_penalty"}
+
+
+def test_dequantised_generates_the_same_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = load_base(EMBEDDED_FOLDER, CPU, load_in_4bit=True, double_quant=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        slow = model(ids).logits
+        with dequantised(model):
+            fast = model(ids).logits
+        again = model(ids).logits
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again, slow)
+    assert not any("forward" in vars(layer) for layer in model.modules())
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_lora_config_passes_every_knob(use_rslora: bool) -> None:
+    config = TrainConfig(r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=use_rslora)
+    found = lora_config(dataclasses.replace(config, target_modules=("q_proj",)))
+    assert isinstance(found, LoraConfig)
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (4, 6, 0.1)
+    assert (found.use_rslora, found.target_modules) == (use_rslora, {"q_proj"})
+
+
+def test_order_is_whole_passes_and_a_longer_run_begins_the_same() -> None:
+    problems = load_problems("arithmetic")[:10]
+    short, long = order_problems(problems, 15, seed=3), order_problems(problems, 30, seed=3)
+    assert long[:15] == short
+    for start in (0, 10, 20):
+        assert sorted(p.row for p in long[start : start + 10]) == [p.row for p in problems]
+    assert order_problems(problems, 15, seed=4) != short
+
+
+def test_epochs_become_steps() -> None:
+    config = TrainConfig(max_steps=None, num_train_epochs=2.0, num_iterations=2, save_steps=2)
+    assert config.prompts_per_step == 8
+    assert count_steps(config, num_problems=20) == 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path)
+    compute: Callable = GRPOTrainer.compute_loss
+    monkeypatch.setattr(
+        GRPOTrainer, "compute_loss", lambda *a, **k: compute(*a, **k) * float("nan")
+    )
+    with pytest.raises(FloatingPointError, match="loss became nan"):
+        trainer.train()

@@ -1,0 +1,94 @@
+"""DESIGN.md, sections 2 and 3: a module imports only from modules to its left in one line."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lora_grpo"
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+ORDER = [
+    # knobs, and files that appear whole
+    *("atomic", "config", "config_file", "presets"),
+    # dataset -> prompt
+    *("arithmetic", "table", "dataset", "prompt"),
+    # -> rollout
+    *("model", "rollout"),
+    # -> reward
+    *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
+    *("pretrain", "tiny_card"),
+    # -> GRPO update -> adapter -> evaluate
+    *("prepare", "adapter", "grpo", "record", "console", "evaluate", "plan", "card"),
+    *("train", "job"),
+    # -> merge
+    *("safetensors_stream", "lora_delta", "logit_distance"),
+    *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
+    *("merge_proof", "merge_report", "merge"),
+]
+WITHOUT_TORCH = [
+    *("atomic", "config", "config_file", "presets", "arithmetic", "table", "dataset", "prompt"),
+    *("model", "rollout", "answers", "custom_rewards", "rewards", "scoring", "reward_corpus"),
+    *("reward_check", "prepare"),
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports anywhere, `from lora_grpo import x` counted as `x`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "lora_grpo" if node.level else node.module
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names if module == "lora_grpo" else {module}
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    there = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert len(set(ORDER)) == len(ORDER)
+    assert set(ORDER) == there, "give each module its place in ORDER"
+    assert not {"utils", "common", "types", "helpers", "misc"} & there
+    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
+
+
+@pytest.mark.parametrize("module", ["__init__", *ORDER])
+def test_a_module_imports_only_from_its_left(module: str) -> None:
+    own = {
+        name.partition(".")[2]
+        for name in imports_of(PACKAGE / f"{module}.py")
+        if name.partition(".")[0] == "lora_grpo"
+    }
+    left = ORDER[: ORDER.index(module)] if module in ORDER else []
+    assert own <= set(left), f"{module} imports {sorted(own - set(left))} from its right"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_import_the_library_and_never_each_other(path: Path) -> None:
+    names = {name.partition(".")[0] for name in imports_of(path)}
+    assert "lora_grpo" in names
+    assert not names & ({"scripts"} | {script.stem for script in SCRIPTS})
+    last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+    assert isinstance(last, ast.If) and "__main__" in ast.dump(last.test)
+
+
+def test_what_answers_at_once_needs_no_torch() -> None:
+    """The light modules are imported where the heavy packages cannot be."""
+    code = f"""
+import importlib, sys
+for heavy in ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"):
+    sys.modules[heavy] = None  # an ImportError for whoever asks
+import lora_grpo
+for name in {WITHOUT_TORCH}:
+    importlib.import_module("lora_grpo." + name)
+assert lora_grpo.rewards.score("<answer>1</answer>", "1")["correctness"] == 1
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

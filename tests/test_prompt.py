@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.dataset import Problem
+from lora_grpo.prompt import (
+    SYSTEM_PROMPT,
+    PromptStyle,
+    build_messages,
+    count_tokens,
+    perfect_completion,
+    read_system_prompt,
+    render,
+)
+from lora_grpo.rewards import has_format, parse_answer
+
+EXAMPLE = Problem(4, "How many?", "72", "48/2=<<48/2=24>>24 clips\n48+24=<<48+24=72>>72")
+
+
+def test_the_prompt_asks_for_the_tags_that_the_parser_reads() -> None:
+    assert has_format(SYSTEM_PROMPT.partition("\n")[2])
+
+
+def test_a_question_stands_alone_behind_the_system_prompt() -> None:
+    assert build_messages("Why?") == [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert build_messages("Why?", PromptStyle("Be brief."))[0]["content"] == "Be brief."
+
+
+def test_one_shot_shows_a_question_answered_as_asked() -> None:
+    system, asked, answered, question = build_messages("Why?", PromptStyle(example=EXAMPLE))
+    assert system["role"] == "system"
+    assert asked == {"role": "user", "content": "How many?"}
+    assert answered["role"] == "assistant"
+    assert question == {"role": "user", "content": "Why?"}
+    assert has_format(answered["content"]) and parse_answer(answered["content"]) == "72"
+
+
+def test_the_perfect_completion_leaves_gsm8k_s_calculations_out() -> None:
+    assert perfect_completion(EXAMPLE) == (
+        "<reasoning>\n48/2=24 clips\n48+24=72\n</reasoning>\n<answer>\n72\n</answer>"
+    )
+    assert has_format(perfect_completion(Problem(1, "q", "5")))
+
+
+def test_rendering_ends_where_the_model_goes_on(tokenizer) -> None:
+    text = render(tokenizer, build_messages("Why?", PromptStyle("Be brief.", EXAMPLE)))
+    turns = text.split("<|im_start|>")[1:]
+    assert [turn.partition("\n")[0] for turn in turns] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert turns[-2:] == ["user\nWhy?<|im_end|>\n", "assistant\n"]
+
+
+def test_tokens_are_counted_as_the_template_counts_them(tokenizer) -> None:
+    conversations = [build_messages(question) for question in ("Why?", "How many pens? " * 20)]
+    expected = [
+        len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        for messages in conversations
+    ]
+    texts = (render(tokenizer, messages) for messages in conversations)
+    assert count_tokens(tokenizer, texts) == expected
+    assert count_tokens(tokenizer, []) == []
+
+
+def test_a_system_prompt_of_one_s_own(tmp_path: Path) -> None:
+    assert read_system_prompt(None) == SYSTEM_PROMPT
+    path = tmp_path / "prompt.txt"
+    path.write_text("\n  Answer in <answer> tags: \u00e9\n", encoding="utf-8-sig")
+    assert read_system_prompt(path) == "Answer in <answer> tags: \u00e9"
+
+
+def test_a_system_prompt_file_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    with pytest.raises(FileNotFoundError, match=f"--system-prompt-file {path} does not exist"):
+        read_system_prompt(path)
+    with pytest.raises(FileNotFoundError, match=f"--system-prompt-file {tmp_path} does not exist"):
+        read_system_prompt(tmp_path)
+    path.write_text(" \n\t")
+    with pytest.raises(ValueError, match=f"--system-prompt-file {path} is blank"):
+        read_system_prompt(path)
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"--system-prompt-file {path} is not UTF-8 text"):
+        read_system_prompt(path)

@@ -1,0 +1,261 @@
+"""The job: an adapter directory that is whole, and that a kill at any moment cannot change."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.config import TrainConfig
+from lora_grpo.config_file import read_run
+from lora_grpo.presets import PRESETS
+
+SMALL = {
+    **PRESETS["tiny"],
+    "preset": "tiny",
+    "quiet": True,
+    "max_steps": 6,
+    "num_generations": 4,
+    "max_completion_length": 32,
+    "per_device_train_batch_size": 8,
+    "num_eval_items": 16,
+    "num_validation_items": 8,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "log_completions_steps": 1,
+}
+SECONDS = ("seconds", "seconds_generate", "seconds_reward", "seconds_update")
+
+
+def train_in_process(knobs: dict, outcome: Path) -> None:
+    """Train in this process; runs in a child that may be killed."""
+    import torch
+
+    from lora_grpo.console import Display
+    from lora_grpo.plan import make_plan
+    from lora_grpo.train import Stopped, train
+
+    torch.set_num_threads(1)
+    if knobs.get("resume"):
+        saved = read_run(Path(knobs["resume"]))
+        knobs = {**saved, **knobs}
+    try:
+        train(make_plan(TrainConfig(**knobs)), Display(quiet=True))
+    except Stopped as stop:
+        outcome.write_text(str(stop))
+        return
+    outcome.write_text("done")
+
+
+@pytest.fixture(scope="module")
+def children():
+    """Processes that start with everything imported and no thread of torch's running yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["lora_grpo.train", "lora_grpo.plan", "trl.trainer.grpo_trainer"]
+    )
+    return context
+
+
+def start(children, outcome: Path, **knobs) -> multiprocessing.Process:
+    outcome.unlink(missing_ok=True)
+    process = children.Process(target=train_in_process, args=({**knobs}, outcome))
+    process.start()
+    return process
+
+
+def finish(children, outcome: Path, **knobs) -> None:
+    process = start(children, outcome, **knobs)
+    process.join(240)
+    assert process.exitcode == 0 and outcome.read_text() == "done"
+
+
+def read_rows(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in SECONDS} for row in rows]
+
+
+def contents(run_dir: Path) -> dict:
+    """Return all that a run must end up with, whatever happened on the way."""
+    names = ("metrics.jsonl", "completions.jsonl", "validation.jsonl", "eval_items.jsonl")
+    weights = ("adapter_model.safetensors", "last/adapter_model.safetensors")
+    return {
+        **{name: read_rows(run_dir / name) for name in names},
+        **{name: (run_dir / name).read_bytes() for name in weights},
+        "eval.json": json.loads((run_dir / "eval.json").read_text()),
+        "card": (run_dir / "README.md").read_text(),
+        "leftovers": sorted(path.name for path in run_dir.glob(".*")),
+        "checkpoints": sorted(path.name for path in run_dir.glob("checkpoint-*")),
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_run(children, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    home = tmp_path_factory.mktemp("whole")
+    finish(children, home / "outcome", **SMALL, adapters_dir=home, run_name="run")
+    return home / "run"
+
+
+def lines_of(name: str, count: int) -> Callable[[Path], bool]:
+    return lambda run: (run / name).exists() and (run / name).read_text().count("\n") >= count
+
+
+def there(pattern: str) -> Callable[[Path], bool]:
+    return lambda run: any(run.glob(pattern))
+
+
+MOMENTS = {
+    "the directory has just appeared": (there("train_config.json"), 0.0),
+    "the base is being evaluated": (there("train_config.json"), 0.3),
+    "the base was evaluated": (there(".base_items.jsonl"), 0.0),
+    "the first step was logged": (lines_of("metrics.jsonl", 1), 0.0),
+    "the first checkpoint is being written": (there(".staged-checkpoint-2"), 0.0),
+    "the first checkpoint was written": (there("checkpoint-2"), 0.0),
+    "a step after the checkpoint is sampled": (lines_of("metrics.jsonl", 3), 0.05),
+    "the second validation was logged": (lines_of("validation.jsonl", 2), 0.0),
+    "old checkpoints are being removed": (there("checkpoint-6"), 0.0),
+    "the last adapter was saved": (there("last/adapter_model.safetensors"), 0.0),
+}
+
+
+def kill_at(process: multiprocessing.Process, reached: Callable[[], bool], delay: float) -> None:
+    while process.is_alive() and not reached():
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_changes_nothing(children, whole_run: Path, tmp_path: Path, moment: str) -> None:
+    reached, delay = MOMENTS[moment]
+    run, outcome = tmp_path / "run", tmp_path / "outcome"
+    process = start(children, outcome, **SMALL, adapters_dir=tmp_path, run_name="run")
+    kill_at(process, lambda: reached(run), delay)
+    assert not (run / "eval.json").exists()
+    finish(children, outcome, resume=run)
+    assert contents(run) == contents(whole_run)
+
+
+def test_sigterm_saves_and_the_rest_is_the_same(children, whole_run: Path, tmp_path: Path) -> None:
+    run, outcome = tmp_path / "run", tmp_path / "outcome"
+    process = start(children, outcome, **SMALL, adapters_dir=tmp_path, run_name="run")
+    while not lines_of("metrics.jsonl", 3)(run):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert outcome.read_text() == "SIGTERM"
+    assert (run / "checkpoint-4").is_dir() and not (run / "eval.json").exists()
+    finish(children, outcome, resume=run)
+    assert contents(run) == contents(whole_run)
+
+
+def test_a_prolonged_run_equals_one_that_was_long_from_the_start(
+    children, whole_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "prolonged")
+    outcome = tmp_path / "outcome"
+    finish(children, outcome, resume=tmp_path / "prolonged", max_steps=8)
+    long = {**SMALL, "max_steps": 8}
+    finish(children, outcome, **long, adapters_dir=tmp_path, run_name="prolonged-2")
+    found, wanted = contents(tmp_path / "prolonged"), contents(tmp_path / "prolonged-2")
+    assert found.pop("card").replace("prolonged", "") == wanted.pop("card").replace(
+        "prolonged-2", ""
+    )
+    assert found == wanted
+    assert json.loads((tmp_path / "prolonged/train_config.json").read_text())["max_steps"] == 8
+
+
+def test_two_updates_a_batch_resume_at_a_batch(children, tmp_path: Path) -> None:
+    knobs = {**SMALL, "num_iterations": 2, "adapters_dir": tmp_path}
+    outcome = tmp_path / "outcome"
+    finish(children, outcome, **knobs, run_name="run")
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "run")
+    process = start(children, outcome, **knobs, run_name="run")
+    kill_at(process, lambda: lines_of("metrics.jsonl", 5)(tmp_path / "run"), 0.0)
+    finish(children, outcome, resume=tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_the_directory_holds_the_contract(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "train_config.json",
+        "metrics.jsonl",
+        "completions.jsonl",
+        "eval.json",
+        "eval_items.jsonl",
+        "README.md",
+        "last",
+    }
+    report = json.loads((whole_run / "eval.json").read_text())
+    assert report["num_items"] == 16 and report["split"] == "test"
+    assert report["base"].keys() == report["adapter"].keys()
+    metrics = read_rows(whole_run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 7))
+    assert metrics[0].keys() >= {
+        "reward",
+        "correct",
+        "format",
+        "completion_length",
+        "clipped_ratio",
+        "frac_reward_zero_std",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+    }
+    record = json.loads((whole_run / "train_config.json").read_text())
+    assert {"versions", "device", "git_commit", "base_sha256", "dataset_sha256"} <= record.keys()
+    assert record.keys() >= TrainConfig.__dataclass_fields__.keys()
+
+
+def test_peft_loads_the_directory_and_answers_as_recorded(whole_run: Path) -> None:
+    from peft import PeftModel
+
+    from lora_grpo.evaluate import EvaluateConfig, evaluate
+    from lora_grpo.model import EMBEDDED_FOLDER, Placement, load_base
+
+    model = PeftModel.from_pretrained(
+        load_base(EMBEDDED_FOLDER, Placement("cpu", "float32"), False), whole_run
+    )
+    assert model.peft_config["default"].base_model_name_or_path == str(EMBEDDED_FOLDER)
+    again = evaluate(EvaluateConfig(whole_run))
+    recorded = json.loads((whole_run / "eval.json").read_text())
+    recorded.pop("best_step")
+    assert again == recorded
+
+
+def test_the_best_step_is_kept(whole_run: Path) -> None:
+    rows = read_rows(whole_run / "validation.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    best = max(rows, key=lambda row: (row["strict_accuracy"], row["format_rate"], row["step"]))
+    assert json.loads((whole_run / "eval.json").read_text())["best_step"] == best["step"]
+    last = (whole_run / "last/adapter_model.safetensors").read_bytes()
+    kept = (whole_run / "adapter_model.safetensors").read_bytes()
+    assert (kept == last) == (best["step"] == 6)
+
+
+def test_resume_refuses_another_base(children, whole_run: Path, tmp_path: Path) -> None:
+    from lora_grpo.plan import make_plan
+    from lora_grpo.train import open_run
+
+    shutil.copytree(whole_run, tmp_path / "run")
+    path = tmp_path / "run/train_config.json"
+    record = json.loads(path.read_text()) | {"base_sha256": "another"}
+    path.write_text(json.dumps(record))
+    config = TrainConfig(**{**read_run(path.parent), "resume": tmp_path / "run"})
+    with pytest.raises(ValueError, match="what --model tiny holds has changed"):
+        open_run(make_plan(config))
