@@ -12,12 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.atomic import staged_directory
-
 if TYPE_CHECKING:
     from peft import PeftModel
-
-__all__ = ["check_adapter", "hash_weights", "read_train_config", "save_adapter", "staged_directory"]
 
 WEIGHTS, CONFIG, TRAIN_CONFIG = (
     "adapter_model.safetensors",

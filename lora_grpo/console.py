@@ -7,7 +7,7 @@ reads well.
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_grpo.grpo import Batch
+if TYPE_CHECKING:
+    from lora_grpo.grpo import Batch
 
 LINES = 50
 LOG_WIDTH = 120
@@ -75,7 +76,7 @@ class Display:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
 
-    def step(self, row: dict[str, Any], batch: Batch, total: int, every: int) -> None:
+    def step(self, row: dict[str, Any], batch: "Batch", total: int, every: int) -> None:
         """Print a step's line, and a completion at intervals."""
         step = row["step"]
         self.first_step = step if self.first_step is None else self.first_step
@@ -84,7 +85,7 @@ class Display:
         if step % every == 0:
             self.sample(batch)
 
-    def step_line(self, row: dict[str, Any], batch: Batch, total: int) -> str:
+    def step_line(self, row: dict[str, Any], batch: "Batch", total: int) -> str:
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
         speed = sum(batch.tokens) / max(row["seconds_generate"], 1e-9)
@@ -96,7 +97,7 @@ class Display:
             f"{row['seconds']:.1f} s  {format_seconds(left)} left"
         )
 
-    def sample(self, batch: Batch) -> None:
+    def sample(self, batch: "Batch") -> None:
         """Print the first completion of the batch with what it earned."""
         if self.quiet:
             return

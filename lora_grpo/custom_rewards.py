@@ -20,6 +20,10 @@ Completion = str | list[dict[str, Any]]
 LONGEST_SHOWN = 300
 
 
+class RewardError(RuntimeError):
+    """A user's reward function raised; the message shows the completion that it was given."""
+
+
 def to_texts(completions: list[Completion]) -> list[str]:
     """Return each completion's text; a conversational one is a list whose last message counts."""
     return [text if isinstance(text, str) else text[-1]["content"] for text in completions]
@@ -104,7 +108,7 @@ def guard(name: str, function: Callable[..., Any]) -> RewardFunction:
     """Wrap a user's function so that its errors and wrong results name the reward and stop the run.
 
     The wrapper raises:
-        RuntimeError: the function raised; says on which completion.
+        RewardError: the function raised; says on which completion.
         ValueError: the function returned something else than one number or None a completion.
     """
 
@@ -114,7 +118,7 @@ def guard(name: str, function: Callable[..., Any]) -> RewardFunction:
             values = function(completions=texts, **columns)
         except Exception as error:
             culprit = find_culprit(function, texts, columns)
-            raise RuntimeError(
+            raise RewardError(
                 f"reward {name!r} raised {describe(error)}, on {culprit}: mend the function "
                 "(it gets completions as plain strings)"
             ) from error

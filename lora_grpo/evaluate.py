@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from lora_grpo.adapter import check_adapter, read_train_config
-from lora_grpo.atomic import write_json, write_jsonl
+from lora_grpo.atomic import read_jsonl, write_json, write_jsonl
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import BUILT_IN, Problem, load_problems
 from lora_grpo.model import choose_placement, load_adapter, load_base, load_tokenizer, resolve_model
@@ -96,8 +96,9 @@ def held_out_problems(
     kept = config.adapter_dir / "eval_items.jsonl" if config.adapter_dir else None
     if config.dataset is None and kept and kept.is_file():
         report = json.loads((config.adapter_dir / "eval.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-        problems = [Problem(row["index"] + 1, row["question"], row["answer"]) for row in rows]
+        problems = [
+            Problem(row["index"] + 1, row["question"], row["answer"]) for row in read_jsonl(kept)
+        ]
         return problems[: config.num_items], report["dataset"], report["split"]
     dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
     return load_problems(dataset, "test", *columns)[: config.num_items], dataset, "test"

@@ -92,14 +92,6 @@ def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[P
     return ordered[:count]
 
 
-def count_steps(config: TrainConfig, num_problems: int) -> int:
-    """Return the updates that the run makes."""
-    if config.max_steps is not None:
-        return config.max_steps
-    batches = math.ceil(config.num_train_epochs * num_problems / config.prompts_per_step)
-    return batches * config.num_iterations
-
-
 def build_dataset(
     config: TrainConfig, problems: Sequence[Problem], style: PromptStyle, steps: int
 ) -> Dataset:
@@ -203,8 +195,13 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list) -> tuple:
         started = time.perf_counter()
-        with dequantised(self.model):
-            generated = super()._generate(prompts)
+        try:
+            with dequantised(self.model):
+                generated = super()._generate(prompts)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise FloatingPointError("the policy's probabilities are not finite") from error
         self.seconds["generate"] += time.perf_counter() - started
         return generated
 

@@ -5,6 +5,7 @@ import sys
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.prompt import build_messages, render
 
@@ -23,10 +24,10 @@ def run(config: TrainConfig, why: str) -> int:
 
     0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n and ready to be resumed.
     """
-    display = Display(config.quiet)
+    display = Display(config.quiet and not (config.dry_run or config.preview))
     try:
         plan = make_plan(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     display.plan("GRPO on a LoRA adapter", describe_plan(plan, why))
@@ -54,7 +55,7 @@ def run_plan(plan: Plan, display: Display) -> int:
     except KeyboardInterrupt:
         display.say(f"stopped; {again}")
         return 130
-    except FloatingPointError as error:
+    except (FloatingPointError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except ValueError as error:

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from lora_grpo.merge_proof import Proof
 
 Report = Callable[[str], None]
+say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class MergeConfig:
     An adapter trained on a 4-bit base is merged into the original 16-bit weights.
     """
 
-    adapter_dir: Positional[Path]
+    adapter_dir: Positional[Annotated[Path, arg(metavar="ADAPTER_DIR")]]
     """An adapter directory, such as adapters/<run>; it remembers its base."""
     output_dir: Path | None = None
     """Folder to write, which must not exist; by default merged/<name of the adapter directory>."""
@@ -78,14 +80,14 @@ class MergeProofError(RuntimeError):
     """The merged folder was not what it should be and is gone; the message names the failures."""
 
 
-def merge_adapter(config: MergeConfig, report: Report = print) -> MergeResult:
+def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
     """Merge an adapter into its base and prove the result before it appears.
 
     Raises:
         ValueError, OSError: what was given cannot be merged; the message says what to do.
         MergeProofError: the proof failed; `<output-dir>.failed.json` says how.
     """
-    from lora_grpo.adapter import staged_directory
+    from lora_grpo.atomic import staged_directory
     from lora_grpo.merge_folder import write_side_files
     from lora_grpo.merge_inputs import check_space, plan_merge
     from lora_grpo.merge_proof import prove_merge

@@ -79,7 +79,7 @@ class Policy:
 
 
 def prove_merge(
-    plan: MergePlan, folder: Path, num_prompts: int, report: Callable[[str], None] = print
+    plan: MergePlan, folder: Path, num_prompts: int, report: Callable[[str], None]
 ) -> Proof:
     """Check a merged folder against its plan, with one model in memory at a time."""
     tokenizer = load_tokenizer(plan.tokenizer_folder)

@@ -60,6 +60,14 @@ def name_run(config: TrainConfig) -> Path:
     )
 
 
+def count_steps(config: TrainConfig, num_problems: int) -> int:
+    """Return the updates that the run makes."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(config.num_train_epochs * num_problems / config.prompts_per_step)
+    return batches * config.num_iterations
+
+
 def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
     """Return the parameters of the model and of the adapter, from `config.json` alone.
 
@@ -96,8 +104,6 @@ def make_plan(config: TrainConfig) -> Plan:
         FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
         sentence.
     """
-    from lora_grpo.grpo import count_steps
-
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
     run_dir = name_run(config)

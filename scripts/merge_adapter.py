@@ -17,7 +17,7 @@ from lora_grpo.merge import MergeConfig, MergeProofError, merge_adapter
 
 
 def main() -> int:
-    config = tyro.cli(MergeConfig, description=__doc__)
+    config = tyro.cli(MergeConfig)
     try:
         result = merge_adapter(config)
     except MergeProofError as error:

@@ -16,12 +16,12 @@ from lora_grpo.dataset import load_problems
 from lora_grpo.grpo import (
     LoraGRPOTrainer,
     build_dataset,
-    count_steps,
     grpo_config,
     lora_config,
     order_problems,
 )
 from lora_grpo.model import EMBEDDED_FOLDER, Placement, dequantised, load_base, load_tokenizer
+from lora_grpo.plan import count_steps
 from lora_grpo.presets import PRESETS
 from lora_grpo.prompt import PLAIN
 from lora_grpo.rewards import build_rewards
