@@ -48,14 +48,94 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
         if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.say_always(text)
+
+    def say_always(self, text: str) -> None:
+        """Print a line, quiet or not."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def plan(self, title: str, rows: list[tuple[str, str]]) -> None:
         """Print what will happen."""
         if self.quiet:
             return
+        table = Table(
+            title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        for name, value in rows:
+            table.add_row(escape(name), escape(value))
+        self.console.print(table)
+
+    @contextmanager
+    def bar(self, name: str, total: int):
+        """Show a bar on a terminal while the block runs; yields a function that advances it."""
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=self.quiet or not self.console.is_terminal,
+        ) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda count: progress.advance(task, count)
+
+    def step(self, row: dict[str, Any], batch: "Batch", total: int, every: int) -> None:
+        """Print a step's line, and a completion at intervals."""
+        step = row["step"]
+        self.first_step = step if self.first_step is None else self.first_step
+        if step % max(1, total // LINES) == 0 or step in (self.first_step, total):
+            self.say(self.step_line(row, batch, total))
+        if step % every == 0:
+            self.sample(batch)
+
+    def step_line(self, row: dict[str, Any], batch: "Batch", total: int) -> str:
+        done = row["step"] - self.first_step + 1
+        left = (time.perf_counter() - self.started) / done * (total - row["step"])
+        speed = sum(batch.tokens) / max(row["seconds_generate"], 1e-9)
+        return (
+            f"step {row['step']:>{len(str(total))}}/{total}  reward {row['reward']:.3f}  "
+            f"correct {percent(row['correct']):>7}  format {percent(row['format']):>7}  "
+            f"length {row['completion_length']:5.1f}  clipped {percent(row['clipped_ratio']):>6}  "
+            f"dead groups {percent(row['frac_reward_zero_std']):>7}  {speed:5.0f} tokens/s  "
+            f"{row['seconds']:.1f} s  {format_seconds(left)} left"
+        )
+
+    def sample(self, batch: "Batch") -> None:
+        """Print the first completion of the batch with what it earned."""
+        if self.quiet:
+            return
+        earned = "  ".join(
+            f"{name} {'n/a' if scores[0] is None else format(scores[0], '.2f')}"
+            for name, scores in batch.rewards.items()
+        )
+        body = (
+            f"{batch.questions[0]}\n\n{batch.completions[0]}\n\ngold {batch.answers[0]}  |  "
+            f"{earned}"
+        )
+        self.console.print(Panel(escape(body), title="a completion", title_align="left", width=100))
+
+    def before(self, base: dict[str, Any]) -> None:
+        """Print how the base does, before anything is trained."""
+        self.say(
+            f"base: strict {percent(base['strict_accuracy'])}, lenient "
+            f"{percent(base['lenient_accuracy'])}, "
+            f"format {percent(base['format_rate'])}"
+        )
+        self.started = time.perf_counter()
+
+    def validation(self, row: dict[str, Any]) -> None:
+        """Print how a step does on the validation problems."""
+        self.say(
+            f"validation after step {row['step']}: strict {percent(row['strict_accuracy'])}, "
+            f"format {percent(row['format_rate'])}"
+        )
+
+    def results(self, report: dict[str, Any]) -> None:
+        """Print base and adapter side by side."""
+        models = [name for name in ("base", "adapter") if name in report]
         name = f"{report['dataset']} ({report['split']})"
-        self.console.print(f"{report['num_items']} problems of {name}, greedy", markup=False)
+        self.say_always(f"{report['num_items']} problems of {name}, greedy")
         table = Table()
         table.add_column("")
         for name in models:
