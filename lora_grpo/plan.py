@@ -79,22 +79,19 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    total, trained, found = sum(p.numel() for p in model.parameters()), 0, set()
-    linear = {}
+    sizes: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            linear[name.rpartition(".")[2]] = True
-            if name.rpartition(".")[2] in config.target_modules:
-                found.add(name.rpartition(".")[2])
-                trained += config.r * (module.in_features + module.out_features)
-    missing = set(config.target_modules) - found
+            layer = name.rpartition(".")[2]
+            sizes.setdefault(layer, []).append(module.in_features + module.out_features)
+    missing = sorted(set(config.target_modules) - sizes.keys())
     if missing:
         raise ValueError(
-            f"--target-modules {' '.join(sorted(missing))}: the model has no such linear layer, "
-            "it has "
-            f"{' '.join(name for name in linear if name != 'lm_head')}"
+            f"--target-modules {' '.join(missing)}: the model has no such linear layer, it has "
+            f"{' '.join(name for name in sizes if name != 'lm_head')}"
         )
-    return total, trained
+    trained = config.r * sum(sum(sizes[name]) for name in config.target_modules)
+    return sum(parameter.numel() for parameter in model.parameters()), trained
 
 
 def make_plan(config: TrainConfig) -> Plan:

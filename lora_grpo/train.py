@@ -65,8 +65,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
         if saved[name] != record[name]:
             raise ValueError(
                 f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
-                "the run began: "
-                "put it back, or start anew"
+                "the run began: put it back, or start anew"
             )
     if saved["steps"] != plan.steps:
         saved |= {"steps": plan.steps, "max_steps": plan.config.max_steps}

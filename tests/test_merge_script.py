@@ -74,7 +74,13 @@ def test_an_interrupt_leaves_nothing(tmp_path):
         str(tmp_path / "o"),
     ]
     with subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job's children inherit an ignored SIGINT, which Python would leave ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert any(line.startswith("proving") for line in process.stdout)
         process.send_signal(signal.SIGINT)
