@@ -20,7 +20,7 @@ help:
 
 # uv would fetch CUDA's torch on a machine that has no use for it; with a GPU that is the right one.
 $(STAMP): requirements-cpu.txt requirements.txt constraints.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d: install one and run make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "error: Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d: install one and run make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "installing $(REQUIREMENTS) into $(VENV), since $(WHY)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@if [ $(REQUIREMENTS) = requirements.txt ] && command -v uv >/dev/null; then \
