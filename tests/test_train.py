@@ -115,7 +115,7 @@ MOMENTS = {
     "the base is being evaluated": (there("train_config.json"), 0.3),
     "the base was evaluated": (there(".base_items.jsonl"), 0.0),
     "the first step was logged": (lines_of("metrics.jsonl", 1), 0.0),
-    "the first checkpoint is being written": (there(".staged-checkpoint-2"), 0.0),
+    "a checkpoint is being written": (there(".staged-checkpoint-*"), 0.0),
     "the first checkpoint was written": (there("checkpoint-2"), 0.0),
     "a step after the checkpoint is sampled": (lines_of("metrics.jsonl", 3), 0.05),
     "the second validation was logged": (lines_of("validation.jsonl", 2), 0.0),
@@ -139,7 +139,6 @@ def test_a_kill_changes_nothing(children, whole_run: Path, tmp_path: Path, momen
     run, outcome = tmp_path / "run", tmp_path / "outcome"
     process = start(children, outcome, **SMALL, adapters_dir=tmp_path, run_name="run")
     kill_at(process, lambda: reached(run), delay)
-    assert not (run / "eval.json").exists()
     finish(children, outcome, resume=run)
     assert contents(run) == contents(whole_run)
 
