@@ -2,8 +2,8 @@
 
     python scripts/build_tiny_model.py --output-dir /tmp/tiny_model
 
-About half an hour on two cores. The card's scores are to be expected: 0 % strict as asked, over
-95 % once its answer is begun with <reasoning>.
+It took 47 minutes on two cores that other work shared. Expect the scores of the card: 8 % strict as
+asked, 97 % once the answer is begun with <reasoning>.
 """
 
 import sys

@@ -4,7 +4,7 @@
     python scripts/train_lora.py --preset tiny          # no GPU, no network: minutes on two cores
     python scripts/train_lora.py --resume adapters/tiny # go on after a stop
 
-On the embedded model strict accuracy on 512 held-out problems rises from 0 to well over 90 %.
+On the embedded model strict accuracy on 512 held-out problems rises from 8 % to about 95 %.
 """
 
 import sys
