@@ -139,7 +139,7 @@ class Display:
         table = Table()
         table.add_column("")
         for name in models:
-            table.add_column(name, justify="right")
+            table.add_column(name if "adapter" in models else "model", justify="right")
         for label, cell in ROWS:
             table.add_row(label, *(cell(report[name]) for name in models))
         self.console.print(table)

@@ -131,7 +131,9 @@ def load_base(
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, placement.dtype),

@@ -218,7 +218,6 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         Stopped, FloatingPointError, ValueError: see `optimise` and `open_run`.
     """
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     record = open_run(plan)
     config, run_dir = plan.config, plan.run_dir
     model = load_base(
