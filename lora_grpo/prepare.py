@@ -198,17 +198,25 @@ def prepare_data(
     train = drop_long(sieve, "train", train, *limits)
     test = drop_long(sieve, "test", test, *limits)[: config.num_eval_items]
     train, validation = hold_out(train, config.num_validation_items, config.seed)
-    check_enough(config, train, test)
+    check_enough(config, train, validation, test, sieve.notes)
     return Data(train, validation, test, test_name, test_split, style, tuple(sieve.notes))
 
 
-def check_enough(config: TrainConfig, train: Sequence[Problem], test: Sequence[Problem]) -> None:
-    """Refuse a dataset that cannot fill one step or has nothing to test on."""
+def check_enough(
+    config: TrainConfig,
+    train: Sequence[Problem],
+    validation: Sequence[Problem],
+    test: Sequence[Problem],
+    notes: Sequence[str],
+) -> None:
+    """Refuse a dataset that cannot fill one step or has nothing to test on, and say where its
+    rows went."""
     if len(train) < config.prompts_per_step:
+        went = [*notes, f"{len(validation)} kept to choose the best step"]
         raise ValueError(
             f"--dataset {config.dataset} leaves {len(train)} problems to train on, a step takes "
             f"{config.prompts_per_step}: give more rows, or lower --num-validation-items or the "
-            "batch"
+            f"batch ({'; '.join(went)})"
         )
     if not test:
         raise ValueError(
