@@ -14,7 +14,11 @@ from tyro.conf import UseAppendAction
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
-Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b"]
+Preset = Literal[
+    "tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"
+]
+Backend = Literal["auto", "unsloth", "transformers"]
+Rollout = Literal["auto", "vllm", "generate"]
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
 
 
@@ -48,16 +52,22 @@ class TrainConfig:
     """A Hub id, a local model folder, or `tiny` for the embedded model."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model; the commit is recorded."""
-    backend: Literal["transformers"] = "transformers"
-    """What loads the model: transformers + bitsandbytes + PEFT."""
-    rollout: Literal["generate"] = "generate"
-    """What samples the completions: transformers' own generate."""
+    backend: Backend = "auto"
+    """What loads and trains the model; auto is unsloth where it is installed and a GPU is there."""
+    rollout: Rollout = "auto"
+    """What samples completions and evaluates; auto is vllm where it is installed with a GPU."""
     load_in_4bit: bool = True
     """Hold the base's linear layers in NF4: a quarter of the memory, slower on a CPU."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the NF4 scales too, as QLoRA does: 0.4 bits a weight less."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type to compute in; by default bfloat16 or float16 as the GPU can, float32 on a CPU."""
+    gpu_memory: float | None = None
+    """GB of GPU memory to stay within; by default what is free on the card. The plan fits to it."""
+    vllm_gpu_memory_utilization: float | None = None
+    """Share of the card for vLLM's weights and cache; by default what the memory plan leaves."""
+    vllm_max_num_seqs: int | None = None
+    """Completions that vLLM writes at once; by default all of a step, if their cache fits."""
 
     dataset: str = "openai/gsm8k:main"
     """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
@@ -141,6 +151,9 @@ class TrainConfig:
     """Micro-batches an update; times the micro-batch it gives the completions of a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    chunked_logprobs: bool = False
+    """Never hold the logits of a whole micro-batch: a seventh of the memory with a large vocabulary.
+    """
     max_steps: int | None = 250
     """Updates to make; `None` makes num_train_epochs passes over the data."""
     num_train_epochs: float = 1.0
@@ -165,6 +178,11 @@ class TrainConfig:
         for name in ("warmup_ratio", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        share = self.vllm_gpu_memory_utilization
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"--vllm-gpu-memory-utilization must be in (0, 1), got {share}")
+        if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
+            raise ValueError(f"--gpu-memory must be greater than 0 GB, got {self.gpu_memory}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.seed < 2**32:
@@ -238,6 +256,7 @@ AT_LEAST = {
         "eval_batch_size",
         "save_steps",
         "log_completions_steps",
+        "vllm_max_num_seqs",
     ),
 }
 ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs")

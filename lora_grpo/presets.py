@@ -47,6 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The main job: 8 prompts x 8 completions a step, in micro-batches that leave room on a 6 GB
     # card.
     "qwen2.5-0.5b": {"gradient_checkpointing": True},
+    "qwen2.5-1.5b": {"model": "Qwen/Qwen2.5-1.5B-Instruct", "gradient_checkpointing": True},
+    "qwen2.5-3b": {"model": "Qwen/Qwen2.5-3B-Instruct", "gradient_checkpointing": True},
+    "qwen3-0.6b": {"model": "Qwen/Qwen3-0.6B", "gradient_checkpointing": True},
 }
 FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps"})
 GPU_SECONDS = 20

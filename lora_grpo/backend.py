@@ -1,0 +1,107 @@
+"""Which backend loads and trains the model and which engine samples: the choice, its reason, and
+what must happen before TRL is imported.
+
+Nothing heavy is imported until `claim` is told to.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from lora_grpo.hardware import GPU
+
+INSTALL = "pip install -r requirements.txt"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend and a rollout that can work on this machine, and why these."""
+
+    backend: str
+    rollout: str
+    why_backend: str
+    why_rollout: str
+
+
+def installed(package: str) -> bool:
+    """Tell whether a package can be found, without importing it."""
+    return find_spec(package) is not None
+
+
+def choose_backend(
+    backend: str, rollout: str, gpu: GPU | None, has: Callable[[str], bool] = installed
+) -> Choice:
+    """Return what `--backend` and `--rollout` come to on this machine.
+
+    Raises:
+        ValueError: what was asked for cannot work here; the message says what to install.
+    """
+    if backend == "unsloth":
+        refuse_unsloth(gpu, has)
+        why = "asked for"
+    elif backend == "transformers":
+        why = "asked for"
+    elif gpu is not None and has("unsloth"):
+        backend, why = "unsloth", "a GPU, and unsloth is installed"
+    else:
+        backend = "transformers"
+        why = "no GPU" if gpu is None else "unsloth is not installed"
+    return choose_rollout(backend, why, rollout, gpu, has)
+
+
+def refuse_unsloth(gpu: GPU | None, has: Callable[[str], bool]) -> None:
+    if gpu is None:
+        raise ValueError(
+            "--backend unsloth needs an NVIDIA GPU, and nvidia-smi lists none: use --backend "
+            "transformers, which trains the same adapter on a CPU"
+        )
+    if not has("unsloth"):
+        raise ValueError(
+            f"--backend unsloth: the package unsloth is not installed: {INSTALL}, or use "
+            "--backend transformers"
+        )
+
+
+def choose_rollout(
+    backend: str, why_backend: str, rollout: str, gpu: GPU | None, has: Callable[[str], bool]
+) -> Choice:
+    """Settle the rollout for a settled backend."""
+    if rollout == "vllm" and not has("vllm"):
+        install = INSTALL if gpu else "make test-vllm sets up its CPU build in .venv-vllm"
+        raise ValueError(
+            f"--rollout vllm: the package vllm is not installed: {install}, or use --rollout "
+            "generate"
+        )
+    if rollout != "auto":
+        return Choice(backend, rollout, why_backend, "asked for")
+    if gpu is not None and has("vllm"):
+        return Choice(backend, "vllm", why_backend, "a GPU, and vllm is installed")
+    why = "vllm is not installed" if gpu else "no GPU; --rollout vllm uses vLLM's CPU build"
+    return Choice(backend, "generate", why_backend, why)
+
+
+def claim(choice: Choice) -> None:
+    """Prepare the process for a choice, before anything imports torch.
+
+    Unsloth patches TRL, transformers and PEFT while it is imported, so it must come first.
+
+    Raises:
+        RuntimeError: TRL is here already, unpatched.
+    """
+    if choice.rollout == "vllm":
+        # One process: the adapter is handed over in memory, and nothing is left behind at a crash.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if choice.backend != "unsloth":
+        return
+    if "trl" in sys.modules and "unsloth" not in sys.modules:
+        raise RuntimeError(
+            "unsloth must be imported before trl: call lora_grpo.plan.make_plan before importing "
+            "lora_grpo.grpo or trl"
+        )
+    if choice.rollout == "vllm":
+        # Standby: vLLM's cache memory is given to the update while vLLM sleeps.
+        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+    importlib.import_module("unsloth")
