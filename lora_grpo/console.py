@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from lora_grpo.grpo import Batch
+    from lora_grpo.batch import Batch
 
 LINES = 50
 LOG_WIDTH = 120

@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.adapter import save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
+from lora_grpo.batch import Batch
 from lora_grpo.config import TrainConfig
-from lora_grpo.grpo import Batch, LoraGRPOTrainer
+from lora_grpo.trainer import LoraGRPOTrainer
 
 METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
 SAME = 1e-6

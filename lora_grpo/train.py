@@ -20,18 +20,12 @@ from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jso
 from lora_grpo.card import write_card
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
-from lora_grpo.grpo import (
-    LoraGRPOTrainer,
-    build_dataset,
-    grpo_config,
-    list_checkpoints,
-    lora_config,
-    rotate_checkpoints,
-)
+from lora_grpo.grpo import build_dataset, grpo_config, lora_config
 from lora_grpo.model import load_base
 from lora_grpo.plan import Plan, provenance
 from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
+from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

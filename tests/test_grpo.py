@@ -13,18 +13,13 @@ from trl import GRPOTrainer
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import load_problems
-from lora_grpo.grpo import (
-    LoraGRPOTrainer,
-    build_dataset,
-    grpo_config,
-    lora_config,
-    order_problems,
-)
+from lora_grpo.grpo import build_dataset, grpo_config, lora_config, order_problems
 from lora_grpo.model import EMBEDDED_FOLDER, Placement, dequantised, load_base, load_tokenizer
 from lora_grpo.plan import count_steps
 from lora_grpo.presets import PRESETS
 from lora_grpo.prompt import PLAIN
 from lora_grpo.rewards import build_rewards
+from lora_grpo.trainer import LoraGRPOTrainer
 
 CPU = Placement("cpu", "float32")
 SMALL = {

@@ -1,0 +1,56 @@
+"""The completions of one step and what they earned, as the trainer hands them to whoever looks on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_grpo.rewards import has_format, parse_answer, same_number
+
+
+@dataclass
+class Batch:
+    """The completions that the current updates learn from, and what they earned.
+
+    The lists have B entries; `rewards` holds weighted scores by the reward's name, None where it
+    did not apply.
+    """
+
+    questions: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
+
+    def totals(self) -> list[float]:
+        """Return each completion's summed reward."""
+        return [
+            sum(score or 0.0 for score in scores)
+            for scores in zip(*self.rewards.values(), strict=True)
+        ]
+
+    def correct(self) -> float:
+        """Return the share of completions whose tagged answer is the gold one."""
+        parsed = [parse_answer(completion) for completion in self.completions]
+        pairs = zip(parsed, self.answers, strict=True)
+        return sum(text is not None and same_number(text, gold) for text, gold in pairs) / len(
+            parsed
+        )
+
+    def formatted(self) -> float:
+        """Return the share of completions in the format asked for."""
+        return sum(map(has_format, self.completions)) / len(self.completions)
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Return what `completions.jsonl` records, a row a completion."""
+        return [
+            {
+                "step": step,
+                "question": self.questions[index],
+                "answer": self.answers[index],
+                "completion": self.completions[index],
+                "tokens": self.tokens[index],
+                "truncated": self.truncated[index],
+                "rewards": {name: scores[index] for name, scores in self.rewards.items()},
+            }
+            for index in range(len(self.completions))
+        ]

@@ -1,0 +1,239 @@
+"""The GRPO update: TRL's `GRPOTrainer` on the adapter alone, made exact to resume, open to look into,
+and not ended by running out of memory.
+
+What this adds to TRL 1.14.2, each at one of its methods: `__init__` (the adapter stays in float32),
+`_generate` and `_calculate_rewards` (what was sampled and earned, and how long it took),
+`_generate_single_turn` and `_get_per_token_logps_and_entropies` (fewer rows at once where memory
+ends, log-probs in chunks), `_prepare_inputs` and `training_step` (the same for the update, a stop
+at a loss that is not finite), `_save_checkpoint` (whole or not at all). The mathematics is TRL's.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from lora_grpo.batch import Batch
+from lora_grpo.memory_error import RowLimit, release_memory
+from lora_grpo.model import dequantised
+from lora_grpo.rewards import Reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEPT_CHECKPOINTS = 2
+
+
+class LoraGRPOTrainer(GRPOTrainer):
+    """TRL's trainer for one adapter, with the current batch and each phase's seconds at hand."""
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        rewards: Sequence[Reward],
+        args: GRPOConfig,
+        peft_config: LoraConfig | None,
+        train_dataset: Dataset,
+        chunked_logprobs: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        torch.manual_seed(args.seed)
+        super().__init__(
+            model=model,
+            reward_funcs=[reward.function for reward in rewards],
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+        self.reward_func_names = [reward.name for reward in rewards]
+        self.batch = Batch()
+        self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0}
+        self.chunked_logprobs = chunked_logprobs
+        self.abort_generation: Callable[[], None] = lambda: None
+        self.generation_rows = RowLimit("generation", say, self._release_generation)
+        self.scoring_rows = RowLimit("scoring", say)
+        self.update_rows = RowLimit("the update", say)
+        self._part: dict[str, Any] | None = None
+        # TRL casts the adapter of a 4-bit base to bfloat16, whose 8 bits lose updates as small as
+        # LoRA's.
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.data = parameter.data.float()
+
+    def _release_generation(self) -> None:
+        self.abort_generation()
+        release_memory()
+
+    def _generate(self, prompts: list) -> tuple:
+        started, synced = time.perf_counter(), self.seconds["sync"]
+        try:
+            with dequantised(self.model):
+                generated = super()._generate(prompts)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise FloatingPointError("the policy's probabilities are not finite") from error
+        synced = self.seconds["sync"] - synced
+        self.seconds["generate"] += time.perf_counter() - started - synced
+        return generated
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **more: Any) -> tuple:
+        turn = super()._generate_single_turn
+
+        def generate(rows: int) -> tuple[list[list[int]], list[list[float]] | None]:
+            parts = [
+                turn(prompt_ids[start : start + rows], *rest, **more)
+                for start in range(0, len(prompt_ids), rows)
+            ]
+            ids = [row for completion_ids, _ in parts for row in completion_ids]
+            if parts[0][1] is None:
+                return ids, None
+            return ids, [row for _, logprobs in parts for row in logprobs]
+
+        return self.generation_rows.run(generate, len(prompt_ids))
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids_list: list[list[int]],
+    ) -> torch.Tensor:
+        started = time.perf_counter()
+        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(prompts)
+        own = scores[first : first + len(prompts)]  # (B, rewards); `scores` holds every process's
+        weighted = (own * self.reward_weights.to(own.device)).tolist()
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        self.batch = Batch(
+            questions=[row["question"] for row in inputs],
+            answers=[row["answer"] for row in inputs],
+            completions=[completion[0]["content"] for completion in completions],
+            tokens=[len(ids) for ids in completion_ids_list],
+            truncated=[ids[-1] not in ends for ids in completion_ids_list],
+            rewards={
+                name: [None if math.isnan(row[index]) else row[index] for row in weighted]
+                for index, name in enumerate(self.reward_func_names)
+            },
+        )
+        self.seconds["reward"] += time.perf_counter() - started
+        return scores
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **more: Any,
+    ) -> tuple:
+        whole = super()._get_per_token_logps_and_entropies
+
+        def score(rows: int) -> tuple:
+            if not self.chunked_logprobs:
+                return whole(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size=rows, **more
+                )
+            inner, entropy = self.accelerator.unwrap_model(model), more.get("compute_entropy")
+            parts = [
+                self._chunked_logps(inner, ids, mask, logits_to_keep, compute_entropy=entropy)
+                for ids, mask in zip(
+                    input_ids.split(rows), attention_mask.split(rows), strict=True
+                )
+            ]
+            entropies = torch.cat([part[1] for part in parts]) if entropy else None
+            return torch.cat([part[0] for part in parts]), entropies, None
+
+        if torch.is_grad_enabled():
+            return score(len(input_ids))
+        return self.scoring_rows.run(score, len(input_ids), batch_size)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if generation_batch is self._part:
+            return generation_batch
+        return super()._prepare_inputs(generation_batch)
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, *rest: Any) -> torch.Tensor:
+        if self.accelerator.num_processes > 1:
+            # One process alone cannot repeat a step that the others wait in.
+            loss = super().training_step(model, inputs, *rest)
+        else:
+            loss = self._repeatable_step(model, self._prepare_inputs(inputs), *rest)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss.item()}")
+        return loss
+
+    def _repeatable_step(
+        self, model: torch.nn.Module, micro_batch: dict[str, Any], *rest: Any
+    ) -> torch.Tensor:
+        """Make a micro-batch's backward pass, in as few parts as fit; a failed one adds nothing."""
+        earlier = [parameter.grad for parameter in self.trained]
+
+        def update(rows: int) -> torch.Tensor:
+            for parameter in self.trained:
+                parameter.grad = None
+            count = len(micro_batch["completion_ids"]) // rows
+            with self._smaller_micro_batch(count):
+                step, losses = super(LoraGRPOTrainer, self).training_step, []
+                for self._part in split_tensor_dict(micro_batch, count):
+                    losses.append(step(model, self._part, *rest))
+            return torch.stack(losses).sum()
+
+        loss = self.update_rows.run(update, len(micro_batch["completion_ids"]))
+        for parameter, gradient in zip(self.trained, earlier, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient.add_(parameter.grad)
+        return loss
+
+    @contextmanager
+    def _smaller_micro_batch(self, count: int):
+        """Let TRL weigh each of `count` parts as if the micro-batch had always been that small."""
+        step, accumulation = self._step, self.current_gradient_accumulation_steps
+        per_generation = self.args.steps_per_generation
+        self.current_gradient_accumulation_steps = accumulation * count
+        self.args.steps_per_generation = per_generation * count
+        try:
+            yield
+            step += 1
+        finally:
+            self._part, self._step = None, step
+            self.current_gradient_accumulation_steps = accumulation
+            self.args.steps_per_generation = per_generation
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        run_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        staged = run_dir / f".staged-{name}"
+        self.args.output_dir = str(staged)
+        try:
+            super()._save_checkpoint(model, trial)
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+            (staged / name).rename(run_dir / name)
+        finally:
+            self.args.output_dir = str(run_dir)
+            shutil.rmtree(staged, ignore_errors=True)
+        rotate_checkpoints(run_dir)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return a run's checkpoints, the oldest first."""
+    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def rotate_checkpoints(run_dir: Path) -> None:
+    """Keep the newest checkpoints alone; the older ones lose their names first, so that none is
+    ever found half removed."""
+    for old in list_checkpoints(run_dir)[:-KEPT_CHECKPOINTS]:
+        shutil.rmtree(old.rename(run_dir / f".old-{old.name}"))
