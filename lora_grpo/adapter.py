@@ -68,7 +68,8 @@ def save_adapter(model: "PeftModel", directory: Path) -> None:
     the same run."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as staged:
-        model.save_pretrained(staged)
+        # No embedding is adapted; PEFT would ask the Hub about that at every call.
+        model.save_pretrained(staged, save_embedding_layers=False)
         for name in (CONFIG, WEIGHTS):
             (Path(staged) / name).chmod(0o644)
             os.replace(Path(staged) / name, directory / name)

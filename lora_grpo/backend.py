@@ -14,6 +14,14 @@ from importlib.util import find_spec
 from lora_grpo.hardware import GPU
 
 INSTALL = "pip install -r requirements.txt"
+# One process: the engine shares the GPU with the update, and a crash leaves nothing behind.
+VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# Quiet, no reports to its makers, and on a CPU no thread bound to a core that the update needs too.
+VLLM_DEFAULTS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,9 @@ def claim(choice: Choice) -> None:
         RuntimeError: TRL is here already, unpatched.
     """
     if choice.rollout == "vllm":
-        # One process: the adapter is handed over in memory, and nothing is left behind at a crash.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ |= VLLM_ENVIRONMENT | {
+            name: value for name, value in VLLM_DEFAULTS.items() if name not in os.environ
+        }
     if choice.backend != "unsloth":
         return
     if "trl" in sys.modules and "unsloth" not in sys.modules:

@@ -14,9 +14,7 @@ from tyro.conf import UseAppendAction
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
-Preset = Literal[
-    "tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"
-]
+Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"]
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
@@ -152,8 +150,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chunked_logprobs: bool = False
-    """Never hold the logits of a whole micro-batch: a seventh of the memory with a large vocabulary.
-    """
+    """Never hold a micro-batch's logits: gigabytes less with a large vocabulary."""
     max_steps: int | None = 250
     """Updates to make; `None` makes num_train_epochs passes over the data."""
     num_train_epochs: float = 1.0

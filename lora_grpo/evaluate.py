@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lora_grpo.adapter import check_adapter, read_train_config
+from lora_grpo.adapter import CONFIG, check_adapter, read_train_config
 from lora_grpo.atomic import read_jsonl, write_json, write_jsonl
-from lora_grpo.config import TrainConfig
+from lora_grpo.backend import choose_backend, claim
+from lora_grpo.config import Rollout, TrainConfig
 from lora_grpo.dataset import BUILT_IN, Problem, load_problems
-from lora_grpo.model import choose_placement, load_adapter, load_base, load_tokenizer, resolve_model
-from lora_grpo.prompt import PLAIN, PromptStyle, build_messages, render
-from lora_grpo.rollout import complete
+from lora_grpo.hardware import find_gpu
+from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
+from lora_grpo.policy import Policy, open_policy
+from lora_grpo.prompt import PLAIN, PromptStyle, build_messages, count_tokens, render
+from lora_grpo.rollout import Advance
 from lora_grpo.scoring import Item, build_report, build_rows, judge
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-Advance = Callable[[int], None]
+    from lora_grpo.vllm_engine import EngineSettings
+
+WHOLE_CARD = 0.85
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class EvaluateConfig:
     """Hold the base in NF4; by default as it was trained, or not."""
     batch_size: int = 32
     """Problems answered at once."""
+    rollout: Rollout = "auto"
+    """What answers: vllm, or transformers' generate; auto is vllm where it is installed with a GPU.
+    """
     output: Path | None = None
     """Write eval.json to this file and the items beside it; an existing file is never overwritten.
     """
@@ -66,17 +74,16 @@ class EvaluateConfig:
 
 
 def evaluate_model(
-    model: "PreTrainedModel",
+    policy: Policy,
     tokenizer: "PreTrainedTokenizerBase",
     problems: Sequence[Problem],
     style: PromptStyle,
     max_completion_length: int,
-    batch_size: int,
     advance: Advance = lambda count: None,
 ) -> list[Item]:
     """Answer each problem greedily and score it, in the problems' order."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
-    completions = complete(model, tokenizer, prompts, max_completion_length, batch_size, advance)
+    completions = policy.complete(prompts, max_completion_length, advance)
     return [judge(problem, done) for problem, done in zip(problems, completions, strict=True)]
 
 
@@ -104,6 +111,49 @@ def held_out_problems(
     return load_problems(dataset, "test", *columns)[: config.num_items], dataset, "test"
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What is evaluated on what, known before any weights load."""
+
+    problems: list[Problem]
+    dataset: str
+    split: str
+    folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
+    style: PromptStyle
+    max_completion_length: int
+    load_in_4bit: bool
+    double_quant: bool
+
+
+def prepare(config: EvaluateConfig) -> Examination:
+    """Find the model, the problems, and how they were asked in training.
+
+    Raises:
+        FileNotFoundError, ValueError: no adapter, model or data.
+    """
+    saved: dict[str, Any] = {}
+    if config.adapter_dir is not None:
+        saved = read_train_config(check_adapter(config.adapter_dir))
+    problems, dataset, split = held_out_problems(config, saved)
+    name = config.model or saved.get("model") or base_of(config.adapter_dir)
+    folder = resolve_model(name, None if config.model else saved.get("revision"))
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    known = defaults | {"load_in_4bit": False} | saved
+    in_4bit = config.load_in_4bit
+    return Examination(
+        problems=problems,
+        dataset=dataset,
+        split=split,
+        folder=folder,
+        tokenizer=load_tokenizer(folder),
+        style=trained_style(saved),
+        max_completion_length=config.max_completion_length or known["max_completion_length"],
+        load_in_4bit=known["load_in_4bit"] if in_4bit is None else in_4bit,
+        double_quant=known["bnb_4bit_use_double_quant"],
+    )
+
+
 def evaluate(
     config: EvaluateConfig,
     progress: Callable[[str, int], Advance] = lambda name, total: lambda count: None,
@@ -113,36 +163,55 @@ def evaluate(
     Raises:
         FileNotFoundError, ValueError: no adapter, model or data, each before any weights load.
     """
-    saved: dict[str, Any] = {}
-    if config.adapter_dir is not None:
-        saved = read_train_config(check_adapter(config.adapter_dir))
-    problems, dataset, split = held_out_problems(config, saved)
-    name = config.model or saved.get("model") or base_of(config.adapter_dir)
-    folder = resolve_model(name, None if config.model else saved.get("revision"))
-    tokenizer = load_tokenizer(folder)
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    length = config.max_completion_length or saved.get(
-        "max_completion_length", defaults["max_completion_length"]
-    )
-    in_4bit = (
-        saved.get("load_in_4bit", False) if config.load_in_4bit is None else config.load_in_4bit
-    )
-    model = load_base(
-        folder, choose_placement(), in_4bit, saved.get("bnb_4bit_use_double_quant", True)
-    )
-    settings = (tokenizer, problems, trained_style(saved), length, config.batch_size)
-    models = {"base": evaluate_model(model, *settings, progress("base", len(problems)))}
-    if config.adapter_dir is not None:
-        model = load_adapter(model, config.adapter_dir)
-        models["adapter"] = evaluate_model(model, *settings, progress("adapter", len(problems)))
-    report = build_report(dataset, split, models)
+    choice = choose_backend("transformers", config.rollout, find_gpu())
+    claim(choice)
+    asked = prepare(config)
+    placement, total = choose_placement(), len(asked.problems)
+    engine = evaluation_engine(config, asked, placement) if choice.rollout == "vllm" else None
+    with open_policy(
+        asked.folder,
+        asked.tokenizer,
+        placement,
+        asked.load_in_4bit,
+        asked.double_quant,
+        config.batch_size,
+        engine,
+    ) as policy:
+        settings = (policy, asked.tokenizer, asked.problems, asked.style)
+        settings += (asked.max_completion_length,)
+        models = {"base": evaluate_model(*settings, progress("base", total))}
+        if config.adapter_dir is not None:
+            policy.use_adapter(config.adapter_dir)
+            models["adapter"] = evaluate_model(*settings, progress("adapter", total))
+    report = build_report(asked.dataset, asked.split, models)
     if config.output is not None:
-        write_jsonl(
-            config.output.with_name(config.output.stem + "_items.jsonl"),
-            build_rows(problems, models),
-        )
+        items = config.output.with_name(config.output.stem + "_items.jsonl")
+        write_jsonl(items, build_rows(asked.problems, models))
         write_json(config.output, report)
     return report
+
+
+def evaluation_engine(
+    config: EvaluateConfig, asked: Examination, placement: Placement
+) -> "EngineSettings":
+    """Return an engine that has the card to itself, and room for the longest problem."""
+    from lora_grpo.vllm_engine import EngineSettings, allowed_rank
+
+    prompts = [
+        render(asked.tokenizer, build_messages(p.question, asked.style)) for p in asked.problems
+    ]
+    r = 1
+    if config.adapter_dir is not None:
+        adapter = json.loads((config.adapter_dir / CONFIG).read_text(encoding="utf-8"))
+        r = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+    return EngineSettings(
+        placement=placement,
+        max_model_len=max(count_tokens(asked.tokenizer, prompts)) + asked.max_completion_length,
+        max_num_seqs=config.batch_size,
+        max_lora_rank=allowed_rank(r),
+        load_in_4bit=asked.load_in_4bit,
+        gpu_memory_utilization=WHOLE_CARD,
+    )
 
 
 def base_of(adapter_dir: Path) -> str:

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import Problem
 from lora_grpo.model import Placement
-from lora_grpo.prompt import PromptStyle, build_messages
+from lora_grpo.prompt import TEMPLATE_SETTINGS, PromptStyle, build_messages
 from lora_grpo.rewards import Reward
 
 
@@ -84,6 +84,7 @@ def grpo_config(
         max_steps=steps,
         warmup_steps=warmup_steps,
         shuffle_dataset=False,
+        chat_template_kwargs=TEMPLATE_SETTINGS,
         reward_weights=[reward.weight for reward in rewards],
         disable_dropout=config.lora_dropout == 0,
         bf16=placement.dtype == "bfloat16",

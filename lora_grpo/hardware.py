@@ -52,6 +52,12 @@ def number(text: str, default: float = 0.0) -> float:
         return default
 
 
+def selection() -> list[str]:
+    """Return nvidia-smi's flag for the first GPU of `CUDA_VISIBLE_DEVICES`, or none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ["-i", visible.split(",")[0].strip()] if visible else []
+
+
 def find_gpu() -> GPU | None:
     """Return the GPU that a run would use, or None where the driver lists none.
 
@@ -60,8 +66,7 @@ def find_gpu() -> GPU | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return None
-    chosen = ["-i", visible.split(",")[0].strip()] if visible else []
-    listed = ask_nvidia_smi(*chosen, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
+    listed = ask_nvidia_smi(*selection(), f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
     if not listed or not listed.strip():
         return None
     cells = [cell.strip() for cell in listed.strip().splitlines()[0].split(",")]

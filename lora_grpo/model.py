@@ -108,7 +108,23 @@ def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAnd
 def end_of_turn_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return every token that ends a completion: the tokenizer's EOS first, then what the model
     declares."""
-    declared = model.generation_config.eos_token_id
+    return merge_end_ids(tokenizer, model.generation_config.eos_token_id)
+
+
+def declared_end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the same as `end_of_turn_ids` from a model folder, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        declared = AutoConfig.from_pretrained(folder).get_text_config().eos_token_id
+    return merge_end_ids(tokenizer, declared)
+
+
+def merge_end_ids(
+    tokenizer: "PreTrainedTokenizerBase", declared: int | list[int] | None
+) -> list[int]:
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
 
@@ -173,3 +189,28 @@ def dequantised(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> Path:
+    """Write the weights that a 4-bit model computes with as a plain model folder, and return it."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    tied = set(model.all_tied_weights_keys)
+    weights: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            if key in tied:
+                continue
+            if isinstance(module, Linear4bit) and key.endswith("weight"):
+                parameter = dequantize_4bit(parameter.data, parameter.quant_state)
+            weights[key] = parameter.detach().contiguous()
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(source)
+    config.dtype = next(iter(weights.values())).dtype
+    config.save_pretrained(folder)
+    return folder

@@ -9,9 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo.backend import Choice, choose_backend, claim
 from lora_grpo.config import TrainConfig
+from lora_grpo.hardware import GPU, find_gpu
 from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
 from lora_grpo.prepare import Data, prepare_data
+from lora_grpo.presets import NEEDS_GPU
 from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ class Plan:
     """A checked run: everything but the weights."""
 
     config: TrainConfig
+    choice: Choice
     run_dir: Path
     folder: Path
     placement: Placement
@@ -94,6 +98,25 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), trained
 
 
+def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
+    """Return the backend and rollout of the run, ready to be imported unless nothing will run.
+
+    Raises:
+        ValueError: the preset or the choice cannot work on this machine.
+    """
+    only_looking = config.dry_run or config.preview
+    if config.preset in NEEDS_GPU and gpu is None and not only_looking:
+        raise ValueError(
+            f"--preset {config.preset} needs an NVIDIA GPU, and nvidia-smi lists none: use "
+            "--preset tiny, which learns in minutes on a CPU, or see what this one would do by "
+            f"python scripts/plan_memory.py --preset {config.preset} --gpu-memory 8"
+        )
+    choice = choose_backend(config.backend, config.rollout, gpu)
+    if not only_looking:
+        claim(choice)
+    return choice
+
+
 def make_plan(config: TrainConfig) -> Plan:
     """Check the run and everything that it reads, without loading weights.
 
@@ -101,6 +124,7 @@ def make_plan(config: TrainConfig) -> Plan:
         FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
         sentence.
     """
+    choice = choose_machine(config, find_gpu())
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
     run_dir = name_run(config)
@@ -111,9 +135,16 @@ def make_plan(config: TrainConfig) -> Plan:
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
     placement = choose_placement(config.dtype)
-    config = dataclasses.replace(config, dtype=placement.dtype, run_name=run_dir.name)
+    config = dataclasses.replace(
+        config,
+        dtype=placement.dtype,
+        run_name=run_dir.name,
+        backend=choice.backend,
+        rollout=choice.rollout,
+    )
     return Plan(
         config=config,
+        choice=choice,
         run_dir=run_dir,
         folder=folder,
         placement=placement,
@@ -139,6 +170,8 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
     return [
         ("settings", why),
         ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
+        ("backend", f"{plan.choice.backend} ({plan.choice.why_backend})"),
+        ("rollout", f"{plan.choice.rollout} ({plan.choice.why_rollout})"),
         (
             "adapter",
             (

@@ -11,6 +11,9 @@ from lora_grpo.dataset import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Qwen3's template would have the model think before the reasoning that the prompt asks for; others
+# have no such setting and ignore it.
+TEMPLATE_SETTINGS = {"enable_thinking": False}
 SYSTEM_PROMPT = """\
 Respond in the following format:
 <reasoning>
@@ -75,7 +78,9 @@ def build_messages(question: str, style: PromptStyle = PLAIN) -> list[Message]:
 
 def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
     """Return the text that the model continues."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **TEMPLATE_SETTINGS
+    )
 
 
 def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[int]:

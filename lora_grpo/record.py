@@ -5,6 +5,7 @@ One `TrainerCallback`. A resumed run first cuts the files back to its checkpoint
 up as if nothing had happened.
 """
 
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -21,8 +22,22 @@ from lora_grpo.batch import Batch
 from lora_grpo.config import TrainConfig
 from lora_grpo.trainer import LoraGRPOTrainer
 
+# A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
+SKIPPED_IN_A_ROW = 20
 METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
 SAME = 1e-6
+SAMPLER_LOGS = {
+    "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
+    "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
+}
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held so far, in bytes: what PyTorch reserved on
+    the GPU where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cut_back(run_dir: Path, step: int) -> None:
@@ -57,6 +72,7 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
             for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")
             if name in logs
         },
+        **{ours: logs[theirs] for theirs, ours in SAMPLER_LOGS.items() if theirs in logs},
     }
 
 
@@ -77,6 +93,7 @@ class Recorder(TrainerCallback):
         self.trainer: LoraGRPOTrainer | None = None
         self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
+        self.skipped_in_a_row = 0
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Ask the run to end with the step that it is in; a second signal ends it at once."""
@@ -96,9 +113,22 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise FloatingPointError(f"the gradient of {name} is not finite")
+        broken = next(
+            (
+                name
+                for name, parameter in self.trainer.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ),
+            None,
+        )
+        if broken is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        scaled = self.trainer.accelerator.scaler is not None
+        if not scaled or self.skipped_in_a_row > SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"the gradient of {broken} is not finite")
+        # float16: the scaler leaves this update out and halves its loss scale.
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -129,8 +159,10 @@ class Recorder(TrainerCallback):
             **describe_step(batch, self.config.num_generations, logs),
             "seconds": self.step_seconds,
             "seconds_generate": seconds["generate"],
+            "seconds_sync": seconds["sync"],
             "seconds_reward": seconds["reward"],
             "seconds_update": self.step_seconds - sum(seconds.values()),
+            "peak_memory_bytes": peak_memory(),
         }
         append_jsonl(self.run_dir / METRICS, [row])
         if state.global_step % self.config.log_completions_steps == 0:

@@ -14,6 +14,8 @@ from lora_grpo.model import dequantised, end_of_turn_ids
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+Advance = Callable[[int], None]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -76,7 +78,7 @@ def complete(
     prompts: list[str],
     max_completion_length: int,
     batch_size: int,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Advance = lambda count: None,
 ) -> list[Completion]:
     """Answer each rendered prompt greedily, in their order; `advance` hears of each batch."""
     was_training = model.training

@@ -8,9 +8,9 @@ import dataclasses
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import PrinterCallback, set_seed
@@ -21,14 +21,11 @@ from lora_grpo.card import write_card
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config
-from lora_grpo.model import load_base
 from lora_grpo.plan import Plan, provenance
+from lora_grpo.policy import Policy, open_policy
 from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
 from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
 
@@ -68,48 +65,71 @@ def open_run(plan: Plan) -> dict[str, Any]:
 
 
 def judged(
-    plan: Plan, model: "PreTrainedModel", name: str, display: Display, validation: bool = False
+    plan: Plan, policy: Policy, name: str, display: Display, validation: bool = False
 ) -> list[Item]:
     """Answer the test (or validation) problems."""
     problems = plan.data.validation if validation else plan.data.test
     with display.bar(name, len(problems)) as advance:
         return evaluate_model(
-            model,
+            policy,
             plan.tokenizer,
             problems,
             plan.data.style,
             plan.config.max_completion_length,
-            plan.config.eval_batch_size,
             advance,
         )
 
 
-def base_items(plan: Plan, model: "PreTrainedModel", display: Display) -> list[Item]:
+def base_items(plan: Plan, policy: Policy, display: Display) -> list[Item]:
     """Return the base's answers, from an earlier part of the run where it has them."""
     finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
     if finished:
         return [Item(**row["base"]) for row in finished]
     path = plan.run_dir / BASE_ITEMS
     if not path.exists():
-        items = judged(plan, model, "evaluating the base", display)
+        items = judged(plan, policy, "evaluating the base", display)
         write_jsonl(path, [dataclasses.asdict(item) for item in items])
     return [Item(**row) for row in read_jsonl(path)]
 
 
-def build_trainer(plan: Plan, model: "PreTrainedModel", record: dict[str, Any]) -> LoraGRPOTrainer:
-    """Return the trainer of the run, its adapter fresh."""
+def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
+    """Load the base, and the engine that samples from it where one was chosen."""
+    config, engine = plan.config, None
+    if config.rollout == "vllm":
+        from lora_grpo.vllm_engine import engine_settings
+
+        engine = engine_settings(config, plan.placement)
+    return open_policy(
+        plan.folder,
+        plan.tokenizer,
+        plan.placement,
+        config.load_in_4bit,
+        config.bnb_4bit_use_double_quant,
+        config.eval_batch_size,
+        engine,
+        to_train=True,
+    )
+
+
+def build_trainer(
+    plan: Plan, policy: Policy, record: dict[str, Any], display: Display
+) -> LoraGRPOTrainer:
+    """Return the trainer of the run, its adapter fresh, and let the policy follow it."""
     args = grpo_config(
         plan.config, plan.run_dir, plan.placement, plan.steps, record["warmup_steps"], plan.rewards
     )
     trainer = LoraGRPOTrainer(
-        model=model,
+        model=policy.model,
         tokenizer=plan.tokenizer,
         rewards=plan.rewards,
         args=args,
         peft_config=lora_config(plan.config),
         train_dataset=build_dataset(plan.config, plan.data.train, plan.data.style, plan.steps),
+        chunked_logprobs=plan.config.chunked_logprobs,
+        say=display.say_always,
     )
     trainer.remove_callback(PrinterCallback)
+    policy.follow(trainer)
     return trainer
 
 
@@ -135,7 +155,7 @@ def clear_leftovers(run_dir: Path) -> None:
     rotate_checkpoints(run_dir)
 
 
-def optimise(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> None:
+def optimise(plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display) -> None:
     """Make the steps that are still to be made.
 
     Raises:
@@ -149,9 +169,7 @@ def optimise(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> None:
     clear_leftovers(run_dir)
 
     def validate() -> dict[str, float]:
-        found = summarise(
-            judged(plan, trainer.model, "choosing the best step", display, validation=True)
-        )
+        found = summarise(judged(plan, policy, "choosing the best step", display, validation=True))
         return {name: found[name] for name in ("strict_accuracy", "format_rate")}
 
     recorder = Recorder(
@@ -213,16 +231,14 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     """
     transformers.utils.logging.set_verbosity_error()
     record = open_run(plan)
-    config, run_dir = plan.config, plan.run_dir
-    model = load_base(
-        plan.folder, plan.placement, config.load_in_4bit, config.bnb_4bit_use_double_quant
-    )
-    base = base_items(plan, model, display)
-    display.before(summarise(base))
-    trainer = build_trainer(plan, model, record)
-    optimise(plan, trainer, display)
-    best = keep_adapters(plan, trainer)
-    adapter = judged(plan, trainer.model, "evaluating the adapter", display)
+    run_dir = plan.run_dir
+    with open_training_policy(plan) as policy:
+        base = base_items(plan, policy, display)
+        display.before(summarise(base))
+        trainer = build_trainer(plan, policy, record, display)
+        optimise(plan, policy, trainer, display)
+        best = keep_adapters(plan, trainer)
+        adapter = judged(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}
     report = build_report(plan.data.test_name, plan.data.test_split, models) | {"best_step": best}
     write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))

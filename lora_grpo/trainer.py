@@ -1,5 +1,5 @@
-"""The GRPO update: TRL's `GRPOTrainer` on the adapter alone, made exact to resume, open to look into,
-and not ended by running out of memory.
+"""The GRPO update: TRL's `GRPOTrainer` on the adapter alone, made exact to resume, open to look
+into, and not ended by running out of memory.
 
 What this adds to TRL 1.14.2, each at one of its methods: `__init__` (the adapter stays in float32),
 `_generate` and `_calculate_rewards` (what was sampled and earned, and how long it took),
@@ -149,9 +149,7 @@ class LoraGRPOTrainer(GRPOTrainer):
             inner, entropy = self.accelerator.unwrap_model(model), more.get("compute_entropy")
             parts = [
                 self._chunked_logps(inner, ids, mask, logits_to_keep, compute_entropy=entropy)
-                for ids, mask in zip(
-                    input_ids.split(rows), attention_mask.split(rows), strict=True
-                )
+                for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
             ]
             entropies = torch.cat([part[1] for part in parts]) if entropy else None
             return torch.cat([part[0] for part in parts]), entropies, None

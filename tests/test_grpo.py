@@ -32,7 +32,12 @@ SMALL = {
 }
 
 
-def make_trainer(tmp_path: Path, trainer_class: type = LoraGRPOTrainer, **knobs) -> GRPOTrainer:
+def make_trainer(
+    tmp_path: Path,
+    trainer_class: type = LoraGRPOTrainer,
+    say: Callable[[str], None] = print,
+    **knobs,
+) -> GRPOTrainer:
     config = TrainConfig(**{**SMALL, **knobs})
     rewards = build_rewards("default", max_completion_length=config.max_completion_length)
     model = load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, double_quant=False)
@@ -41,7 +46,16 @@ def make_trainer(tmp_path: Path, trainer_class: type = LoraGRPOTrainer, **knobs)
     dataset = build_dataset(config, problems, PLAIN, config.max_steps)
     tokenizer = load_tokenizer(EMBEDDED_FOLDER)
     if trainer_class is LoraGRPOTrainer:
-        trainer = LoraGRPOTrainer(model, tokenizer, rewards, args, lora_config(config), dataset)
+        trainer = LoraGRPOTrainer(
+            model,
+            tokenizer,
+            rewards,
+            args,
+            lora_config(config),
+            dataset,
+            config.chunked_logprobs,
+            say,
+        )
         trainer.remove_callback(PrinterCallback)
         return trainer
     torch.manual_seed(args.seed)

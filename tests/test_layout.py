@@ -13,7 +13,8 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ORDER = [
     # knobs, and files that appear whole
-    *("atomic", "config", "config_file", "presets"),
+    *("atomic", "config", "config_file", "hardware", "backend", "presets"),
+    *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     # dataset -> prompt
     *("arithmetic", "table", "dataset", "prompt"),
     # -> rollout
@@ -22,15 +23,17 @@ ORDER = [
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     *("pretrain", "tiny_card"),
     # -> GRPO update -> adapter -> evaluate
-    *("prepare", "adapter", "grpo", "record", "console", "evaluate", "plan", "card"),
-    *("train", "job"),
+    *("prepare", "adapter", "grpo", "batch", "memory_error", "vllm_engine", "trainer"),
+    *("vllm_rollout", "policy", "record", "console", "evaluate", "plan", "card", "train", "job"),
     # -> merge
     *("safetensors_stream", "lora_delta", "logit_distance"),
     *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
     *("merge_proof", "merge_report", "merge"),
 ]
 WITHOUT_TORCH = [
-    *("atomic", "config", "config_file", "presets", "arithmetic", "table", "dataset", "prompt"),
+    *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
+    *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
+    *("dataset", "prompt", "vllm_engine", "vllm_rollout", "policy"),
     *("model", "rollout", "answers", "custom_rewards", "rewards", "scoring", "reward_corpus"),
     *("reward_check", "prepare"),
 ]

@@ -29,7 +29,10 @@ SMALL = {
     "save_steps": 2,
     "log_completions_steps": 1,
 }
-SECONDS = ("seconds", "seconds_generate", "seconds_reward", "seconds_update")
+MEASURED = (
+    *("seconds", "seconds_generate", "seconds_sync", "seconds_reward", "seconds_update"),
+    "peak_memory_bytes",
+)
 
 
 def train_in_process(knobs: dict, outcome: Path) -> None:
@@ -77,7 +80,7 @@ def finish(children, outcome: Path, **knobs) -> None:
 
 def read_rows(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in SECONDS} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def contents(run_dir: Path) -> dict:

@@ -1,0 +1,55 @@
+"""vLLM as TRL's trainer calls it: the policy's adapter before each batch, then its completions.
+
+TRL 1.14.2 asks `trainer.vllm_generation` for `sync_weights()` and `generate(...)`; its own merges
+the adapter into the base, pushes every weight and unmerges, which a 4-bit base does not survive.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.vllm_engine import Engine
+
+if TYPE_CHECKING:
+    from lora_grpo.trainer import LoraGRPOTrainer
+
+SEED_STRIDE = 1_000_003
+
+
+class AdapterRollout:
+    """Samples the training rollouts from an engine that follows the trainer's adapter."""
+
+    def __init__(self, engine: Engine, trainer: "LoraGRPOTrainer") -> None:
+        self.engine, self.trainer = engine, trainer
+
+    def sync_weights(self) -> None:
+        """Let the engine answer as the adapter is now."""
+        started = time.perf_counter()
+        self.engine.sync(self.trainer.model)
+        self.trainer.seconds["sync"] += time.perf_counter() - started
+
+    def generate(
+        self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any = None
+    ) -> tuple[list, list, list, None]:
+        """Return prompts, completions, each token's log-prob as (B, T, 1), and nothing."""
+        trainer = self.trainer
+        completion_ids, logprobs = self.engine.sample(
+            prompts,
+            seed=trainer.args.seed * SEED_STRIDE + trainer.state.global_step,
+            temperature=trainer.temperature,
+            top_p=trainer.top_p,
+            max_tokens=trainer.max_completion_length,
+        )
+        return prompts, completion_ids, [[[value] for value in row] for row in logprobs], None
+
+
+def sample_with_vllm(trainer: "LoraGRPOTrainer", engine: Engine) -> None:
+    """Make the trainer sample from the engine, and correct for what its log-probs differ by.
+
+    The correction is TRL's importance sampling (arXiv 2508.21821) at its defaults.
+    """
+    trainer.vllm_generation = AdapterRollout(engine, trainer)
+    trainer.use_vllm = True
+    trainer._last_loaded_step = -1
+    trainer.abort_generation = engine.abort
+    if trainer.loss_type == "vespo":
+        trainer.vllm_importance_sampling_mode = "token_truncate"
