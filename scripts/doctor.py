@@ -1,0 +1,38 @@
+"""Say whether this machine can train, how it would, and what to type to mend what is wrong.
+
+    python scripts/doctor.py
+    python scripts/doctor.py --json    # for a bug report; no token, no user name, no home path
+
+Looks at Python, the system, the GPU and its driver, the packages and the Hub, and imports torch,
+bitsandbytes, trl, unsloth and vllm in processes of their own: a crash is a row. Expect one screen
+within some seconds that ends in `It can train`. Exit status: 0 when the main job can run, 1 when it
+cannot, 2 for bad input.
+"""
+
+import sys
+
+try:
+    import tyro
+
+    from lora_grpo.doctor import DoctorConfig, examine, print_report, show_progress, to_json
+except ImportError as error:
+    sys.exit(
+        f"error: {sys.executable} cannot import what the suite needs ({error}): use the Python of "
+        "its environment (.venv/bin/python after `make test`), or run pip install -r "
+        "requirements-cpu.txt && pip install --no-deps -e ."
+    )
+
+
+def main() -> int:
+    config = tyro.cli(DoctorConfig, description=__doc__)
+    with show_progress():
+        report = examine(config)
+    if config.json:
+        print(to_json(report))
+    else:
+        print_report(report)
+    return 0 if report.can_train else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

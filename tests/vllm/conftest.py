@@ -1,0 +1,26 @@
+"""vLLM's CPU build is the real engine; `make test-vllm` installs it into its own environment."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.backend import Choice, claim
+
+ROOT = Path(__file__).parents[2]
+
+if find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    claim(Choice("transformers", "vllm", "", ""))
+
+
+@pytest.fixture(autouse=True)
+def no_engine_left() -> Iterator[None]:
+    """No test leaves a folder in memory behind."""
+    from lora_grpo.vllm_engine import PREFIX, RAM_DISK
+
+    before = set(RAM_DISK.glob(f"{PREFIX}*"))
+    yield
+    assert set(RAM_DISK.glob(f"{PREFIX}*")) <= before
