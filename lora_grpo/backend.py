@@ -35,8 +35,10 @@ class Choice:
 
 
 def installed(package: str) -> bool:
-    """Tell whether a package can be found, without importing it."""
-    return find_spec(package) is not None
+    """Tell whether a package can be found, without importing it; a mere folder of its name is none.
+    """
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def choose_backend(

@@ -17,6 +17,11 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"]
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
+# How memory is used, which changes no result: a resumed run may change these.
+MEMORY_KNOBS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("chunked_logprobs", "gpu_memory", "vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
+)
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
 
 

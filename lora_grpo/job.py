@@ -44,6 +44,7 @@ def run(config: TrainConfig, why: str) -> int:
 
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to go on."""
+    from lora_grpo.memory_error import MemoryExhaustedError
     from lora_grpo.train import Stopped, train
 
     again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
@@ -55,6 +56,10 @@ def run_plan(plan: Plan, display: Display) -> int:
     except KeyboardInterrupt:
         display.say(f"stopped; {again}")
         return 130
+    except MemoryExhaustedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(f"{advise_on_memory(plan)}; then {again}", file=sys.stderr)
+        return 1
     except (FloatingPointError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

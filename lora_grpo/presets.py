@@ -5,11 +5,13 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lora_grpo.config import TrainConfig, flag
+from lora_grpo.config import MEMORY_KNOBS, TrainConfig, flag
 from lora_grpo.config_file import read_config_file, read_run
 from lora_grpo.hardware import find_gpu
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # No network, no GPU: a rate fit for 0.85M parameters, completions that never reach 64 tokens,
@@ -73,7 +75,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
-FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps"})
+# What a resume may change: how much is printed, how long the run is, and how memory is used.
+FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_KNOBS})
 
 
 def choose_preset() -> tuple[str, str]:
@@ -112,10 +115,10 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {**PRESETS.get(preset, {}), **knobs, "preset": preset}, why
 
 
-def unchecked(knobs: dict[str, Any]) -> TrainConfig:
+def unchecked(knobs: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """Return a configuration whose checks wait until the flags have had their say."""
-    config = object.__new__(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
+    config = object.__new__(kind)
+    for field in dataclasses.fields(kind):
         object.__setattr__(config, field.name, knobs.get(field.name, field.default))
     return config
 
@@ -135,7 +138,7 @@ def keep_last(specs: Iterable[str]) -> tuple[str, ...]:
     return tuple(by_name.values())
 
 
-def settle(config: TrainConfig) -> TrainConfig:
+def settle(config: Config) -> Config:
     """Make local paths absolute and let repeated flags override by name."""
     rewards = [spec.rpartition(":") for spec in config.reward]
     prompt = config.system_prompt_file
@@ -152,6 +155,13 @@ def settle(config: TrainConfig) -> TrainConfig:
 
 def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     """Refuse a resume that changes a knob which the finished steps depended on."""
+    if saved.completions_per_step != asked.completions_per_step:
+        raise ValueError(
+            "--per-device-train-batch-size x --gradient-accumulation-steps was "
+            f"{saved.per_device_train_batch_size} x {saved.gradient_accumulation_steps}, now "
+            f"{asked.per_device_train_batch_size} x {asked.gradient_accumulation_steps}: a resumed "
+            "run keeps their product"
+        )
     changed = [
         f"{flag(field.name)} was {getattr(saved, field.name)}, now {getattr(asked, field.name)}"
         for field in dataclasses.fields(TrainConfig)
@@ -173,8 +183,12 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, str]:
+def parse_train_config(
+    arguments: Sequence[str] | None = None, kind: type[Config] = TrainConfig
+) -> tuple[Config, str]:
     """Return the resolved configuration of a command line, and where its defaults come from.
+
+    `kind` is `TrainConfig`, or what adds a script's own flags to it.
 
     Raises:
         FileNotFoundError, ValueError: a `--config` or `--resume` that cannot be read, or a changed
@@ -184,8 +198,8 @@ def parse_train_config(arguments: Sequence[str] | None = None) -> tuple[TrainCon
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     knobs, why = defaults_for(find_sources(arguments))
-    default = unchecked(knobs)
-    config = settle(tyro.cli(TrainConfig, default=default, args=arguments))
+    default = unchecked(knobs, kind)
+    config = settle(tyro.cli(kind, default=default, args=arguments))
     if config.resume:
         check_resume(default, config)
     return config, why

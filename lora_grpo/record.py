@@ -5,6 +5,7 @@ One `TrainerCallback`. A resumed run first cuts the files back to its checkpoint
 up as if nothing had happened.
 """
 
+import math
 import resource
 import signal
 import time
@@ -68,7 +69,7 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
         "clipped_ratio": sum(batch.truncated) / count,
         "frac_reward_zero_std": dead_groups(totals, num_generations),
         **{
-            name: logs[name]
+            name: logs[name] if math.isfinite(logs[name]) else None
             for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")
             if name in logs
         },

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, set_seed
 from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
 from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jsonl
 from lora_grpo.card import write_card
+from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config
@@ -40,7 +41,7 @@ class Stopped(Exception):
 
 def open_run(plan: Plan) -> dict[str, Any]:
     """Create the run's directory, or check that a resumed one still stands on the same ground;
-    return its record.
+    return its record, which follows what a resume may change.
 
     Raises:
         ValueError: the base model or the data changed since the run began.
@@ -58,8 +59,9 @@ def open_run(plan: Plan) -> dict[str, Any]:
                 f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
                 "the run began: put it back, or start anew"
             )
-    if saved["steps"] != plan.steps:
-        saved |= {"steps": plan.steps, "max_steps": plan.config.max_steps}
+    changed = {name: record[name] for name in ("steps", "max_steps", *MEMORY_KNOBS)}
+    if changed != {name: saved.get(name) for name in changed}:
+        saved |= changed
         write_json(plan.run_dir / TRAIN_CONFIG, saved)
     return saved
 

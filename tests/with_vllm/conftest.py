@@ -1,16 +1,15 @@
 """vLLM's CPU build is the real engine; `make test-vllm` installs it into its own environment."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from lora_grpo.backend import Choice, claim
+from lora_grpo.backend import Choice, claim, installed
 
 ROOT = Path(__file__).parents[2]
 
-if find_spec("vllm") is None:
+if not installed("vllm"):
     collect_ignore_glob = ["test_*.py"]
 else:
     claim(Choice("transformers", "vllm", "", ""))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PrinterCallback
 from trl import GRPOTrainer
 
 from lora_grpo.config import LINEAR_LAYERS, TrainConfig
@@ -177,7 +178,7 @@ def make_trainer(tmp_path: Path, **knobs) -> LoraGRPOTrainer:
     small = {"max_steps": 3, "num_generations": 4, "per_device_train_batch_size": 16}
     config = TrainConfig(**{**PRESETS["tiny"], **small, **knobs})
     rewards = build_rewards("default", max_completion_length=config.max_completion_length)
-    return LoraGRPOTrainer(
+    trainer = LoraGRPOTrainer(
         load_base(EMBEDDED_FOLDER, CPU, load_in_4bit=True, double_quant=False),
         load_tokenizer(EMBEDDED_FOLDER),
         rewards,
@@ -185,6 +186,8 @@ def make_trainer(tmp_path: Path, **knobs) -> LoraGRPOTrainer:
         lora_config(config),
         build_dataset(config, load_problems("arithmetic")[:64], PLAIN, config.max_steps),
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def test_after_a_step_and_a_sync_the_engine_has_moved_with_the_policy(
