@@ -1,0 +1,133 @@
+"""The choice of backend and rollout: what it comes to, why, and what is refused."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.backend import Choice, choose_backend, claim, installed
+from lora_grpo.hardware import GPU, find_gpu
+
+ROOT = Path(__file__).parents[1]
+AMPERE = GPU("NVIDIA GeForce RTX 3060", "580.65", 8.6, 12 * 2**30, 11 * 2**30)
+
+
+def having(*packages: str) -> Callable[[str], bool]:
+    return lambda package: package in packages
+
+
+@pytest.mark.parametrize(
+    ("gpu", "packages", "expected"),
+    [
+        (None, (), ("transformers", "generate", "no GPU", "no GPU")),
+        (None, ("vllm", "unsloth"), ("transformers", "generate", "no GPU", "no GPU")),
+        (AMPERE, (), ("transformers", "generate", "unsloth is not", "vllm is not installed")),
+        (AMPERE, ("vllm",), ("transformers", "vllm", "unsloth is not", "a GPU, and vllm")),
+        (AMPERE, ("unsloth",), ("unsloth", "generate", "a GPU, and unsloth", "vllm is not")),
+        (AMPERE, ("unsloth", "vllm"), ("unsloth", "vllm", "a GPU, and unsloth", "a GPU, and vllm")),
+    ],
+)
+def test_auto_takes_the_fastest_that_works(gpu, packages, expected) -> None:
+    choice = choose_backend("auto", "auto", gpu, having(*packages))
+    assert (choice.backend, choice.rollout) == expected[:2]
+    assert choice.why_backend.startswith(expected[2]) and choice.why_rollout.startswith(expected[3])
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    both = having("unsloth", "vllm")
+    choice = choose_backend("transformers", "generate", AMPERE, both)
+    assert choice == Choice("transformers", "generate", "asked for", "asked for")
+    assert choose_backend("transformers", "vllm", None, both).rollout == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("backend", "rollout", "gpu", "message"),
+    [
+        ("unsloth", "auto", None, "--backend unsloth needs an NVIDIA GPU.*--backend transformers"),
+        ("unsloth", "auto", AMPERE, "unsloth is not installed: pip install -r requirements.txt"),
+        ("auto", "vllm", AMPERE, "vllm is not installed: pip install -r requirements.txt"),
+        ("auto", "vllm", None, "vllm is not installed: make test-vllm .*--rollout generate"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_to_install(backend, rollout, gpu, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend(backend, rollout, gpu, having())
+
+
+def test_a_folder_of_a_packages_name_is_not_the_package(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a_folder_only").mkdir()
+    (tmp_path / "a_module_too.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not installed("a_folder_only") and not installed("nothing_at_all")
+    assert installed("a_module_too")
+
+
+def run_python(code: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{path or ''}:{ROOT}"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+CLAIM = "from lora_grpo.backend import Choice, claim; claim(Choice('unsloth', 'vllm', '', ''))"
+
+
+def test_unsloth_is_imported_before_trl_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "unsloth.py").write_text("import sys; print('before', 'trl' in sys.modules)")
+    done = run_python(CLAIM, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "before False\n")
+    late = run_python("import trl; " + CLAIM, tmp_path)
+    assert late.returncode == 1
+    assert "RuntimeError: unsloth must be imported before trl" in late.stderr
+
+
+def test_the_engine_lives_in_this_process_and_reports_to_nobody(monkeypatch) -> None:
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    claim(Choice("transformers", "vllm", "", ""))
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG", "what the user set stays"
+
+
+def fake_driver(tmp_path: Path, script: str) -> None:
+    path = tmp_path / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
+    fake_driver(tmp_path, "echo 'Tesla T4, 535.183.01, 7.5, 15360, 15100'")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpu = find_gpu()
+    assert (gpu.name, gpu.driver, gpu.compute_capability) == ("Tesla T4", "535.183.01", 7.5)
+    assert gpu.total_bytes == 15360 * 2**20 and not gpu.has_bfloat16 and AMPERE.has_bfloat16
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--preset", "tiny", "--backend", "unsloth"], "--backend unsloth needs an NVIDIA GPU"),
+        (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
+        (["--preset", "qwen2.5-3b"], "--preset qwen2.5-3b needs an NVIDIA GPU"),
+        (["--preset", "tiny", "--rollout", "vllm"], "--rollout vllm: the package vllm is not"),
+    ],
+)
+def test_without_a_gpu_one_clear_sentence(flags: list[str], sentence: str) -> None:
+    if find_gpu() is not None or installed("vllm"):
+        pytest.skip("this machine has what the sentences say is missing")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "train_lora.py", *flags],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1
