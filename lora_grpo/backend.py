@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from lora_grpo.hardware import GPU
 
+ASKED_FOR = "asked for"
+BNB_PLUGIN = "vllm_bnb_plugin"
 INSTALL = "pip install -r requirements.txt"
 # One process: the engine shares the GPU with the update, and a crash leaves nothing behind.
 VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -35,8 +38,7 @@ class Choice:
 
 
 def installed(package: str) -> bool:
-    """Tell whether a package can be found, without importing it; a mere folder of its name is none.
-    """
+    """Tell whether a package, not a mere folder of its name, can be found; it is not imported."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
@@ -51,9 +53,9 @@ def choose_backend(
     """
     if backend == "unsloth":
         refuse_unsloth(gpu, has)
-        why = "asked for"
+        why = ASKED_FOR
     elif backend == "transformers":
-        why = "asked for"
+        why = ASKED_FOR
     elif gpu is not None and has("unsloth"):
         backend, why = "unsloth", "a GPU, and unsloth is installed"
     else:
@@ -86,11 +88,27 @@ def choose_rollout(
             "generate"
         )
     if rollout != "auto":
-        return Choice(backend, rollout, why_backend, "asked for")
+        return Choice(backend, rollout, why_backend, ASKED_FOR)
     if gpu is not None and has("vllm"):
         return Choice(backend, "vllm", why_backend, "a GPU, and vllm is installed")
     why = "vllm is not installed" if gpu else "no GPU; --rollout vllm uses vLLM's CPU build"
     return Choice(backend, "generate", why_backend, why)
+
+
+def check_4bit(choice: Choice, gpu: GPU | None, load_in_4bit: bool) -> None:
+    """Refuse a vLLM that cannot read 4-bit weights on a GPU; on a CPU it is handed whole ones.
+
+    Raises:
+        ValueError: the reader is missing; the message says what to install.
+    """
+    if choice.rollout != "vllm" or gpu is None or not load_in_4bit or installed(BNB_PLUGIN):
+        return
+    layers = Path(find_spec("vllm").origin).parent / "model_executor/layers/quantization"
+    if not (layers / "bitsandbytes.py").is_file():
+        raise ValueError(
+            "--rollout vllm: this vLLM reads 4-bit weights only with the package vllm-bnb-plugin, "
+            f"which is not installed: {INSTALL}, or use --rollout generate or --no-load-in-4bit"
+        )
 
 
 def claim(choice: Choice) -> None:
@@ -115,4 +133,8 @@ def claim(choice: Choice) -> None:
     if choice.rollout == "vllm":
         # Standby: vLLM's cache memory is given to the update while vLLM sleeps.
         os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+    # What it compiles goes to a cache of the user's, not to the folder that the run stands in.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache / "unsloth_compiled_cache"))
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     importlib.import_module("unsloth")

@@ -1,4 +1,4 @@
-"""The completions of one step and what they earned, as the trainer hands them to whoever looks on."""
+"""The completions of one step and what they earned, as the trainer shows them."""
 
 from dataclasses import dataclass, field
 from typing import Any

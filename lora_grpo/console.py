@@ -7,6 +7,7 @@ reads well.
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from lora_grpo.atomic import read_jsonl
+from lora_grpo.memory import GIB
 
 if TYPE_CHECKING:
     from lora_grpo.batch import Batch
@@ -130,6 +134,13 @@ class Display:
             f"validation after step {row['step']}: strict {percent(row['strict_accuracy'])}, "
             f"format {percent(row['format_rate'])}"
         )
+
+    def memory(self, metrics: Path) -> None:
+        """Print the peak memory of a run beside what was predicted for it."""
+        row = read_jsonl(metrics)[-1]
+        measured, predicted = row["peak_memory_bytes"], row["predicted_memory_bytes"]
+        beside = f", {predicted / GIB:.2f} GB predicted" if predicted else ""
+        self.say(f"peak memory: {measured / GIB:.2f} GB measured{beside}")
 
     def results(self, report: dict[str, Any]) -> None:
         """Print base and adapter side by side."""

@@ -12,7 +12,7 @@ import tyro
 
 from lora_grpo.adapter import CONFIG, check_adapter, read_train_config
 from lora_grpo.atomic import read_jsonl, write_json, write_jsonl
-from lora_grpo.backend import choose_backend, claim
+from lora_grpo.backend import check_4bit, choose_backend, claim
 from lora_grpo.config import Rollout, TrainConfig
 from lora_grpo.dataset import BUILT_IN, Problem, load_problems
 from lora_grpo.hardware import find_gpu
@@ -163,9 +163,11 @@ def evaluate(
     Raises:
         FileNotFoundError, ValueError: no adapter, model or data, each before any weights load.
     """
-    choice = choose_backend("transformers", config.rollout, find_gpu())
+    gpu = find_gpu()
+    choice = choose_backend("transformers", config.rollout, gpu)
     claim(choice)
     asked = prepare(config)
+    check_4bit(choice, gpu, asked.load_in_4bit)
     placement, total = choose_placement(), len(asked.problems)
     engine = evaluation_engine(config, asked, placement) if choice.rollout == "vllm" else None
     with open_policy(

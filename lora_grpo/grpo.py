@@ -79,12 +79,13 @@ def grpo_config(
         "max_grad_norm optim per_device_train_batch_size gradient_accumulation_steps "
         "gradient_checkpointing"
     )
-    return GRPOConfig(
+    args = GRPOConfig(
         output_dir=str(output_dir),
         max_steps=steps,
         warmup_steps=warmup_steps,
         shuffle_dataset=False,
         chat_template_kwargs=TEMPLATE_SETTINGS,
+        vllm_importance_sampling_correction=True,
         reward_weights=[reward.weight for reward in rewards],
         disable_dropout=config.lora_dropout == 0,
         bf16=placement.dtype == "bfloat16",
@@ -97,3 +98,6 @@ def grpo_config(
         disable_tqdm=True,
         **{name: getattr(config, name) for name in passed_on.split()},
     )
+    # Unsloth's settings choose these two by the loss type, whatever they are told.
+    args.scale_rewards, args.epsilon_high = config.scale_rewards, config.epsilon_high
+    return args

@@ -3,9 +3,11 @@ each end."""
 
 import sys
 
-from lora_grpo.config import TrainConfig
+from lora_grpo.allocator import give_back_freed_memory
+from lora_grpo.config import TrainConfig, flag
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
+from lora_grpo.memory_report import verdict
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.prompt import build_messages, render
 
@@ -19,11 +21,34 @@ def preview(plan: Plan, display: Display) -> None:
         display.say(f"--- row {problem.row}, gold answer {problem.answer!r}\n{text}")
 
 
+def advise_on_memory(plan: Plan) -> str:
+    """Return what the plan was and what a resumed run can still do about its memory."""
+    config = plan.config
+    lines = [verdict(plan.memory)] if plan.memory else []
+    flags = [
+        flag(name)
+        for name in ("gradient_checkpointing", "chunked_logprobs")
+        if not getattr(config, name)
+    ]
+    if config.rollout == "vllm":
+        flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
+    if flags:
+        lines.append(f"add {' or '.join(flags)}")
+    else:
+        lines.append(
+            "nothing is left to save in this run: free memory that other programs hold, or start "
+            f"anew with --max-completion-length below {config.max_completion_length} or a smaller "
+            "--model (scripts/plan_memory.py shows what fits)"
+        )
+    return "; ".join(lines)
+
+
 def run(config: TrainConfig, why: str) -> int:
     """Do what the configuration asks for and return the exit status.
 
     0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n and ready to be resumed.
     """
+    give_back_freed_memory()  # Before torch makes its first tensor.
     display = Display(config.quiet and not (config.dry_run or config.preview))
     try:
         plan = make_plan(config)
@@ -45,6 +70,7 @@ def run(config: TrainConfig, why: str) -> int:
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to go on."""
     from lora_grpo.memory_error import MemoryExhaustedError
+    from lora_grpo.record import METRICS
     from lora_grpo.train import Stopped, train
 
     again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
@@ -67,6 +93,7 @@ def run_plan(plan: Plan, display: Display) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     display.results(report)
+    display.memory(plan.run_dir / METRICS)
     display.say(f"adapter of step {report['best_step']}: {plan.run_dir}")
     display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
     return 0

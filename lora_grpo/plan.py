@@ -9,10 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.backend import Choice, choose_backend, claim
+from lora_grpo.allocator import has_huge_pages
+from lora_grpo.backend import Choice, check_4bit, choose_backend, claim
 from lora_grpo.config import TrainConfig
-from lora_grpo.hardware import GPU, find_gpu
+from lora_grpo.hardware import GPU, available_memory, find_gpu
+from lora_grpo.memory import GIB
+from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory
+from lora_grpo.memory_report import describe_memory
 from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
+from lora_grpo.model_shape import read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
 from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
@@ -29,6 +34,7 @@ class Plan:
 
     config: TrainConfig
     choice: Choice
+    memory: MemoryPlan | None
     run_dir: Path
     folder: Path
     placement: Placement
@@ -112,9 +118,49 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
             f"python scripts/plan_memory.py --preset {config.preset} --gpu-memory 8"
         )
     choice = choose_backend(config.backend, config.rollout, gpu)
+    check_4bit(choice, gpu, config.load_in_4bit)
     if not only_looking:
         claim(choice)
     return choice
+
+
+def fit_memory(
+    config: TrainConfig,
+    folder: Path,
+    choice: Choice,
+    placement: Placement,
+    gpu: GPU | None,
+    longest_prompt: int,
+) -> MemoryPlan | None:
+    """Return the settings with which the run fits, or None for a model that nothing is known of.
+
+    Raises:
+        ValueError: nothing fits in the --gpu-memory that was given.
+    """
+    try:
+        shape = read_shape(folder)
+    except ValueError:
+        return None
+    on_gpu = placement.device == "cuda" and gpu is not None
+    found = gpu.free_bytes if on_gpu else available_memory()
+    asked = config.gpu_memory and int(config.gpu_memory * GIB)
+    plan = plan_memory(
+        config,
+        shape,
+        choice,
+        placement.device,
+        placement.dtype,
+        min(asked or found, found) if on_gpu else found,
+        gpu.total_bytes if on_gpu else None,
+        longest_prompt,
+        has_huge_pages(),
+    )
+    if asked and on_gpu and not plan.fits:
+        raise ValueError(
+            f"--gpu-memory {config.gpu_memory:g} does not hold this run, whose peak would be "
+            f"{gigabytes(plan.peak_bytes)}: {'; '.join(plan.advice)}"
+        )
+    return plan
 
 
 def make_plan(config: TrainConfig) -> Plan:
@@ -124,7 +170,8 @@ def make_plan(config: TrainConfig) -> Plan:
         FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
         sentence.
     """
-    choice = choose_machine(config, find_gpu())
+    gpu = find_gpu()
+    choice = choose_machine(config, gpu)
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
     run_dir = name_run(config)
@@ -135,8 +182,10 @@ def make_plan(config: TrainConfig) -> Plan:
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
     placement = choose_placement(config.dtype)
+    memory = fit_memory(config, folder, choice, placement, gpu, data.longest_prompt)
     config = dataclasses.replace(
         config,
+        **(memory.settings if memory else {}),
         dtype=placement.dtype,
         run_name=run_dir.name,
         backend=choice.backend,
@@ -145,6 +194,7 @@ def make_plan(config: TrainConfig) -> Plan:
     return Plan(
         config=config,
         choice=choice,
+        memory=memory,
         run_dir=run_dir,
         folder=folder,
         placement=placement,
@@ -199,6 +249,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
             f"{config.max_completion_length} tokens",
         ),
         ("update", update),
+        *(describe_memory(plan.memory) if plan.memory else []),
         ("writes", str(plan.run_dir)),
     ]
 
@@ -247,6 +298,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "revision": plan.folder.name if snapshot else config.revision,
         "base_model": config.model,
         "base_sha256": hash_weights(plan.folder),
+        "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
         "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
         "dataset_sha256": plan.data.sha256(),
         "system_prompt": style.system_prompt,

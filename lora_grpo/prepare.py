@@ -37,6 +37,7 @@ class Data:
     test_split: str
     style: PromptStyle
     notes: tuple[str, ...]
+    longest_prompt: int
 
     def sha256(self) -> str:
         """Return the hash of every problem that the run uses, split by split."""
@@ -130,15 +131,16 @@ def drop_long(
     style: PromptStyle,
     tokenizer: "PreTrainedTokenizerBase",
     limit: int,
-) -> list[Problem]:
-    """Drop problems whose prompt is longer than the limit."""
+) -> tuple[list[Problem], int]:
+    """Drop problems whose prompt is longer than the limit; return the rest, and their longest."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
     lengths = count_tokens(tokenizer, prompts)
     pairs = zip(problems, lengths, strict=True)
     long = [problem.row for problem, length in pairs if length > limit]
     longest = max(lengths, default=0)
     why = f"prompts are longer than --max-prompt-length {limit} (the longest has {longest})"
-    return sieve.drop(name, problems, long, why)
+    kept = max((length for length in lengths if length <= limit), default=0)
+    return sieve.drop(name, problems, long, why), kept
 
 
 def drop_overlap(sieve: Sieve, train: list[Problem], test: Sequence[Problem]) -> list[Problem]:
@@ -195,11 +197,12 @@ def prepare_data(
     train, example = take_example(train, config.one_shot)
     style = replace(style, example=example)
     limits = (style, tokenizer, config.max_prompt_length)
-    train = drop_long(sieve, "train", train, *limits)
-    test = drop_long(sieve, "test", test, *limits)[: config.num_eval_items]
+    train, longest = drop_long(sieve, "train", train, *limits)
+    test = drop_long(sieve, "test", test, *limits)[0][: config.num_eval_items]
     train, validation = hold_out(train, config.num_validation_items, config.seed)
     check_enough(config, train, validation, test, sieve.notes)
-    return Data(train, validation, test, test_name, test_split, style, tuple(sieve.notes))
+    notes = tuple(sieve.notes)
+    return Data(train, validation, test, test_name, test_split, style, notes, longest)
 
 
 def check_enough(

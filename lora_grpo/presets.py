@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # validation in seconds.
     "tiny": {
         "model": "tiny",
+        "backend": "transformers",
         "dataset": "arithmetic",
         "bnb_4bit_use_double_quant": False,
         "learning_rate": 1e-3,

@@ -34,10 +34,12 @@ SAMPLER_LOGS = {
 
 
 def peak_memory() -> int:
-    """Return the most memory that this process has held so far, in bytes: what PyTorch reserved on
-    the GPU where there is one, else resident memory."""
+    """Return the most memory that this process has held so far, in bytes: on the GPU where there is
+    one (what PyTorch reserved, and what the card holds beside it now), else resident memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        beside = max(total - free - torch.cuda.memory_reserved(), 0)
+        return torch.cuda.max_memory_reserved() + beside
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -88,8 +90,9 @@ class Recorder(TrainerCallback):
         validate: Callable[[], dict[str, float]] | None,
         show: Callable[[dict[str, Any], Batch], None],
         show_validation: Callable[[dict[str, Any]], None],
+        predicted_memory: int | None = None,
     ) -> None:
-        self.config, self.run_dir = config, run_dir
+        self.config, self.run_dir, self.predicted_memory = config, run_dir, predicted_memory
         self.validate, self.show, self.show_validation = validate, show, show_validation
         self.trainer: LoraGRPOTrainer | None = None
         self.stopped_by: int | None = None
@@ -164,6 +167,7 @@ class Recorder(TrainerCallback):
             "seconds_reward": seconds["reward"],
             "seconds_update": self.step_seconds - sum(seconds.values()),
             "peak_memory_bytes": peak_memory(),
+            "predicted_memory_bytes": self.predicted_memory,
         }
         append_jsonl(self.run_dir / METRICS, [row])
         if state.global_step % self.config.log_completions_steps == 0:

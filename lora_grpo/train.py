@@ -95,8 +95,12 @@ def base_items(plan: Plan, policy: Policy, display: Display) -> list[Item]:
 
 
 def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
-    """Load the base, and the engine that samples from it where one was chosen."""
+    """Load the base by the chosen backend, and the engine that samples where one was chosen."""
     config, engine = plan.config, None
+    if config.backend == "unsloth":
+        from lora_grpo.unsloth_policy import open_unsloth
+
+        return open_unsloth(config, plan.folder, plan.tokenizer)
     if config.rollout == "vllm":
         from lora_grpo.vllm_engine import engine_settings
 
@@ -125,7 +129,8 @@ def build_trainer(
         tokenizer=plan.tokenizer,
         rewards=plan.rewards,
         args=args,
-        peft_config=lora_config(plan.config),
+        # Unsloth has put the adapter on the model already.
+        peft_config=None if plan.config.backend == "unsloth" else lora_config(plan.config),
         train_dataset=build_dataset(plan.config, plan.data.train, plan.data.style, plan.steps),
         chunked_logprobs=plan.config.chunked_logprobs,
         say=display.say_always,
@@ -180,6 +185,7 @@ def optimise(plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Disp
         validate if plan.data.validation else None,
         lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
         display.validation,
+        plan.memory.peak_bytes if plan.memory else None,
     )
     recorder.trainer = trainer
     trainer.add_callback(recorder)

@@ -9,6 +9,7 @@ at a loss that is not finite), `_save_checkpoint` (whole or not at all). The mat
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEPT_CHECKPOINTS = 2
+# Unsloth replaces TRL's class while it is imported; its log-probs are in chunks of its own.
+BY_UNSLOTH = GRPOTrainer.__name__ == "UnslothGRPOTrainer"
 
 
 class LoraGRPOTrainer(GRPOTrainer):
@@ -73,6 +76,8 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def _release_generation(self) -> None:
         self.abort_generation()
+        # Unsloth sets this while it scores, and takes it back only if nothing fails.
+        os.environ.pop("UNSLOTH_RETURN_HIDDEN_STATES", None)
         release_memory()
 
     def _generate(self, prompts: list) -> tuple:
@@ -137,9 +142,14 @@ class LoraGRPOTrainer(GRPOTrainer):
         attention_mask: torch.Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
+        *rest: Any,
         **more: Any,
     ) -> tuple:
         whole = super()._get_per_token_logps_and_entropies
+        if BY_UNSLOTH:
+            return whole(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, *rest, **more
+            )
 
         def score(rows: int) -> tuple:
             if not self.chunked_logprobs:

@@ -12,7 +12,7 @@ from lora_grpo.vllm_engine import Engine
 if TYPE_CHECKING:
     from lora_grpo.trainer import LoraGRPOTrainer
 
-SEED_STRIDE = 1_000_003
+LARGEST_SEED = 2**63
 
 
 class AdapterRollout:
@@ -20,21 +20,24 @@ class AdapterRollout:
 
     def __init__(self, engine: Engine, trainer: "LoraGRPOTrainer") -> None:
         self.engine, self.trainer = engine, trainer
+        self.calls = 0
 
     def sync_weights(self) -> None:
         """Let the engine answer as the adapter is now."""
         started = time.perf_counter()
         self.engine.sync(self.trainer.model)
+        self.calls = 0
         self.trainer.seconds["sync"] += time.perf_counter() - started
 
     def generate(
         self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any = None
     ) -> tuple[list, list, list, None]:
         """Return prompts, completions, each token's log-prob as (B, T, 1), and nothing."""
-        trainer = self.trainer
+        trainer, args = self.trainer, self.trainer.args
+        self.calls += 1  # A step's second call must not draw the same completions again.
         completion_ids, logprobs = self.engine.sample(
             prompts,
-            seed=trainer.args.seed * SEED_STRIDE + trainer.state.global_step,
+            seed=hash((args.seed, trainer.state.global_step, self.calls)) % LARGEST_SEED,
             temperature=trainer.temperature,
             top_p=trainer.top_p,
             max_tokens=trainer.max_completion_length,

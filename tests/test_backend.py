@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.backend import Choice, choose_backend, claim, installed
+from lora_grpo.backend import Choice, check_4bit, choose_backend, claim, installed
 from lora_grpo.hardware import GPU, find_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,31 @@ def test_a_folder_of_a_packages_name_is_not_the_package(tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     assert not installed("a_folder_only") and not installed("nothing_at_all")
     assert installed("a_module_too")
+
+
+@pytest.mark.parametrize(
+    ("files", "gpu", "load_in_4bit", "refused"),
+    [
+        ((), AMPERE, True, True),
+        ((), AMPERE, False, False),
+        ((), None, True, False),
+        (("vllm_bnb_plugin.py",), AMPERE, True, False),
+        (("vllm/model_executor/layers/quantization/bitsandbytes.py",), AMPERE, True, False),
+    ],
+)
+def test_a_vllm_that_cannot_read_4_bit_is_refused(
+    tmp_path: Path, monkeypatch, files, gpu, load_in_4bit: bool, refused: bool
+) -> None:
+    for name in ("vllm/__init__.py", *files):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    choice = Choice("transformers", "vllm", "", "")
+    if not refused:
+        check_4bit(choice, gpu, load_in_4bit)
+        return
+    with pytest.raises(ValueError, match="vllm-bnb-plugin, which is not installed"):
+        check_4bit(choice, gpu, load_in_4bit)
 
 
 def run_python(code: str, path: Path | None = None) -> subprocess.CompletedProcess:

@@ -64,6 +64,6 @@ def test_scaling_does_not_change_an_update_that_fits(tmp_path: Path, monkeypatch
 
 def test_a_gradient_that_never_fits_ends_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("lora_grpo.record.SKIPPED_IN_A_ROW", 3)
-    with pytest.raises(FloatingPointError, match="gradient of .*lora_A.* is not finite"):
+    with pytest.raises(FloatingPointError, match=r"gradient of .*lora_A.* is not finite"):
         train(monkeypatch, tmp_path, 2.0**24, lambda gradient: torch.full_like(gradient, torch.inf))
     assert SKIPPED_IN_A_ROW > 16, "a fresh scale of 65,536 may need that many halvings"

@@ -18,12 +18,16 @@ ORDER = [
     # dataset -> prompt
     *("arithmetic", "table", "dataset", "prompt"),
     # -> rollout
-    *("model", "rollout"),
+    *("model", "rollout", "unsloth_model", "unsloth_policy"),
     # -> reward
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     *("pretrain", "tiny_card"),
+    "prepare",
+    # -> what a run holds in memory
+    *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
+    *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
-    *("prepare", "adapter", "grpo", "batch", "memory_error", "vllm_engine", "trainer"),
+    *("adapter", "grpo", "batch", "memory_error", "vllm_engine", "trainer"),
     *("vllm_rollout", "policy", "record", "console", "evaluate", "plan", "card", "train", "job"),
     # -> merge
     *("safetensors_stream", "lora_delta", "logit_distance"),
@@ -34,8 +38,11 @@ WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     *("dataset", "prompt", "vllm_engine", "vllm_rollout", "policy"),
-    *("model", "rollout", "answers", "custom_rewards", "rewards", "scoring", "reward_corpus"),
-    *("reward_check", "prepare"),
+    *("model", "rollout", "unsloth_model", "unsloth_policy"),
+    *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
+    "prepare",
+    *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
+    *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
 ]
 
 

@@ -31,7 +31,7 @@ SMALL = {
 }
 MEASURED = (
     *("seconds", "seconds_generate", "seconds_sync", "seconds_reward", "seconds_update"),
-    "peak_memory_bytes",
+    *("peak_memory_bytes", "predicted_memory_bytes"),
 )
 
 

@@ -1,0 +1,222 @@
+"""The terms against real tensors: weights, adapters, optimisers, and what autograd saves."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+
+from lora_grpo.allocator import give_back_freed_memory
+from lora_grpo.config import LINEAR_LAYERS, TrainConfig
+from lora_grpo.dataset import Problem
+from lora_grpo.memory import Job, adapter_terms, nf4_bytes, optimiser_bytes, weight_terms
+from lora_grpo.memory_prompts import LightTokenizer
+from lora_grpo.memory_rollout import predict
+from lora_grpo.memory_update import activation_terms, saved_per_token
+from lora_grpo.model_shape import build_shape, read_shape
+from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, render
+
+TOKENS = 24
+ROWS = 4
+
+
+def job_of(folder: Path, config: TrainConfig, **more: Any) -> Job:
+    given = {"backend": "transformers", "rollout": "generate", "device": "cpu", "dtype": "float32"}
+    return Job(read_shape(folder), config, **given | {"prompt_length": 16} | more)
+
+
+def small_config(**changed: Any) -> TrainConfig:
+    sizes = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
+    lengths = {"max_prompt_length": 16, "max_completion_length": TOKENS - 16}
+    return TrainConfig(model="tiny", num_generations=4, **sizes | lengths | changed)
+
+
+def load(folder: Path, four_bit: bool, double_quant: bool = True) -> torch.nn.Module:
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=quantised if four_bit else None
+    )
+
+
+def adapted(model: torch.nn.Module, **more: Any) -> torch.nn.Module:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=list(LINEAR_LAYERS), r=16, **more)
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_weights_take_what_bitsandbytes_takes(
+    tiny_model_folder: Path, double_quant: bool
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = load(tiny_model_folder, True, double_quant)
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    real = 0
+    for layer in layers:
+        state = layer.weight.quant_state
+        real += layer.weight.nbytes + state.absmax.nbytes
+        real += state.state2.absmax.nbytes if double_quant else 0
+    config = small_config(bnb_4bit_use_double_quant=double_quant)
+    linear = weight_terms(job_of(tiny_model_folder, config))[0]
+    assert linear.bytes == pytest.approx(real, rel=0.005)
+
+
+def test_bits_a_weight_are_those_of_the_paper() -> None:
+    assert nf4_bytes(2**20, False) * 8 / 2**20 == 4.5
+    assert nf4_bytes(2**20, True) * 8 / 2**20 == pytest.approx(4.127, abs=0.001)
+
+
+def test_whole_weights_and_the_adapter_are_exact(tiny_model_folder: Path) -> None:
+    model = load(tiny_model_folder, False)
+    job = job_of(tiny_model_folder, small_config(load_in_4bit=False))
+    assert sum(term.bytes for term in weight_terms(job)) == sum(
+        parameter.nbytes for parameter in model.parameters()
+    )
+    trained = [p for p in adapted(model).parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    states = [
+        value.nbytes for state in optimiser.state.values() for value in state.values() if value.ndim
+    ]
+    weights, state = adapter_terms(job)
+    assert weights.bytes == sum(parameter.nbytes for parameter in trained)
+    assert state.bytes == sum(states)
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"), [("adamw_torch", 8), ("paged_adamw_8bit", 2), ("sgd", 0), ("lion_32bit", 4)]
+)
+def test_state_by_optimiser(optim: str, each: int) -> None:
+    assert optimiser_bytes(optim) == each
+
+
+def saved_bytes(model: torch.nn.Module, padded: bool = True) -> int:
+    """Bytes of the distinct storages that a forward pass saves, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    ids = torch.randint(3, 100, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 1 - padded
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+    return sum(size for size, _ in seen.values())
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_saves(
+    tiny_model_folder: Path, four_bit: bool, checkpointing: bool
+) -> None:
+    model = adapted(load(tiny_model_folder, four_bit))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    config = small_config(gradient_checkpointing=checkpointing, load_in_4bit=four_bit)
+    predicted = sum(term.bytes for term in activation_terms(job_of(tiny_model_folder, config)))
+    assert predicted == pytest.approx(saved_bytes(model), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("targets", "dropout"), [(("q_proj", "v_proj"), 0.0), (LINEAR_LAYERS, 0.1), (("up_proj",), 0.0)]
+)
+def test_other_adapters_save_what_is_predicted(
+    tiny_model_folder: Path, targets: tuple[str, ...], dropout: float
+) -> None:
+    base = load(tiny_model_folder, False)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=list(targets), r=16, lora_dropout=dropout
+    )
+    model = get_peft_model(base, lora).train()
+    model.enable_input_require_grads()
+    config = small_config(target_modules=targets, lora_dropout=dropout, load_in_4bit=False)
+    predicted = sum(term.bytes for term in activation_terms(job_of(tiny_model_folder, config)))
+    assert predicted == pytest.approx(saved_bytes(model), rel=0.04)
+
+
+def test_qwen3_saves_its_norms_of_each_head(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    settings = Qwen3Config(**sizes, **heads)
+    settings.save_pretrained(tmp_path)
+    model = adapted(Qwen3ForCausalLM(settings)).train()
+    config = small_config(load_in_4bit=False)
+    predicted = sum(term.bytes for term in activation_terms(job_of(tmp_path, config)))
+    assert predicted == pytest.approx(saved_bytes(model), rel=0.04)
+
+
+def test_bfloat16_halves_all_but_the_norms(tiny_model_folder: Path) -> None:
+    whole = job_of(tiny_model_folder, small_config())
+    half = dataclasses.replace(whole, dtype="bfloat16")
+    assert saved_per_token(whole) / 2 < saved_per_token(half) < saved_per_token(whole)
+
+
+def test_the_peak_is_what_is_always_there_and_the_fullest_phase(tiny_model_folder: Path) -> None:
+    found = predict(job_of(tiny_model_folder, small_config()))
+    assert found.peak_bytes == sum(term.bytes for term in found.always) + max(
+        phase.bytes for phase in found.phases
+    )
+    assert {"generation", "evaluation", "loading"} < {phase.name for phase in found.phases}
+
+
+def test_a_sleeping_vllm_holds_its_cache_only_while_it_generates() -> None:
+    shape = build_shape(
+        {
+            "model_type": "llama",
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 128,
+        },
+        "there",
+    )
+    config = small_config()
+    job = Job(shape, config, "transformers", "vllm", "cuda", "bfloat16", 16)
+    shared = dataclasses.replace(job, backend="unsloth")
+    for phase in predict(job).phases:
+        names = {term.name for term in phase.terms}
+        assert ("vLLM's KV cache" in names) == (phase.name == "generation")
+        assert ("vLLM's weights" in names) == (phase.name == "generation")
+    assert "vLLM's weights" not in {t.name for p in predict(shared).phases for t in p.terms}
+    assert "vLLM's KV cache" in {term.name for term in predict(job).terms}
+
+
+def test_chunks_and_checkpointing_lower_what_they_should(tiny_model_folder: Path) -> None:
+    big = small_config(per_device_train_batch_size=64, max_completion_length=512)
+    plain, frugal = (
+        predict(job_of(tiny_model_folder, dataclasses.replace(big, **changed))).fullest.bytes
+        for changed in ({}, {"gradient_checkpointing": True})
+    )
+    assert frugal < plain
+
+
+def test_the_allocator_setting_is_taken() -> None:
+    assert give_back_freed_memory() in (True, False)
+
+
+def test_the_light_tokenizer_counts_as_the_real_one(tiny_model_folder: Path, tokenizer) -> None:
+    questions = ["What is 2 + 3?", "Ann has 12 apples\nand eats 5 of them."]
+    style = PromptStyle("Think.", Problem(1, "1 + 1?", "2"))
+    light = LightTokenizer(tiny_model_folder)
+    for question in questions:
+        texts = [render(kind, build_messages(question, style)) for kind in (light, tokenizer)]
+        assert texts[0] == texts[1]
+        assert count_tokens(light, texts) == count_tokens(tokenizer, texts)

@@ -1,0 +1,112 @@
+"""`scripts/plan_memory.py` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.memory_command import run
+from lora_grpo.memory_measure import shortened
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "plan_memory.py"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("size", [6, 8, 12, 24])
+def test_the_main_preset_fits_every_card(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(["--preset", "qwen2.5-0.5b", "--gpu-memory", str(size), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert found["fits"]
+    assert found["peak_bytes"] <= found["budget_bytes"] == size * 2**30
+    assert found["device"] == "cuda"
+    assert (found["backend"], found["rollout"]) == ("unsloth", "vllm")
+    assert found["settings"]["vllm_gpu_memory_utilization"] < 1
+    at_peak = ("always", found["peak_phase"])
+    assert sum(t["bytes"] for t in found["terms"] if t["phase"] in at_peak) == found["peak_bytes"]
+    assert any("as published" in note or "config.json" in note for note in found["notes"])
+
+
+def test_the_table_has_every_term_that_was_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--preset", "qwen2.5-3b", "--gpu-memory", "8", "--backend", "transformers"]) == 0
+    printed = capsys.readouterr().out
+    for name in (
+        "linear layers",
+        "embeddings",
+        "LoRA weights",
+        "LoRA gradients",
+        "optimiser",
+        "vLLM's weights",
+        "vLLM's KV cache",
+        "CUDA context",
+        "CUDA graphs",
+        "activations",
+        "logits in chunks",
+        "1 GB = 2**30 bytes",
+        "fits: peak",
+    ):
+        assert name in printed
+
+
+def test_nothing_fits_is_status_1_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--preset", "qwen2.5-3b", "--gpu-memory", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed
+    assert "a card with" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "owner/unknown", "--gpu-memory", "8"], "--model owner/unknown"),
+        (["--preset", "tiny", "--target-modules", "fc1"], "--target-modules fc1"),
+        (["--preset", "tiny", "--measure", "--gpu-memory", "8"], "--measure reads"),
+    ],
+)
+def test_bad_input_is_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("qwen2.5-0.5b", "--gpu-memory", "8"), ("tiny",)])
+def test_a_plan_never_imports_torch(flags: tuple[str, ...]) -> None:
+    code = f"""
+import sys
+from lora_grpo.memory_command import run
+status = run(["--json", "--preset", *{flags!r}])
+sys.exit("torch" in sys.modules and 9 or status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    counted = any("longest prompt of the data" in note for note in found["notes"])
+    assert counted == (found["device"] == "cpu")
+
+
+def test_help_lists_its_own_flags() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0
+    assert "--measure" in done.stdout
+    assert "--gpu-memory" in done.stdout
+
+
+def test_a_measured_run_is_the_same_run_made_short() -> None:
+    flags = shortened(["--preset", "tiny", "--json", "--measure"])
+    assert flags[:2] == ["--preset", "tiny"]
+    assert not {"--json", "--measure"} & set(flags)
+    assert flags[flags.index("--max-steps") + 1] == "2"
+    assert flags[flags.index("--num-validation-items") + 1] == "0"
