@@ -25,7 +25,7 @@ from lora_grpo.scoring import Item, build_report, build_rows, judge
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lora_grpo.vllm_engine import EngineSettings
+    from lora_grpo.engine_settings import EngineSettings
 
 WHOLE_CARD = 0.85
 
@@ -197,7 +197,7 @@ def evaluation_engine(
     config: EvaluateConfig, asked: Examination, placement: Placement
 ) -> "EngineSettings":
     """Return an engine that has the card to itself, and room for the longest problem."""
-    from lora_grpo.vllm_engine import EngineSettings, allowed_rank
+    from lora_grpo.engine_settings import EngineSettings, allowed_rank
 
     prompts = [
         render(asked.tokenizer, build_messages(p.question, asked.style)) for p in asked.problems

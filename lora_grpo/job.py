@@ -7,7 +7,7 @@ from lora_grpo.allocator import give_back_freed_memory
 from lora_grpo.config import TrainConfig, flag
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
-from lora_grpo.memory_report import verdict
+from lora_grpo.memory_report import describe_memory
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.prompt import build_messages, render
 
@@ -24,7 +24,7 @@ def preview(plan: Plan, display: Display) -> None:
 def advise_on_memory(plan: Plan) -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
     config = plan.config
-    lines = [verdict(plan.memory)] if plan.memory else []
+    lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
     flags = [
         flag(name)
         for name in ("gradient_checkpointing", "chunked_logprobs")

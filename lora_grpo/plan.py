@@ -1,13 +1,10 @@
-"""What a run will do, known before any weights load: its directory, its size, its provenance."""
+"""What a run will do, known before any weights load: its directory, its size, its memory."""
 
 import dataclasses
 import math
-import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import has_huge_pages
 from lora_grpo.backend import Choice, check_4bit, choose_backend, claim
@@ -24,8 +21,6 @@ from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)
@@ -252,60 +247,3 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         *(describe_memory(plan.memory) if plan.memory else []),
         ("writes", str(plan.run_dir)),
     ]
-
-
-def git_commit() -> str | None:
-    """Return the commit of this code, or None outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that a result depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in RECORDED:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def device_name(placement: Placement) -> str:
-    """Return the GPU's name, or the processor's architecture and how many threads torch uses."""
-    import torch
-
-    if placement.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Return what `train_config.json` records: every resolved knob, then where it comes from."""
-    from lora_grpo.adapter import hash_weights
-
-    config, style = plan.config, plan.data.style
-    knobs = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(config).items()
-    }
-    snapshot = plan.folder.parent.name == "snapshots"
-    return {
-        **knobs,
-        "revision": plan.folder.name if snapshot else config.revision,
-        "base_model": config.model,
-        "base_sha256": hash_weights(plan.folder),
-        "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
-        "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
-        "dataset_sha256": plan.data.sha256(),
-        "system_prompt": style.system_prompt,
-        "example": dataclasses.asdict(style.example) if style.example else None,
-        "steps": plan.steps,
-        "warmup_steps": math.ceil(config.warmup_ratio * plan.steps),
-        "versions": installed_versions(),
-        "device": device_name(plan.placement),
-        "git_commit": git_commit(),
-    }

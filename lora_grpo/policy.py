@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lora_grpo.engine_settings import EngineSettings
     from lora_grpo.trainer import LoraGRPOTrainer
-    from lora_grpo.vllm_engine import Engine, EngineSettings
+    from lora_grpo.vllm_engine import Engine
 
 
 class Policy(Protocol):

@@ -22,8 +22,9 @@ from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config
-from lora_grpo.plan import Plan, provenance
+from lora_grpo.plan import Plan
 from lora_grpo.policy import Policy, open_policy
+from lora_grpo.provenance import provenance
 from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
 from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
@@ -102,7 +103,7 @@ def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
 
         return open_unsloth(config, plan.folder, plan.tokenizer)
     if config.rollout == "vllm":
-        from lora_grpo.vllm_engine import engine_settings
+        from lora_grpo.engine_settings import engine_settings
 
         engine = engine_settings(config, plan.placement)
     return open_policy(

@@ -4,19 +4,17 @@ Only the adapter ever moves: each sync writes it to a RAM disk and loads it unde
 base's weights, 4-bit ones included, stay bit for bit what they were. Checked against vLLM 0.30.0.
 """
 
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.adapter import save_adapter
-from lora_grpo.config import TrainConfig
-from lora_grpo.model import Placement, write_dequantised
+from lora_grpo.engine_settings import EngineSettings, cache_bytes
+from lora_grpo.model import write_dequantised
 from lora_grpo.rollout import Advance, Completion, cut_at_end
 
 if TYPE_CHECKING:
@@ -27,58 +25,7 @@ if TYPE_CHECKING:
 
 RAM_DISK = Path("/dev/shm")
 PREFIX = "lora_grpo-"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-CPU_BLOCK = 128
 AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What the engine sets aside: tokens a sequence, sequences at once, and the memory for them."""
-
-    placement: Placement
-    max_model_len: int
-    max_num_seqs: int
-    max_lora_rank: int
-    load_in_4bit: bool
-    gpu_memory_utilization: float | None = None
-    seed: int = 0
-
-
-def engine_settings(config: TrainConfig, placement: Placement) -> EngineSettings:
-    """Return the engine of a training run, in the share of the card that the plan gave it."""
-    return EngineSettings(
-        placement=placement,
-        max_model_len=config.max_prompt_length + config.max_completion_length,
-        max_num_seqs=config.vllm_max_num_seqs or config.completions_per_step,
-        max_lora_rank=allowed_rank(config.r),
-        load_in_4bit=config.load_in_4bit,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        seed=config.seed,
-    )
-
-
-def allowed_rank(r: int) -> int:
-    """Return the smallest rank that vLLM sets aside for adapters of rank `r`.
-
-    Raises:
-        ValueError: it has none that large.
-    """
-    for rank in RANKS:
-        if r <= rank:
-            return rank
-    raise ValueError(f"--r {r}: vLLM serves ranks of up to {RANKS[-1]}; use --rollout generate")
-
-
-def cache_bytes(folder: Path, settings: EngineSettings) -> int:
-    """Return the float32 KV cache that every sequence at full length needs, in bytes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
-    blocks = math.ceil(settings.max_model_len / CPU_BLOCK) * settings.max_num_seqs + 2
-    return token * blocks * CPU_BLOCK
 
 
 def ram_folder() -> tempfile.TemporaryDirectory:

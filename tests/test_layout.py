@@ -27,8 +27,19 @@ ORDER = [
     *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
-    *("adapter", "grpo", "batch", "memory_error", "vllm_engine", "trainer"),
-    *("vllm_rollout", "policy", "record", "console", "evaluate", "plan", "card", "train", "job"),
+    *("adapter", "grpo", "batch", "memory_error", "engine_settings", "vllm_engine", "trainer"),
+    *(
+        "vllm_rollout",
+        "policy",
+        "record",
+        "console",
+        "evaluate",
+        "plan",
+        "provenance",
+        "card",
+        "train",
+        "job",
+    ),
     # -> merge
     *("safetensors_stream", "lora_delta", "logit_distance"),
     *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
@@ -37,7 +48,7 @@ ORDER = [
 WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
-    *("dataset", "prompt", "vllm_engine", "vllm_rollout", "policy"),
+    *("dataset", "prompt", "engine_settings", "vllm_engine", "vllm_rollout", "policy"),
     *("model", "rollout", "unsloth_model", "unsloth_policy"),
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     "prepare",

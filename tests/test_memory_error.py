@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,3 +229,82 @@ def test_logprobs_in_chunks_give_the_same_gradient(tmp_path: Path, load_in_4bit:
         trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
     ):
         assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
+
+
+RUN = {
+    "preset": "tiny",
+    "quiet": True,
+    "max_steps": 4,
+    "num_generations": 4,
+    "max_completion_length": 32,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_eval_items": 8,
+    "num_validation_items": 0,
+    "save_steps": 2,
+}
+
+
+def flags_of(knobs: dict) -> list[str]:
+    words = []
+    for name, value in knobs.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def run_job(*arguments: str) -> int:
+    from lora_grpo.job import run
+    from lora_grpo.presets import parse_train_config
+
+    return run(*parse_train_config(list(arguments)))
+
+
+def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys) -> None:
+    from lora_grpo.trainer import LoraGRPOTrainer
+
+    plain = LoraGRPOTrainer.training_step
+
+    def third_step_does_not_fit(self, *arguments):
+        if self.state.global_step < 2:
+            return plain(self, *arguments)
+        with small_memory(0, "update forward"):
+            return plain(self, *arguments)
+
+    LoraGRPOTrainer.training_step = third_step_does_not_fit
+    try:
+        status = run_job(*flags_of(RUN), "--adapters-dir", str(tmp_path), "--run-name", "run")
+    finally:
+        LoraGRPOTrainer.training_step = plain
+    printed = capsys.readouterr()
+    assert status == 1
+    assert "out of memory in the update with 8 completions at once" in printed.out
+    error, advice = printed.err.strip().splitlines()
+    assert error.startswith("error: out of memory in the update, one at a time: CUDA out of memory")
+    assert advice.startswith("the plan was: fits: peak")
+    assert "add --gradient-checkpointing or --chunked-logprobs; then go on by: python" in advice
+    run = tmp_path / "run"
+    resume = ["--resume", str(run), "--gradient-checkpointing", "--chunked-logprobs"]
+    resume += ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
+    assert run_job(*resume) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    saved = json.loads((run / "train_config.json").read_text())
+    assert saved["gradient_checkpointing"] and saved["per_device_train_batch_size"] == 4
+    assert run_job(*flags_of(RUN), "--adapters-dir", str(tmp_path), "--run-name", "whole") == 0
+    rows, whole = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    )
+    for mine, theirs in zip(rows, whole, strict=True):
+        assert mine["reward"] == theirs["reward"]
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert mine["peak_memory_bytes"] > 2**28 and mine["predicted_memory_bytes"] > 2**28
+
+
+def test_a_resume_keeps_the_completions_of_a_step(tmp_path: Path, capsys) -> None:
+    run = ["--adapters-dir", str(tmp_path), "--run-name", "run", "--max-steps", "2"]
+    assert run_job(*flags_of({**RUN, "max_steps": 2}), *run) == 0
+    with pytest.raises(
+        ValueError, match=r"was 8 x 1, now 8 x 2: a resumed run keeps their product"
+    ):
+        run_job("--resume", str(tmp_path / "run"), "--gradient-accumulation-steps", "2")

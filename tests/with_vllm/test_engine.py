@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from lora_grpo.config import LINEAR_LAYERS, TrainConfig
 from lora_grpo.dataset import load_problems
+from lora_grpo.engine_settings import EngineSettings
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config
 from lora_grpo.model import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
 from lora_grpo.presets import PRESETS
@@ -23,7 +24,7 @@ from lora_grpo.prompt import PLAIN, build_messages, render
 from lora_grpo.rewards import build_rewards
 from lora_grpo.rollout import complete
 from lora_grpo.trainer import LoraGRPOTrainer
-from lora_grpo.vllm_engine import PREFIX, RAM_DISK, Engine, EngineSettings, open_engine, ram_folder
+from lora_grpo.vllm_engine import PREFIX, RAM_DISK, Engine, open_engine, ram_folder
 from lora_grpo.vllm_rollout import sample_with_vllm
 
 CPU = Placement("cpu", "float32")
