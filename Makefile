@@ -58,7 +58,7 @@ test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm -v -s $(ARGS)
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu -v -rs $(ARGS)
+	$(BIN)/python -m pytest tests/gpu -vv -rs $(ARGS)
 
 # Resolve both requirement files into one common set of pins; fails where there is none.
 lock: $(STAMP)

@@ -1,20 +1,27 @@
-"""How this process gives memory back: a setting of the C library for runs on a CPU.
+"""How a run on a CPU gives memory back: settings of the C library around the update.
 
 By default glibc keeps freed tensors of up to 32 MB in its heap, in holes that aligned requests of
 the same size do not fit, so a training process grows to about half as much again as it holds.
-Mapping each large tensor on its own gives it back when it is freed; huge pages keep that quick.
+Mapping each tensor of the update on its own gives it back when it is freed; huge pages keep that
+quick. Generation, whose many small tensors come and go, stays on the heap, and so does the whole
+run of a narrow model: it does too little arithmetic with each byte to pay for fresh pages.
 """
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-# 4 MiB: from 256 KiB on, a step of the embedded model took more than twice as long.
-MAPPED_FROM = 2**22
+MAPPED_FROM = 2**20
+LARGEST_ON_HEAP = 2**25  # to where glibc's own threshold grows
+NARROW = 256  # hidden states of fewer numbers: an update would take up to twice as long
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@cache
 def has_huge_pages() -> bool:
     """Tell whether the kernel gives huge pages to a program that asks for them."""
     try:
@@ -23,15 +30,34 @@ def has_huge_pages() -> bool:
         return False
 
 
-def give_back_freed_memory() -> bool:
-    """Map every tensor of 4 MiB and more on its own; tell whether that was done.
+def prepare_allocator() -> None:
+    """Let torch ask for huge pages from 2 MiB on; call it before the first tensor is made."""
+    if has_huge_pages():
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    Call it before the first tensor is made: from 2 MiB on torch asks for huge pages if it finds
-    `THP_MEM_ALLOC_ENABLE`. Does nothing without huge pages, where it would cost time, or without
-    glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None or not has_huge_pages():
-        return False
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    return mallopt(M_MMAP_THRESHOLD, MAPPED_FROM) == 1
+
+@cache
+def c_library() -> ctypes.CDLL | None:
+    """Return glibc where there are huge pages, without which mapping would cost time."""
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    return library if hasattr(library, "mallopt") and has_huge_pages() else None
+
+
+def gives_back(hidden_size: int) -> bool:
+    """Tell whether the update of a model of this width gives freed memory back here."""
+    return hidden_size >= NARROW and has_huge_pages()
+
+
+@contextmanager
+def giving_back(hidden_size: int) -> Iterator[bool]:
+    """Map every tensor of 1 MiB and more that the block makes; tell whether that is done."""
+    library = c_library()
+    if library is None or not gives_back(hidden_size):
+        yield False
+        return
+    library.malloc_trim(0)
+    library.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)
+    try:
+        yield True
+    finally:
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_ON_HEAP)

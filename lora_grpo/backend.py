@@ -23,6 +23,8 @@ VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 VLLM_DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # The memory plan counts CUDA graphs beside vLLM's share of the card, not inside it.
+    "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 

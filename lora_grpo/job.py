@@ -3,7 +3,7 @@ each end."""
 
 import sys
 
-from lora_grpo.allocator import give_back_freed_memory
+from lora_grpo.allocator import prepare_allocator
 from lora_grpo.config import TrainConfig, flag
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
@@ -48,7 +48,7 @@ def run(config: TrainConfig, why: str) -> int:
 
     0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n and ready to be resumed.
     """
-    give_back_freed_memory()  # Before torch makes its first tensor.
+    prepare_allocator()
     display = Display(config.quiet and not (config.dry_run or config.preview))
     try:
         plan = make_plan(config)

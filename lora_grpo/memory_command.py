@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_grpo.allocator import has_huge_pages
+from lora_grpo.allocator import gives_back
 from lora_grpo.backend import Choice, choose_backend
 from lora_grpo.config import TrainConfig, flag
 from lora_grpo.hardware import available_memory, find_gpu
@@ -97,7 +97,7 @@ def make_memory_plan(config: TrainConfig) -> tuple[MemoryPlan, tuple[str, ...]]:
         target.budget_bytes,
         target.total_bytes,
         prompt,
-        has_huge_pages(),
+        gives_back(shape.hidden_size),
     )
     return plan, (*target.notes, source, known)
 

@@ -4,6 +4,7 @@ Counted on transformers' decoder blocks with PEFT's LoRA layers and sdpa attenti
 compare with what `torch.autograd.graph.saved_tensors_hooks` sees.
 """
 
+from lora_grpo.allocator import NARROW
 from lora_grpo.memory import Job, Phase, Term
 
 FLOAT32 = 4
@@ -13,6 +14,7 @@ CHUNK_TOKENS, CHUNK_VOCABULARY = 2048, 8192  # TRL's _ChunkedLogProbFunction
 CHUNK_COPIES = 6
 LOGIT_COPIES_BACKWARD = 3
 CUDA_FRAGMENTS, HEAP_FRAGMENTS = 0.05, 1.0
+NARROW_BLOCKS = 3
 
 
 def lora_inputs(job: Job) -> int:
@@ -109,14 +111,17 @@ def logits_term(job: Job) -> Term:
 def with_fragments(job: Job, phase: Phase) -> Phase:
     """Return a phase with what the allocator loses to holes."""
     if job.device == "cuda":
-        lost, why = CUDA_FRAGMENTS, "estimate; not yet measured by this project"
-    elif not job.gives_back:
-        lost, why = HEAP_FRAGMENTS, "measured: holes in the C library's heap, from 0.7 to 1.4"
-    else:
+        lost = int(CUDA_FRAGMENTS * phase.bytes)
+        why = f"{CUDA_FRAGMENTS:.0%} of the update's tensors: estimate; not yet measured"
+    elif job.gives_back:
         return phase
-    held = f"{lost:.0%} of the update's tensors: "
-    term = Term("allocator's fragments", int(lost * phase.bytes), held + why)
-    return Phase(phase.name, (*phase.terms, term))
+    elif job.shape.hidden_size < NARROW:
+        lost = NARROW_BLOCKS * job.micro_batch_tokens * saved_per_token(job)
+        why = f"measured: holes in the C library's heap, what {NARROW_BLOCKS} blocks save"
+    else:
+        lost = int(HEAP_FRAGMENTS * phase.bytes)
+        why = f"measured: holes in the C library's heap, {HEAP_FRAGMENTS:.0%} (from 0.7 to 1.4)"
+    return Phase(phase.name, (*phase.terms, Term("allocator's fragments", lost, why)))
 
 
 def update_phases(job: Job) -> tuple[Phase, Phase]:

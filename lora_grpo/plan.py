@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.allocator import has_huge_pages
+from lora_grpo.allocator import gives_back
 from lora_grpo.backend import Choice, check_4bit, choose_backend, claim
 from lora_grpo.config import TrainConfig
 from lora_grpo.hardware import GPU, available_memory, find_gpu
@@ -148,7 +148,7 @@ def fit_memory(
         min(asked or found, found) if on_gpu else found,
         gpu.total_bytes if on_gpu else None,
         longest_prompt,
-        has_huge_pages(),
+        gives_back(shape.hidden_size),
     )
     if asked and on_gpu and not plan.fits:
         raise ValueError(

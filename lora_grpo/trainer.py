@@ -23,6 +23,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from lora_grpo.allocator import giving_back
 from lora_grpo.batch import Batch
 from lora_grpo.memory_error import RowLimit, release_memory
 from lora_grpo.model import dequantised
@@ -199,7 +200,8 @@ class LoraGRPOTrainer(GRPOTrainer):
                     losses.append(step(model, self._part, *rest))
             return torch.stack(losses).sum()
 
-        loss = self.update_rows.run(update, len(micro_batch["completion_ids"]))
+        with giving_back(self.model.config.get_text_config().hidden_size):
+            loss = self.update_rows.run(update, len(micro_batch["completion_ids"]))
         for parameter, gradient in zip(self.trained, earlier, strict=True):
             if gradient is not None:
                 parameter.grad = gradient.add_(parameter.grad)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.adapter import save_adapter
 from lora_grpo.engine_settings import EngineSettings, cache_bytes
+from lora_grpo.memory_rollout import VLLM_BATCH_TOKENS
 from lora_grpo.model import write_dequantised
 from lora_grpo.rollout import Advance, Completion, cut_at_end
 
@@ -62,6 +63,8 @@ class Engine:
             quantization="bitsandbytes" if on_gpu and settings.load_in_4bit else None,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
+            # What the memory plan counts with; a large card's own default is twice that.
+            max_num_batched_tokens=max(VLLM_BATCH_TOKENS, settings.max_model_len),
             enable_lora=True,
             max_lora_rank=settings.max_lora_rank,
             max_loras=1,

@@ -1,6 +1,8 @@
 """The terms against real tensors: weights, adapters, optimisers, and what autograd saves."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
-from lora_grpo.allocator import give_back_freed_memory
+from lora_grpo.allocator import has_huge_pages
 from lora_grpo.config import LINEAR_LAYERS, TrainConfig
 from lora_grpo.dataset import Problem
 from lora_grpo.memory import Job, adapter_terms, nf4_bytes, optimiser_bytes, weight_terms
@@ -208,8 +210,26 @@ def test_chunks_and_checkpointing_lower_what_they_should(tiny_model_folder: Path
     assert frugal < plain
 
 
-def test_the_allocator_setting_is_taken() -> None:
-    assert give_back_freed_memory() in (True, False)
+@pytest.mark.skipif(not has_huge_pages(), reason="the kernel gives no huge pages")
+@pytest.mark.parametrize(("hidden_size", "expected"), [(576, True), (128, False)])
+def test_freed_tensors_leave_a_wide_models_update(hidden_size: int, expected: bool) -> None:
+    """Freed from the middle of many, a tensor leaves a hole in the heap, or leaves the process."""
+    code = f"""
+import os, torch
+from lora_grpo.allocator import giving_back, prepare_allocator
+prepare_allocator()
+large = torch.ones(2**22)
+del large  # from now on glibc keeps what is smaller in its heap
+with torch.no_grad(), giving_back({hidden_size}) as given:
+    rows = [torch.ones(2**19) for _ in range(200)]
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+    before = resident()
+    del rows[::2]
+    print(given, before - resident() > 150e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(expected)] * 2
 
 
 def test_the_light_tokenizer_counts_as_the_real_one(tiny_model_folder: Path, tokenizer) -> None:
