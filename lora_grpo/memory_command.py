@@ -31,7 +31,7 @@ class PlanMemoryConfig(TrainConfig):
     json: bool = False
     """Print the plan as JSON."""
     measure: bool = False
-    """Then make two steps for real on this CPU, and print the measured peak beside the plan."""
+    """Then make a few steps for real on this CPU, and print the measured peak beside the plan."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def parse(arguments: Sequence[str]) -> tuple[PlanMemoryConfig, MemoryPlan, tuple
     """Return the configuration, its plan and notes; what will be measured is planned as short."""
     config, why = parse_train_config(arguments, PlanMemoryConfig)
     if config.measure:
-        config, why = parse_train_config([*shortened(arguments), "--measure"], PlanMemoryConfig)
+        few = shortened(arguments, find_shape(config)[0].hidden_size)
+        config, why = parse_train_config([*few, "--measure"], PlanMemoryConfig)
     plan, notes = make_memory_plan(config)
     if config.measure and plan.job.device != "cpu":
         raise ValueError(
@@ -132,7 +133,8 @@ def run(arguments: Sequence[str]) -> int:
         print_plan(config, plan, notes)
     if config.measure:
         try:
-            measured = measure([*arguments, *setting_flags(plan)])
+            flags = [*arguments, *setting_flags(plan)]
+            measured = measure(flags, plan.job.shape.hidden_size)
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return NOTHING_FITS

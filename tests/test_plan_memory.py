@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_grpo.allocator import has_huge_pages
 from lora_grpo.memory_command import run
 from lora_grpo.memory_measure import shortened
 
@@ -105,8 +106,10 @@ def test_help_lists_its_own_flags() -> None:
 
 
 def test_a_measured_run_is_the_same_run_made_short() -> None:
-    flags = shortened(["--preset", "tiny", "--json", "--measure"])
+    flags = shortened(["--preset", "tiny", "--json", "--measure"], 576)
     assert flags[:2] == ["--preset", "tiny"]
     assert not {"--json", "--measure"} & set(flags)
-    assert flags[flags.index("--max-steps") + 1] == "2"
+    assert flags[flags.index("--max-steps") + 1] == ("2" if has_huge_pages() else "8")
+    narrow = shortened(["--preset", "tiny"], 128)
+    assert narrow[narrow.index("--max-steps") + 1] == "8"
     assert flags[flags.index("--num-validation-items") + 1] == "0"
