@@ -120,6 +120,7 @@ def claim(choice: Choice) -> None:
 
     Raises:
         RuntimeError: TRL is here already, unpatched.
+        ValueError: unsloth is installed but cannot be imported.
     """
     if choice.rollout == "vllm":
         os.environ |= VLLM_ENVIRONMENT | {
@@ -139,4 +140,11 @@ def claim(choice: Choice) -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache / "unsloth_compiled_cache"))
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    importlib.import_module("unsloth")
+    try:
+        importlib.import_module("unsloth")
+    except Exception as error:  # whatever a package that does not fit this machine raises
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"--backend unsloth: the package cannot be imported ({reason}): python "
+            "scripts/doctor.py says more; or use --backend transformers"
+        ) from error

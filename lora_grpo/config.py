@@ -20,7 +20,8 @@ Rollout = Literal["auto", "vllm", "generate"]
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_KNOBS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("chunked_logprobs", "gpu_memory", "vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
+    *("eval_batch_size", "chunked_logprobs", "gpu_memory"),
+    *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
 )
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
 

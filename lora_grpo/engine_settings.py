@@ -49,6 +49,19 @@ def allowed_rank(r: int) -> int:
     raise ValueError(f"--r {r}: vLLM serves ranks of up to {RANKS[-1]}; use --rollout generate")
 
 
+def check_positions(config: TrainConfig, folder: Path) -> None:
+    """Raise a ValueError where prompt and completion together are longer than the model can see."""
+    from transformers import AutoConfig
+
+    known = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    needed = config.max_prompt_length + config.max_completion_length
+    if needed > known:
+        raise ValueError(
+            f"--max-prompt-length + --max-completion-length come to {needed}, and --model "
+            f"{config.model} knows {known} positions: make them shorter"
+        )
+
+
 def cache_bytes(folder: Path, settings: EngineSettings) -> int:
     """Return the float32 KV cache that every sequence at full length needs, in bytes."""
     from transformers import AutoConfig

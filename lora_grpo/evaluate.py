@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from lora_grpo.engine_settings import EngineSettings
 
-WHOLE_CARD = 0.85
+WHOLE_CARD, MOST_OF_FREE = 0.85, 0.95
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,16 @@ def evaluation_engine(
         max_num_seqs=config.batch_size,
         max_lora_rank=allowed_rank(r),
         load_in_4bit=asked.load_in_4bit,
-        gpu_memory_utilization=WHOLE_CARD,
+        gpu_memory_utilization=free_share() if placement.device == "cuda" else None,
     )
+
+
+def free_share() -> float:
+    """Return the share of the card that an engine alone may take: most of what is free."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return min(WHOLE_CARD, MOST_OF_FREE * free / total)
 
 
 def base_of(adapter_dir: Path) -> str:

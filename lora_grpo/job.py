@@ -2,6 +2,7 @@
 each end."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
 from lora_grpo.config import TrainConfig, flag
@@ -10,6 +11,9 @@ from lora_grpo.custom_rewards import RewardError
 from lora_grpo.memory_report import describe_memory
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.prompt import build_messages, render
+
+if TYPE_CHECKING:
+    from lora_grpo.memory_error import MemoryExhaustedError
 
 PREVIEWED = 3
 
@@ -21,14 +25,14 @@ def preview(plan: Plan, display: Display) -> None:
         display.say(f"--- row {problem.row}, gold answer {problem.answer!r}\n{text}")
 
 
-def advise_on_memory(plan: Plan) -> str:
+def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
-    config = plan.config
+    config, sampling = plan.config, "generation" in str(error)
     lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
     flags = [
         flag(name)
         for name in ("gradient_checkpointing", "chunked_logprobs")
-        if not getattr(config, name)
+        if not (sampling or getattr(config, name))
     ]
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
@@ -84,7 +88,7 @@ def run_plan(plan: Plan, display: Display) -> int:
         return 130
     except MemoryExhaustedError as error:
         print(f"error: {error}", file=sys.stderr)
-        print(f"{advise_on_memory(plan)}; then {again}", file=sys.stderr)
+        print(f"{advise_on_memory(plan, error)}; then {again}", file=sys.stderr)
         return 1
     except (FloatingPointError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 Result = TypeVar("Result")
+
+
+# CUDA's own words, cuBLAS's and the CPU allocator's; not every one comes as OutOfMemoryError.
+SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
 
 class MemoryExhaustedError(RuntimeError):
@@ -19,9 +22,10 @@ class MemoryExhaustedError(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a GPU's or the machine's memory ran out."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
-    )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
 
 
 def release_memory() -> None:
@@ -44,15 +48,22 @@ class RowLimit:
         work: str,
         say: Callable[[str], None],
         release: Callable[[], None] = release_memory,
+        keeps: str = "the result is the same",
     ) -> None:
-        self.work, self.say, self.release = work, say, release
+        self.work, self.say, self.release, self.keeps = work, say, release, keeps
         self.limit: int | None = None
 
-    def run(self, job: Callable[[int], Result], whole: int, at_most: int | None = None) -> Result:
+    def run(
+        self,
+        job: Callable[[int], Result],
+        whole: int,
+        at_most: int | None = None,
+        at_least: int = 1,
+    ) -> Result:
         """Return `job(rows)` for the most rows at once that fit; it must do all of `whole` rows.
 
         Raises:
-            MemoryExhaustedError: one row at a time does not fit either.
+            MemoryExhaustedError: the fewest rows at a time do not fit either.
         """
         while True:
             rows = largest_part(whole, min(self.limit or whole, at_most or whole))
@@ -64,10 +75,11 @@ class RowLimit:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
             # Only here, with the error gone, does nothing refer to the failed work's tensors.
             self.release()
-            if rows == 1:
-                raise MemoryExhaustedError(f"out of memory in {self.work}, one at a time: {reason}")
+            if rows <= at_least:
+                fewest = "one at a time" if rows == 1 else f"{rows} at a time"
+                raise MemoryExhaustedError(f"out of memory in {self.work}, {fewest}: {reason}")
             self.limit = largest_part(whole, rows // 2)
             self.say(
                 f"out of memory in {self.work} with {rows} completions at once: going on with "
-                f"{self.limit} at once, {whole // self.limit} times; the result is the same"
+                f"{self.limit} at once, {whole // self.limit} times; {self.keeps}"
             )

@@ -183,14 +183,14 @@ def dequantised(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
 
     layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
     layers = [layer for layer in layers if layer.weight.device.type == "cpu"]
-    for layer in layers:
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        layer.forward = partial(linear, weight=weight, bias=layer.bias)
     try:
+        for layer in layers:
+            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            layer.forward = partial(linear, weight=weight, bias=layer.bias)
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> Path:

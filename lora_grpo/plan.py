@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ class Plan:
     config: TrainConfig
     choice: Choice
     memory: MemoryPlan | None
+    free_before: int
     run_dir: Path
     folder: Path
     placement: Placement
@@ -106,6 +108,11 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
         ValueError: the preset or the choice cannot work on this machine.
     """
     only_looking = config.dry_run or config.preview
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process on one "
+            "GPU: start it without accelerate launch or torchrun"
+        )
     if config.preset in NEEDS_GPU and gpu is None and not only_looking:
         raise ValueError(
             f"--preset {config.preset} needs an NVIDIA GPU, and nvidia-smi lists none: use "
@@ -117,6 +124,23 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
     if not only_looking:
         claim(choice)
     return choice
+
+
+def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
+    """Refuse what the chosen engine could not do, before anything is loaded or written.
+
+    Raises:
+        ValueError: a rank or a length that it does not have, a knob that it would override.
+    """
+    if choice.backend == "unsloth":
+        from lora_grpo.unsloth_model import refuse_what_unsloth_changes
+
+        refuse_what_unsloth_changes(config, folder)
+    elif choice.rollout == "vllm":
+        from lora_grpo.engine_settings import allowed_rank, check_positions
+
+        allowed_rank(config.r)
+        check_positions(config, folder)
 
 
 def fit_memory(
@@ -177,6 +201,12 @@ def make_plan(config: TrainConfig) -> Plan:
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
     placement = choose_placement(config.dtype)
+    if gpu is not None and placement.device == "cpu":
+        raise ValueError(
+            f"nvidia-smi lists {gpu.name}, but torch cannot use it: python scripts/doctor.py says "
+            "why; CUDA_VISIBLE_DEVICES= before the command trains on the CPU"
+        )
+    check_engine(config, choice, folder)
     memory = fit_memory(config, folder, choice, placement, gpu, data.longest_prompt)
     config = dataclasses.replace(
         config,
@@ -190,6 +220,7 @@ def make_plan(config: TrainConfig) -> Plan:
         config=config,
         choice=choice,
         memory=memory,
+        free_before=gpu.free_bytes if gpu else 0,
         run_dir=run_dir,
         folder=folder,
         placement=placement,

@@ -44,13 +44,22 @@ class TransformersPolicy:
     def __init__(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int
     ) -> None:
+        from lora_grpo.memory_error import RowLimit
+
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.limit = RowLimit("evaluation", print)
 
     def complete(
         self, prompts: list[str], max_completion_length: int, advance: Advance
     ) -> list[Completion]:
         return complete(
-            self.model, self.tokenizer, prompts, max_completion_length, self.batch_size, advance
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_completion_length,
+            self.batch_size,
+            advance,
+            self.limit,
         )
 
     def use_adapter(self, directory: Path) -> None:

@@ -102,7 +102,10 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
             raise ValueError(
                 f"--resume {sources.resume} takes the knobs of that run: leave out --config"
             )
-        return read_run(Path(sources.resume)), f"as the run in {sources.resume} began"
+        # What the memory plan gave vLLM then is planned anew, for the card as it is now.
+        planned = {"vllm_gpu_memory_utilization": None, "vllm_max_num_seqs": None}
+        knobs = read_run(Path(sources.resume)) | planned
+        return knobs, f"as the run in {sources.resume} began"
     knobs = read_config_file(Path(sources.config)) if sources.config else {}
     preset = sources.preset or knobs.get("preset")
     if preset in PRESETS:

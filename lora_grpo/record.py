@@ -6,7 +6,6 @@ up as if nothing had happened.
 """
 
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from lora_grpo.adapter import save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.batch import Batch
 from lora_grpo.config import TrainConfig
+from lora_grpo.peak_memory import PeakMemory
 from lora_grpo.trainer import LoraGRPOTrainer
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
@@ -31,16 +31,6 @@ SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
     "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
 }
-
-
-def peak_memory() -> int:
-    """Return the most memory that this process has held so far, in bytes: on the GPU where there is
-    one (what PyTorch reserved, and what the card holds beside it now), else resident memory."""
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        beside = max(total - free - torch.cuda.memory_reserved(), 0)
-        return torch.cuda.max_memory_reserved() + beside
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cut_back(run_dir: Path, step: int) -> None:
@@ -91,8 +81,10 @@ class Recorder(TrainerCallback):
         show: Callable[[dict[str, Any], Batch], None],
         show_validation: Callable[[dict[str, Any]], None],
         predicted_memory: int | None = None,
+        peak_memory: PeakMemory | None = None,
     ) -> None:
         self.config, self.run_dir, self.predicted_memory = config, run_dir, predicted_memory
+        self.peak_memory = peak_memory or PeakMemory(None)
         self.validate, self.show, self.show_validation = validate, show, show_validation
         self.trainer: LoraGRPOTrainer | None = None
         self.stopped_by: int | None = None
@@ -166,7 +158,7 @@ class Recorder(TrainerCallback):
             "seconds_sync": seconds["sync"],
             "seconds_reward": seconds["reward"],
             "seconds_update": self.step_seconds - sum(seconds.values()),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": self.peak_memory.bytes(),
             "predicted_memory_bytes": self.predicted_memory,
         }
         append_jsonl(self.run_dir / METRICS, [row])

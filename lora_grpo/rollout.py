@@ -14,6 +14,8 @@ from lora_grpo.model import dequantised, end_of_turn_ids
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lora_grpo.memory_error import RowLimit
+
 Advance = Callable[[int], None]
 
 
@@ -79,8 +81,15 @@ def complete(
     max_completion_length: int,
     batch_size: int,
     advance: Advance = lambda count: None,
+    limit: "RowLimit | None" = None,
 ) -> list[Completion]:
-    """Answer each rendered prompt greedily, in their order; `advance` hears of each batch."""
+    """Answer each rendered prompt greedily, in their order; `advance` hears of each batch.
+
+    `limit` remembers how many fit at once, from one call to the next.
+    """
+    from lora_grpo.memory_error import RowLimit
+
+    limit = limit or RowLimit("evaluation", print)
     was_training = model.training
     model.eval()
     settings = greedy_settings(model, tokenizer, max_completion_length)
@@ -89,8 +98,14 @@ def complete(
     with dequantised(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = complete_batch(model, tokenizer, [prompts[index] for index in chosen], settings)
-            found.update(zip(chosen, batch, strict=True))
+            texts = [prompts[index] for index in chosen]
+
+            def answer(rows: int, texts: list[str] = texts) -> list[Completion]:
+                parts = [texts[first : first + rows] for first in range(0, len(texts), rows)]
+                answers = [complete_batch(model, tokenizer, part, settings) for part in parts]
+                return [done for part in answers for done in part]
+
+            found.update(zip(chosen, limit.run(answer, len(texts)), strict=True))
             advance(len(chosen))
     model.train(was_training)
     return [found[index] for index in range(len(prompts))]

@@ -22,6 +22,7 @@ from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config
+from lora_grpo.peak_memory import PeakMemory, watch_memory
 from lora_grpo.plan import Plan
 from lora_grpo.policy import Policy, open_policy
 from lora_grpo.provenance import provenance
@@ -29,6 +30,7 @@ from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
 from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
 
+FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_KNOBS)
 BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
 
 
@@ -60,7 +62,7 @@ def open_run(plan: Plan) -> dict[str, Any]:
                 f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
                 "the run began: put it back, or start anew"
             )
-    changed = {name: record[name] for name in ("steps", "max_steps", *MEMORY_KNOBS)}
+    changed = {name: record[name] for name in FOLLOWED}
     if changed != {name: saved.get(name) for name in changed}:
         saved |= changed
         write_json(plan.run_dir / TRAIN_CONFIG, saved)
@@ -163,7 +165,13 @@ def clear_leftovers(run_dir: Path) -> None:
     rotate_checkpoints(run_dir)
 
 
-def optimise(plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display) -> None:
+def optimise(
+    plan: Plan,
+    policy: Policy,
+    trainer: LoraGRPOTrainer,
+    display: Display,
+    peak_memory: PeakMemory | None = None,
+) -> None:
     """Make the steps that are still to be made.
 
     Raises:
@@ -187,6 +195,7 @@ def optimise(plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Disp
         lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
         display.validation,
         plan.memory.peak_bytes if plan.memory else None,
+        peak_memory,
     )
     recorder.trainer = trainer
     trainer.add_callback(recorder)
@@ -241,11 +250,12 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     record = open_run(plan)
     run_dir = plan.run_dir
+    peak_memory = watch_memory(plan.placement.device, plan.free_before)
     with open_training_policy(plan) as policy:
         base = base_items(plan, policy, display)
         display.before(summarise(base))
         trainer = build_trainer(plan, policy, record, display)
-        optimise(plan, policy, trainer, display)
+        optimise(plan, policy, trainer, display, peak_memory)
         best = keep_adapters(plan, trainer)
         adapter = judged(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}

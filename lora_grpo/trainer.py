@@ -65,7 +65,9 @@ class LoraGRPOTrainer(GRPOTrainer):
         self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0}
         self.chunked_logprobs = chunked_logprobs
         self.abort_generation: Callable[[], None] = lambda: None
-        self.generation_rows = RowLimit("generation", say, self._release_generation)
+        self.generation_rows = RowLimit(
+            "generation", say, self._release_generation, "as many completions are drawn"
+        )
         self.scoring_rows = RowLimit("scoring", say)
         self.update_rows = RowLimit("the update", say)
         self._part: dict[str, Any] | None = None
@@ -201,7 +203,10 @@ class LoraGRPOTrainer(GRPOTrainer):
             return torch.stack(losses).sum()
 
         with giving_back(self.model.config.get_text_config().hidden_size):
-            loss = self.update_rows.run(update, len(micro_batch["completion_ids"]))
+            whole = len(micro_batch["completion_ids"])
+            # bnpo divides by the tokens of what goes through at once: less would be another loss.
+            least = whole if self.loss_type == "bnpo" else 1
+            loss = self.update_rows.run(update, whole, at_least=least)
         for parameter, gradient in zip(self.trained, earlier, strict=True):
             if gradient is not None:
                 parameter.grad = gradient.add_(parameter.grad)

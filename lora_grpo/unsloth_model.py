@@ -42,6 +42,11 @@ def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
             "--no-bnb-4bit-use-double-quant: Unsloth always quantises the NF4 scales too: use "
             "--backend transformers, or leave the flag out"
         )
+    if config.init_lora_weights == "orthogonal":
+        raise ValueError(
+            "--init-lora-weights orthogonal: Unsloth does not know it: use --backend transformers, "
+            "or leave the flag out"
+        )
     positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
     if sequence_length(config) > positions:
         raise ValueError(

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,42 +21,59 @@ from lora_grpo.rollout import Advance, Completion, cut_at_end
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from vllm import RequestOutput, SamplingParams
+    from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
 RAM_DISK = Path("/dev/shm")
 PREFIX = "lora_grpo-"
+ADAPTER_ROOM = 2**29
 AT_ONCE = 4
 
 
-def ram_folder() -> tempfile.TemporaryDirectory:
-    """Return a folder in memory where there is a RAM disk, having removed those of dead runs."""
+def ram_folder(room: int = ADAPTER_ROOM) -> tempfile.TemporaryDirectory:
+    """Return a folder in memory, having removed those of dead runs; on disk where the RAM disk is
+    missing or has less than `room` bytes free (a container's often has 64 MiB)."""
     if not os.access(RAM_DISK, os.W_OK):
         return tempfile.TemporaryDirectory(prefix=PREFIX)
     for path in RAM_DISK.glob(f"{PREFIX}*"):
         owner = path.name.removeprefix(PREFIX).partition("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             shutil.rmtree(path, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-", dir=RAM_DISK)
+    fits = shutil.disk_usage(RAM_DISK).free >= room
+    return tempfile.TemporaryDirectory(
+        prefix=f"{PREFIX}{os.getpid()}-", dir=RAM_DISK if fits else None
+    )
 
 
 class Engine:
     """vLLM with one base and the newest adapter; asleep between uses where the GPU can."""
 
     def __init__(self, folder: Path, settings: EngineSettings, end_ids: Sequence[int]) -> None:
-        from vllm import LLM
-
         self.settings, self.end_ids = settings, list(end_ids)
         self.folder = ram_folder()
         self.request: LoRARequest | None = None
         self.syncs = 0
+        self.llm: LLM | None = None
+        self.can_sleep = settings.placement.device == "cuda"
+        self.asleep = False
+        try:
+            self.llm = self._start(folder)
+            self.sleep()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, folder: Path) -> "LLM":
+        from vllm import LLM
+
+        settings = self.settings
         on_gpu = settings.placement.device == "cuda"
         memory = (
             {"gpu_memory_utilization": settings.gpu_memory_utilization or 0.5}
             if on_gpu
             else {"kv_cache_memory_bytes": cache_bytes(folder, settings), "enforce_eager": True}
         )
-        self.llm = LLM(
+        return LLM(
             model=str(folder),
             skip_tokenizer_init=True,
             dtype=settings.placement.dtype,
@@ -76,9 +93,6 @@ class Engine:
             use_tqdm_on_load=False,
             **memory,
         )
-        self.can_sleep = on_gpu
-        self.asleep = False
-        self.sleep()
 
     def sleep(self) -> None:
         """Give the cache's memory to the update, and keep the weights in the machine's memory."""
@@ -110,8 +124,8 @@ class Engine:
     def sync(self, model: "PeftModel") -> None:
         """Answer as the policy is now: its adapter goes to the RAM disk, under a new name."""
         directory = Path(self.folder.name) / f"policy-{self.syncs + 1}"
-        save_adapter(model, directory)
         shutil.rmtree(Path(self.folder.name) / f"policy-{self.syncs}", ignore_errors=True)
+        save_adapter(model, directory)
         self.use_adapter(directory)
 
     def generate(
@@ -183,15 +197,16 @@ class Engine:
 
     def close(self) -> None:
         """Give the engine's memory back; safe to call twice."""
-        if self.llm is None:
-            return
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        # What went wrong before must not be hidden by how the engine ends.
         with suppress(Exception):
-            self.abort()
-        self.llm.llm_engine.engine_core.shutdown()
+            if self.llm is not None:
+                self.abort()
+                self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
-        cleanup_dist_env_and_memory()
+        with suppress(Exception):
+            cleanup_dist_env_and_memory()
         self.folder.cleanup()
 
 
@@ -207,11 +222,13 @@ def open_engine(
     On a CPU, whose vLLM reads no 4-bit weights, a 4-bit `base` is handed over dequantised: the same
     numbers, so the same policy.
     """
-    with ram_folder() as scratch:
+    with ExitStack() as until_loaded:
         if base is not None and settings.load_in_4bit and settings.placement.device == "cpu":
+            room = 5 * base.num_parameters(exclude_embeddings=False)
+            scratch = until_loaded.enter_context(ram_folder(room))
             folder = write_dequantised(base, folder, Path(scratch) / "base")
         engine = Engine(folder, settings, end_ids)
-        try:
-            yield engine
-        finally:
-            engine.close()
+    try:
+        yield engine
+    finally:
+        engine.close()

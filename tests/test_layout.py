@@ -18,7 +18,7 @@ ORDER = [
     # dataset -> prompt
     *("arithmetic", "table", "dataset", "prompt"),
     # -> rollout
-    *("model", "rollout", "unsloth_model", "unsloth_policy"),
+    *("memory_error", "model", "rollout", "unsloth_model", "unsloth_policy"),
     # -> reward
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     *("pretrain", "tiny_card"),
@@ -27,10 +27,11 @@ ORDER = [
     *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
-    *("adapter", "grpo", "batch", "memory_error", "engine_settings", "vllm_engine", "trainer"),
+    *("adapter", "grpo", "batch", "engine_settings", "vllm_engine", "trainer"),
     *(
         "vllm_rollout",
         "policy",
+        "peak_memory",
         "record",
         "console",
         "evaluate",

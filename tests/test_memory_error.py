@@ -28,6 +28,8 @@ CPU_MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tr
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
         (RuntimeError(CPU_MESSAGE), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (MemoryError(), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory."), False),
@@ -186,6 +188,31 @@ def test_half_a_backward_pass_leaves_nothing_behind(tmp_path: Path) -> None:
     assert raised == [8] and len(said) == 1
     for name, gradient in whole_catcher.gradients.items():
         torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_bnpo_whose_loss_depends_on_the_parts_is_not_split(tmp_path: Path) -> None:
+    knobs = {"loss_type": "bnpo", "gradient_accumulation_steps": 1}
+    trainer, _, said = train(tmp_path, **knobs)
+    with (
+        small_memory(8, "update forward"),
+        pytest.raises(MemoryExhaustedError, match="in the update, 16 at a time"),
+    ):
+        trainer.train()
+    assert not said
+
+
+def test_evaluation_goes_on_with_fewer_prompts(tmp_path: Path) -> None:
+    from lora_grpo.rollout import complete
+
+    trainer, _, _ = train(tmp_path, load_in_4bit=True)
+    prompts, said = [f"What is {n} + {n}?" for n in range(12)], []
+    ask = (trainer.model, trainer._tokenizer, prompts, 8, 12)
+    expected, heard = complete(*ask), []
+    limit = RowLimit("evaluation", said.append)
+    with small_memory(3, "generation") as raised:
+        assert complete(*ask, heard.append, limit) == expected
+        assert complete(*ask, heard.append, limit) == expected
+    assert raised == [12, 6] and len(said) == 2 and heard == [12, 12]
 
 
 def test_generation_goes_on_with_fewer_sequences(tmp_path: Path) -> None:
