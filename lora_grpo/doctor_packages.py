@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PIN = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s#;]+)")
 INSTALL_CPU = "pip install -r requirements-cpu.txt"
 NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-WITH_A_GPU = ("unsloth", "vllm")
+WITH_A_GPU = ("unsloth", "vllm", "vllm-bnb-plugin")
 INSTEAD = {"unsloth": "--backend transformers", "vllm": "--rollout generate"}
 
 
