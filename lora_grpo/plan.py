@@ -119,6 +119,11 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
             "--preset tiny, which learns in minutes on a CPU, or see what this one would do by "
             f"python scripts/plan_memory.py --preset {config.preset} --gpu-memory 8"
         )
+    if config.gpu_memory is not None and gpu is None:
+        raise ValueError(
+            f"--gpu-memory {config.gpu_memory:g}: nvidia-smi lists no GPU: leave it out, or see "
+            "what such a card would hold by scripts/plan_memory.py"
+        )
     choice = choose_backend(config.backend, config.rollout, gpu)
     check_4bit(choice, gpu, config.load_in_4bit)
     if not only_looking:

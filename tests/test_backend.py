@@ -143,6 +143,7 @@ def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
         (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
         (["--preset", "qwen2.5-3b"], "--preset qwen2.5-3b needs an NVIDIA GPU"),
         (["--preset", "tiny", "--rollout", "vllm"], "--rollout vllm: the package vllm is not"),
+        (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: nvidia-smi lists no GPU"),
     ],
 )
 def test_without_a_gpu_one_clear_sentence(flags: list[str], sentence: str) -> None:
