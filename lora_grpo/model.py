@@ -159,7 +159,22 @@ def load_base(
         device_map={"": placement.device},
     )
     model.name_or_path = model.config._name_or_path = public_name(folder)
+    if load_in_4bit:
+        keep_4bit_as_stored(model)
     return model
+
+
+def keep_4bit_as_stored(model: "PreTrainedModel") -> None:
+    """Keep a processor with AVX512-BF16 from repacking 4-bit weights when it first generates.
+
+    bitsandbytes would compute in bfloat16 from then on, other numbers than in training, and the
+    repacked weights cannot be trained on.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
