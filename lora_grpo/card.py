@@ -1,93 +1,103 @@
-"""The adapter directory's README.md: a model card that says only what the run recorded."""
+"""Model cards: README.md of an adapter directory, of a merged folder and of an export.
 
+A card says only what is on record, and leaves out what is not. It holds no path of this machine:
+what is local goes by the last part of its name.
+"""
+
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_grpo.atomic import write_text
+from lora_grpo.card_base import short_name
+from lora_grpo.card_curves import CURVES, write_curves
+from lora_grpo.card_evaluation import write_evaluation, write_limits, write_prompt, write_samples
+from lora_grpo.card_markdown import code, escape, table
+from lora_grpo.card_metadata import Kind, build_metadata, write_yaml
+from lora_grpo.card_records import Records, read_records
+from lora_grpo.card_training import write_command, write_settings
+from lora_grpo.card_use import use_adapter
+from lora_grpo.model import EMBEDDED
 
-CARD = """\
----
-base_model: {base_model}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- grpo
-- lora
-- trl
----
-
-# {name}
-
-A LoRA adapter for `{base_model}`, trained with GRPO on `{dataset}` by lora-grpo.
-
-## Evaluation
-
-{num_items} problems of `{test}` ({split}), greedy decoding, one sample each, the training prompt.
-
-| | base | adapter |
-| --- | ---: | ---: |
-{rows}
-
-McNemar's exact test on the same items: p = {p:.2g}. The adapter is that of step {best_step} of
-{steps}.
-
-## Use
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{name}")
-```
-
-The system prompt that it was trained with:
-
-```text
-{system_prompt}
-```
-
-## Training
-
-{num_generations} completions a prompt, {completions} completions a step, up to {length} tokens
-each; LoRA r {r}, alpha {alpha}; {loss_type}, learning rate {learning_rate:g}; seed {seed}. Every
-setting is in `train_config.json`.
-"""
-ROWS = {
-    "strict accuracy": "strict_accuracy",
-    "lenient accuracy": "lenient_accuracy",
-    "format": "format_rate",
-    "truncated": "truncated_rate",
-}
+CARD = "README.md"
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 
 
-def table_rows(base: dict[str, Any], adapter: dict[str, Any]) -> str:
-    """Return the evaluation's rows in Markdown."""
-    rows = [f"| {label} | {base[key]:.1%} | {adapter[key]:.1%} |" for label, key in ROWS.items()]
-    spans = ["{:.1%} to {:.1%}".format(*model["ci95"]) for model in (base, adapter)]
-    rows.insert(1, f"| 95 % interval (Wilson) | {spans[0]} | {spans[1]} |")
-    return "\n".join(rows)
+@dataclass(frozen=True)
+class CardNote:
+    """What the maker of a folder adds to its card; `use` and `proof` are Markdown."""
+
+    title: str
+    kind: Kind
+    library_name: str
+    summary: str
+    use: str
+    proof: str
 
 
-def write_card(run_dir: Path, record: dict[str, Any], report: dict[str, Any]) -> None:
-    """Write README.md from `train_config.json` and `eval.json`."""
-    text = CARD.format(
-        base_model=record["base_model"],
-        name=run_dir.name,
-        dataset=record["dataset"],
-        num_items=report["num_items"],
-        test=report["dataset"],
-        split=report["split"],
-        rows=table_rows(report["base"], report["adapter"]),
-        p=report["mcnemar_p"],
-        best_step=report["best_step"],
-        steps=record["steps"],
-        system_prompt=record["system_prompt"],
-        num_generations=record["num_generations"],
-        completions=record["per_device_train_batch_size"] * record["gradient_accumulation_steps"],
-        length=record["max_completion_length"],
-        r=record["r"],
-        alpha=record["lora_alpha"],
-        loss_type=record["loss_type"],
-        learning_rate=record["learning_rate"],
-        seed=record["seed"],
+def write_adapter_card(run_dir: Path) -> None:
+    """Write `README.md` and `curves.png` into an adapter directory, from what it holds."""
+    records, name = read_records(run_dir, run_dir), run_dir.resolve().name
+    note = CardNote(
+        title=name,
+        kind="adapter",
+        library_name="peft",
+        summary=describe_adapter(records),
+        use=use_adapter(records, name),
+        proof="",
     )
-    write_text(run_dir / "README.md", text)
+    write_page(run_dir, records, note)
+
+
+def write_model_card(folder: Path, records: Path, note: CardNote) -> None:
+    """Write `README.md` into a merged or exported folder, and the curves of its run.
+
+    `records` is the folder with the run's records: the adapter directory, or a merged folder.
+    """
+    write_page(folder, read_records(records, folder), note)
+
+
+def write_page(folder: Path, records: Records, note: CardNote) -> None:
+    metadata = build_metadata(records, note.kind, note.library_name, note.title)
+    curves = f"![Curves of the training run]({CURVES})" if write_curves(records, folder) else ""
+    training = [write_settings(records), curves]
+    sections = {
+        "Use": note.use,
+        "Prompt": write_prompt(records),
+        "Evaluation": write_evaluation(records, note.kind),
+        "Sample answers of the adapter": write_samples(records),
+        "Proof": note.proof,
+        "Training": "\n\n".join(part for part in training if part),
+        "Reproduce": write_command(records),
+        "Files": list_weights(folder),
+        "Licence": records.licence.text,
+        "Limits": write_limits(records),
+    }
+    body = [f"# {escape(note.title)}", note.summary]
+    body += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    header = f"---\n{write_yaml(metadata)}\n---\n\n"
+    write_text(folder / CARD, header + "\n\n".join(body) + "\n")
+
+
+def describe_adapter(records: Records) -> str:
+    base = f" for {code(records.base.name)}" if records.base else ""
+    if records.base and records.base.name == EMBEDDED:
+        base += ", the small model that comes with lora-grpo"
+    dataset = records.trained.get("dataset")
+    trained = f", trained with GRPO on {code(short_name(dataset))} by lora-grpo" if dataset else ""
+    kind = "A LoRA adapter" if records.adapter.get("peft_type") == "LORA" else "An adapter"
+    return f"{kind}{base}{trained}."
+
+
+def list_weights(folder: Path) -> str | None:
+    """Return the weight files with their sizes and hashes."""
+    paths = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+    if not paths:
+        return None
+    rows = [(code(path.name), f"{path.stat().st_size:,}", code(sha256(path))) for path in paths]
+    return table(("file", "bytes", "sha256"), rows)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

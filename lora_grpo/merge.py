@@ -115,8 +115,9 @@ def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
 
 def settle(config: MergeConfig, staged: Path, proof: "Proof", found: dict[str, Any]) -> None:
     """Add report and card to a proven folder; raise a MergeProofError for any other."""
-    from lora_grpo.atomic import write_json, write_text
-    from lora_grpo.merge_report import CARD, REPORT, build_card
+    from lora_grpo.atomic import write_json
+    from lora_grpo.card import write_model_card
+    from lora_grpo.merge_report import REPORT, build_note
 
     if proof.failed:
         path = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
@@ -127,7 +128,8 @@ def settle(config: MergeConfig, staged: Path, proof: "Proof", found: dict[str, A
             f"{path}, which says more"
         )
     write_json(staged / REPORT, found)
-    write_text(staged / CARD, build_card(found))
+    note = build_note(found, config.adapter_dir, staged, config.target.name)
+    write_model_card(staged, config.adapter_dir, note)
 
 
 def free_name(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The files around the merged weights: config, generation config, tokenizer, licence.
+"""The files around the merged weights: config, generation config, tokenizer, licence, records.
 
 A plan goes in; a folder that any loader reads as a plain 16-bit model comes out.
 """
@@ -25,6 +25,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+# What the run recorded goes with the weights, so that prompt, chat and card are known from them.
+RECORDS = ("train_config.json", "eval.json", "eval_items.jsonl", "metrics.jsonl")
 SAMPLING_ONLY = (
     "temperature",
     "top_k",
@@ -49,6 +51,9 @@ def write_side_files(plan: MergePlan, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (plan.tokenizer_folder / name).is_file():
             shutil.copyfile(plan.tokenizer_folder / name, folder / name)
+    for name in RECORDS:
+        if (plan.adapter_dir / name).is_file():
+            shutil.copyfile(plan.adapter_dir / name, folder / name)
     for licence in plan.base_folder.glob("LICENSE*"):
         shutil.copyfile(licence, folder / licence.name)
     write_json(folder / "config.json", build_config(plan))

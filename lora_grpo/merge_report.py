@@ -5,18 +5,19 @@ A plan and its proof go in; JSON values and text come out.
 
 import math
 import platform
-import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo.adapter import hash_weights
+
 if TYPE_CHECKING:
+    from lora_grpo.card import CardNote
     from lora_grpo.merge_inputs import MergePlan
     from lora_grpo.merge_proof import Proof
 
-REPORT, CARD = "merge_report.json", "README.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPORT = "merge_report.json"
 NOTABLE_LOSS = 0.25
 
 
@@ -24,6 +25,7 @@ def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str,
     """Return `merge_report.json`: what was merged into what, each check, and the distances."""
     return {
         "adapter": plan.adapter_dir.resolve().name,
+        "adapter_sha256": hash_weights(plan.adapter_dir),
         "base": plan.base_name,
         "base_sha256": plan.base_sha256,
         "merged_into": plan.base,
@@ -89,48 +91,47 @@ def build_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-CARD_TEXT = """\
----
-library_name: transformers
-pipeline_tag: text-generation
-tags: [grpo, lora, merged]
-{base_line}---
-
-# {adapter}, merged
-
-The LoRA adapter `{adapter}` merged into {into} ({base}, sha256 `{sha256}`) and stored in {dtype}:
-{num_adapted} of {num_tensors} tensors changed.
-
-## Proof
-
-The folder was reloaded and compared with base + adapter, both computed in float32, over
-{positions} positions. `{report_name}` holds all of it.
-
-{table}
-
-{checks}
-"""
 INTO = {
     "original": "the base's own weights",
     "dequantized": "the base's weights after NF4 and back, as the policy saw them in training",
 }
 
 
-def build_card(report: dict[str, Any]) -> str:
-    """Return the merged model's card; it names the base in its header where that is a Hub id."""
-    base = report["base"]
-    named = HUB_ID.fullmatch(base) and not Path(base).exists()
-    return CARD_TEXT.format(
-        base_line=f"base_model: {base}\n" if named else "",
-        adapter=report["adapter"],
-        into=INTO[report["merged_into"]],
-        base=base,
-        sha256=report["base_sha256"][:12],
-        dtype=report["dtype"],
-        num_adapted=report["num_adapted"],
-        num_tensors=report["num_tensors"],
-        positions=report["from_policy"]["positions"],
-        report_name=REPORT,
-        table=build_table(report),
-        checks="\n".join(f"- {check['name']}: {check['detail']}" for check in report["checks"]),
+def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -> "CardNote":
+    """Return what a merge adds to the card of the model in `folder`, bound for a folder `name`."""
+    from lora_grpo.card import CardNote
+    from lora_grpo.card_markdown import code
+    from lora_grpo.card_records import read_records
+    from lora_grpo.card_use import use_model
+
+    found = read_records(records, folder)
+    base = f"{code(found.base.name)}, sha256 `{report['base_sha256'][:12]}`"
+    summary = (
+        f"The LoRA adapter {code(report['adapter'])} merged into {INTO[report['merged_into']]} "
+        f"({base}) and stored in {report['dtype']}: {report['num_adapted']} of "
+        f"{report['num_tensors']} tensors changed."
+    )
+    return CardNote(
+        title=f"{report['adapter']}, merged",
+        kind="merged",
+        library_name="transformers",
+        summary=summary,
+        use=use_model(found, folder, name),
+        proof=describe_proof(report),
+    )
+
+
+def describe_proof(report: dict[str, Any]) -> str:
+    """Return the distances and the checks in Markdown."""
+    from lora_grpo.card_markdown import escape
+
+    checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
+    positions = report["from_policy"]["positions"]
+    return "\n\n".join(
+        (
+            "The folder was reloaded and compared with base + adapter, both computed in float32, "
+            f"over {positions} positions. `{REPORT}` holds all of it.",
+            build_table(report),
+            "\n".join(checks),
+        )
     )

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 
 from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
 from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jsonl
-from lora_grpo.card import write_card
+from lora_grpo.card import write_adapter_card
 from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
 from lora_grpo.evaluate import evaluate_model
@@ -262,6 +262,6 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     report = build_report(plan.data.test_name, plan.data.test_split, models) | {"best_step": best}
     write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))
     write_json(run_dir / EVAL, report)
-    write_card(run_dir, record, report)
+    write_adapter_card(run_dir)
     (run_dir / BASE_ITEMS).unlink(missing_ok=True)
     return report
