@@ -37,7 +37,11 @@ ORDER = [
         "evaluate",
         "plan",
         "provenance",
-        "card",
+    ),
+    # the model card
+    *("card_markdown", "card_base", "card_records", "card_metadata", "card_evaluation"),
+    *("card_training", "card_use", "card_curves", "card"),
+    *(
         "train",
         "job",
     ),
@@ -45,6 +49,12 @@ ORDER = [
     *("safetensors_stream", "lora_delta", "logit_distance"),
     *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
     *("merge_proof", "merge_report", "merge"),
+    # -> export
+    *("export_config", "export_source", "export_reference", "export_report"),
+    *("gguf_tokenizer", "gguf_quants", "gguf_model", "gguf_write", "llamacpp", "llamacpp_proof"),
+    *("gguf_proof", "export_gguf", "export_gguf_adapter"),
+    *("ollama_gotemplate", "ollama_template", "ollama_modelfile", "ollama_proof", "export_ollama"),
+    *("export_accuracy", "export_formats", "export"),
 ]
 WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),

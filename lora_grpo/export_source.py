@@ -1,0 +1,91 @@
+"""What an export starts from and what it comes to: what every format takes and returns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.adapter import read_train_config
+from lora_grpo.evaluate import trained_style
+from lora_grpo.lora_delta import CONFIG, read_json
+from lora_grpo.merge_checks import Check
+from lora_grpo.merge_inputs import has_tokenizer, plan_merge, read_base
+from lora_grpo.prompt import PromptStyle
+
+if TYPE_CHECKING:
+    from lora_grpo.export_config import ExportConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is exported, known before anything is merged.
+
+    `model_folder` has the config, `tokenizer_folder` the tokenizer of what will come out.
+    """
+
+    name: str
+    adapter_dir: Path | None
+    records: Path
+    model_folder: Path
+    tokenizer_folder: Path
+    style: PromptStyle
+
+
+@dataclass(frozen=True)
+class Source:
+    """A proven plain 16-bit model folder, and the run that it came from.
+
+    `records` is the folder with the run's records: the adapter directory, or `merged` itself;
+    `base` is what an adapter was merged into.
+    """
+
+    name: str
+    merged: Path
+    adapter_dir: Path | None
+    records: Path
+    style: PromptStyle
+    base: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The proof of one exported format, figures without a bound, and commands that run it, with
+    FOLDER for where it will lie."""
+
+    checks: tuple[Check, ...]
+    figures: dict[str, Any]
+    commands: tuple[str, ...]
+
+
+def inspect_source(config: "ExportConfig") -> Request:
+    """Check an adapter and its base, or a merged folder, and return what is to be exported.
+
+    Raises:
+        ValueError, FileNotFoundError: it is neither, or cannot be merged.
+    """
+    folder = config.source
+    style = trained_style(read_train_config(folder))
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        check_merged(config)
+        return Request(config.name, None, folder, folder, folder, style)
+    plan = plan_merge(folder, config.model, config.base)
+    return Request(config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style)
+
+
+def check_merged(config: "ExportConfig") -> None:
+    """Raise a ValueError unless a folder is a plain model whose merge, if it has one on record, was
+    proven."""
+    folder = config.source
+    read_base(folder)
+    if not has_tokenizer(folder):
+        raise ValueError(f"{folder} holds no tokenizer: give a folder that merge_adapter.py wrote")
+    report = folder / "merge_report.json"
+    if report.is_file() and not read_json(report).get("passed"):
+        raise ValueError(f"{report} says that the merge failed its proof: merge again")
+    for flag, given in (("--model", config.model), ("--base", config.base != "original")):
+        if given:
+            raise ValueError(f"{flag} is for adapters, {folder} is merged already: leave it out")
+    for name in ("safetensors", "gguf-adapter"):
+        if name in config.formats:
+            raise ValueError(
+                f"--format {name} needs an adapter directory, {folder} is a merged folder"
+            )
