@@ -47,6 +47,18 @@ def check_adapter(directory: Path) -> Path:
     return directory
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): fetch or write it again") from error
+
+
 def read_train_config(directory: Path) -> dict[str, Any]:
     """Return what `train_config.json` says, or nothing where a plain PEFT directory has none."""
     path = directory / TRAIN_CONFIG

@@ -65,7 +65,7 @@ def export_model(config: ExportConfig, report: Report = say) -> ExportResult:
     check_formats(config, request)
     with staged_directory(config.target) as staged:
         outcomes = write_formats(config, request, staged, report)
-        found = build_report(config, outcomes)
+        found = build_report(config, request, outcomes)
         failures = list_failures(outcomes)
         if failures:
             path = free_name(config.target.with_name(f"{config.target.name}.failed.json"))

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_grpo.adapter import read_json
 from lora_grpo.export_reference import Reference
 from lora_grpo.export_source import Outcome, Source
 from lora_grpo.gguf_model import check_config, name_map, permute
 from lora_grpo.gguf_write import write_adapter
-from lora_grpo.lora_delta import CONFIG, Delta, read_deltas, read_json
+from lora_grpo.lora_delta import CONFIG, Delta, read_deltas
 from lora_grpo.merge_checks import Check
 
 # Two float32 products of the same matrices, in another order of scaling.

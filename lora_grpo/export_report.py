@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo.adapter import hash_weights
+
 if TYPE_CHECKING:
     from lora_grpo.export_config import ExportConfig
     from lora_grpo.export_source import Outcome, Request
@@ -23,10 +25,13 @@ SYSTEM_PROMPT = "system_prompt.txt"
 LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "ollama": "gguf"}
 
 
-def build_report(config: "ExportConfig", outcomes: "dict[str, Outcome]") -> dict[str, Any]:
+def build_report(
+    config: "ExportConfig", request: "Request", outcomes: "dict[str, Outcome]"
+) -> dict[str, Any]:
     """Return `export_report.json`: each format's checks, figures and commands."""
     return {
         "source": config.name,
+        "adapter_sha256": hash_weights(request.adapter_dir) if request.adapter_dir else None,
         "passed": not list_failures(outcomes),
         "formats": {
             name: {

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.adapter import read_train_config
+from lora_grpo.adapter import read_json, read_train_config
 from lora_grpo.evaluate import trained_style
-from lora_grpo.lora_delta import CONFIG, read_json
+from lora_grpo.lora_delta import CONFIG
 from lora_grpo.merge_checks import Check
 from lora_grpo.merge_inputs import has_tokenizer, plan_merge, read_base
 from lora_grpo.prompt import PromptStyle

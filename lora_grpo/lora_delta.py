@@ -5,7 +5,6 @@ rank-stabilised LoRA (arXiv 2312.03732), r and alpha by module where the config 
 Whatever is more than that is refused by name.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -56,18 +55,6 @@ class Delta:
         product = read_tensor(self.b).float() @ read_tensor(self.a).float()
         product *= self.scaling
         return product.T if self.transposed else product
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or write it again") from error
 
 
 def check_adapter_dir(directory: Path) -> Path:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
+from lora_grpo.adapter import read_json
 from lora_grpo.logit_distance import Distance
-from lora_grpo.lora_delta import read_json
 from lora_grpo.merge_folder import build_config, load_tokenizer
 from lora_grpo.merge_inputs import MergePlan
 from lora_grpo.merge_reference import half_ulp, policy_weight

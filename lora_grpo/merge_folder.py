@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.lora_delta import read_json
+from lora_grpo.adapter import read_json
 from lora_grpo.merge_inputs import MergePlan
 
 if TYPE_CHECKING:

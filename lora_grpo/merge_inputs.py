@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from lora_grpo.adapter import hash_weights, read_train_config
+from lora_grpo.adapter import hash_weights, read_json, read_train_config
 from lora_grpo.evaluate import trained_style
 from lora_grpo.lora_delta import (
     CONFIG,
@@ -20,7 +20,6 @@ from lora_grpo.lora_delta import (
     check_adapter_dir,
     check_learned,
     read_deltas,
-    read_json,
     refuse_unmergeable,
 )
 from lora_grpo.model import choose_placement, resolve_model

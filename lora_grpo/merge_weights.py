@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lora_grpo.lora_delta import read_json
+from lora_grpo.adapter import read_json
 from lora_grpo.merge_inputs import INDEX_FILE, FourBit, MergePlan
 from lora_grpo.model import choose_placement, quantization
 from lora_grpo.safetensors_stream import (

@@ -55,6 +55,8 @@ ORDER = [
     *("gguf_proof", "export_gguf", "export_gguf_adapter"),
     *("ollama_gotemplate", "ollama_template", "ollama_modelfile", "ollama_proof", "export_ollama"),
     *("export_accuracy", "export_formats", "export"),
+    # -> push
+    *("push_end", "push_files", "push_remote", "push_errors", "push"),
 ]
 WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),

@@ -19,7 +19,8 @@ from merge_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from lora_grpo.lora_delta import read_deltas, read_json, refuse_unmergeable
+from lora_grpo.adapter import read_json
+from lora_grpo.lora_delta import read_deltas, refuse_unmergeable
 from lora_grpo.merge import MergeConfig, merge_adapter
 from lora_grpo.merge_inputs import check_space, plan_merge
 

@@ -1,0 +1,236 @@
+"""An adapter, and what was made of it, goes to the Hugging Face Hub, and is read back from there.
+
+Nothing is made public or replaced without asking, and nothing is called done that is not there.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from lora_grpo.adapter import check_adapter, hash_weights, read_json
+from lora_grpo.export import export_model
+from lora_grpo.export_config import QUANTS, ExportConfig, check_names, split
+from lora_grpo.merge import MergeConfig, Report, merge_adapter, say
+from lora_grpo.push_end import PushError, PushRefused
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from lora_grpo.push_files import Published
+    from lora_grpo.push_remote import Target
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LONGEST_NAME = 96
+MERGED, GGUF = "-merged", "-GGUF"
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Push an adapter to the Hugging Face Hub, into a private repository unless told otherwise.
+
+    The token comes from `hf auth login` or HF_TOKEN, never from a flag.
+    """
+
+    adapter_dir: Positional[Annotated[Path, arg(metavar="ADAPTER_DIR")]]
+    """An adapter directory, such as adapters/<run>."""
+    repo: str
+    """Repository of the adapter, you/name; merged weights go to you/name-merged, GGUF files to
+    you/name-GGUF."""
+    merged: bool = False
+    """Also push the merged model: merged/<run>, made first where it is not there."""
+    gguf: tuple[str, ...] = ()
+    """Also push GGUF files of these types, such as q8_0,q4_k_m: exports/<run>-gguf-<types>, made
+    first where they are not there."""
+    public: bool = False
+    """Make the repositories public; asks first."""
+    dry_run: bool = False
+    """List every file, its size and where it would go, and show the card; contacts nothing."""
+    yes: bool = False
+    """Answer every question with yes, for scripts."""
+
+    def __post_init__(self) -> None:
+        longest = len(self.repo.partition("/")[2]) + len(MERGED)
+        if not REPO.fullmatch(self.repo) or ".." in self.repo or "--" in self.repo:
+            raise ValueError(
+                f"--repo {self.repo} is no repository name: give you/name, of letters, digits, "
+                "'-', '_' and '.'"
+            )
+        if longest > LONGEST_NAME:
+            raise ValueError(
+                f"--repo {self.repo}: the name may have {LONGEST_NAME - len(MERGED)} characters"
+            )
+        if self.gguf:
+            check_names("--gguf", self.quants, QUANTS)
+
+    @property
+    def quants(self) -> tuple[str, ...]:
+        """The types of GGUF files; they may be given with commas between them."""
+        return split(self.gguf)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folder that is made of the adapter before it is pushed, or that lies there already.
+
+    `report` is the JSON file in it that says of which adapter it was made.
+    """
+
+    folder: Path
+    suffix: str
+    report: str
+    make: Callable[[Report], object]
+
+    def check(self, adapter_dir: Path) -> None:
+        """Raise a ValueError for a folder that was made of another adapter."""
+        if not self.folder.exists():
+            return
+        path = self.folder / self.report
+        found = read_json(path) if path.is_file() else {}
+        if not found.get("passed") or found.get("adapter_sha256") != hash_weights(adapter_dir):
+            raise ValueError(
+                f"{self.folder} was not made of {adapter_dir} as it is now: move it away, and the "
+                "push makes it anew"
+            )
+
+
+def list_made(config: PushConfig) -> list[Made]:
+    """Return the merged folder and the GGUF export, where they are asked for."""
+    name, made = config.adapter_dir.resolve().name, []
+    if config.merged:
+        folder = Path("merged") / name
+
+        def merge(report: Report, folder: Path = folder) -> None:
+            merge_adapter(MergeConfig(config.adapter_dir, folder), report)
+
+        made.append(Made(folder, MERGED, "merge_report.json", merge))
+    if config.quants:
+        folder = Path("exports") / "-".join((name, "gguf", *config.quants))
+
+        def export(report: Report, folder: Path = folder) -> None:
+            export_model(ExportConfig(config.adapter_dir, ("gguf",), config.quants, folder), report)
+
+        made.append(Made(folder, GGUF, "export_report.json", export))
+    return made
+
+
+def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report = say) -> list[str]:
+    """Push what the configuration asks for, and return the links; a dry run returns none.
+
+    Raises:
+        ValueError, OSError: what was given cannot be pushed, or a question was answered with no.
+        PushError: the Hub failed, or does not hold what was sent.
+    """
+    from lora_grpo.push_files import list_adapter, list_folder
+    from lora_grpo.push_remote import Target
+
+    check_adapter(config.adapter_dir)
+    made = list_made(config)
+    for part in made:
+        part.check(config.adapter_dir)
+    adapter = Target(config.repo, list_adapter(config.adapter_dir), "adapter_config.json")
+    if config.dry_run:
+        show_plan(config, adapter, made, report)
+        return []
+    api = api or connect()
+    check_token(api, config.repo)
+    targets = [adapter]
+    for part in made:
+        if not part.folder.exists():
+            part.make(report)
+        files = list_folder(part.folder)
+        targets.append(Target(config.repo + part.suffix, files, part.report))
+    return [send(api, target, config, report) for target in targets]
+
+
+def show_plan(config: PushConfig, adapter: "Target", made: list[Made], report: Report) -> None:
+    """Report every file with its size and repository, and the adapter's card."""
+    from lora_grpo.push_files import list_folder
+
+    kind = "public" if config.public else "private"
+    plans = [(adapter.repo, config.adapter_dir, adapter.files)]
+    for part in made:
+        files = list_folder(part.folder) if part.folder.exists() else None
+        plans.append((config.repo + part.suffix, part.folder, files))
+    for repo, folder, files in plans:
+        if files is None:
+            report(f"{repo} ({kind}): {folder}, which the push makes first")
+            continue
+        report(f"{repo} ({kind}): {len(files)} files of {folder}, {total(files)}")
+        for file in files:
+            note = "  (local paths shortened)" if file.data is not None else ""
+            report(f"  {file.size:>13,}  {file.name}{note}")
+    card = config.adapter_dir / "README.md"
+    if card.is_file():
+        report(f"--- {card}\n{card.read_text(encoding='utf-8')}---")
+    report("dry run: nothing was sent, nobody was asked")
+
+
+def total(files: "list[Published]") -> str:
+    return f"{sum(file.size for file in files) / 1e6:.1f} MB"
+
+
+def connect() -> "HfApi":
+    """Return a client of the Hub, or of HF_ENDPOINT."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(library_name="lora-grpo")
+
+
+def check_token(api: "HfApi", repo: str) -> None:
+    """Raise a PushError unless there is a token that may write."""
+    with explained(repo):
+        found = api.whoami()
+    token = found.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise PushError(
+            f"the token {token.get('displayName', '')!r} of {found['name']} may only read: make "
+            "one with write access at https://huggingface.co/settings/tokens, then `hf auth login`"
+        )
+
+
+@contextmanager
+def explained(repo: str) -> Iterator[None]:
+    """Turn what the Hub or the network raises into a sentence."""
+    import httpx
+
+    from lora_grpo.push_errors import explain
+
+    try:
+        yield
+    except (PushError, PushRefused):
+        raise
+    except (OSError, RuntimeError, ValueError, httpx.HTTPError) as error:
+        raise PushError(explain(error, repo)) from error
+
+
+def send(api: "HfApi", target: "Target", config: PushConfig, report: Report) -> str:
+    """Push one repository and return its link."""
+    from lora_grpo.push_remote import push_target
+
+    with explained(target.repo):
+        link = push_target(api, target, config.public, partial(ask, config.yes), report)
+    report(f"done: {link}")
+    return link
+
+
+def ask(yes: bool, question: str) -> bool:
+    """Ask on the terminal; without one, refuse unless --yes was given.
+
+    Raises:
+        PushRefused: there is nobody to ask.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise PushRefused(f"it would {question}, and there is no terminal to ask: add --yes")
+    return input(f"{question}? [y/N] ").strip().lower() in ("y", "yes")

@@ -1,0 +1,9 @@
+"""How a push ends where it does not end well."""
+
+
+class PushError(RuntimeError):
+    """The Hub failed, or does not hold what was sent; the message says what to do."""
+
+
+class PushRefused(ValueError):
+    """The user, or the want of one to ask, said no; nothing was changed."""

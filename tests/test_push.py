@@ -1,0 +1,339 @@
+"""Pushing to a Hub on this machine: what arrives, what is asked, and every fault by name."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, Fault, Hub, Repository, serve_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
+from merge_models import ENVIRONMENT, ROOT, make_adapter
+
+from lora_grpo.push import PushConfig, push_to_hub
+from lora_grpo.push_end import PushError, PushRefused
+
+SCRIPT = ROOT / "scripts" / "push_to_hub.py"
+REPO = "me/run"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of our own, plain HTTP uploads, and no waiting between huggingface_hub's retries."""
+    from huggingface_hub import _commit_api
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_commit_api, "is_xet_available", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.chdir(tmp_path)
+    with serve_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def adapter() -> Path:
+    """A small adapter with a run's records, a checkpoint and another step's weights."""
+    folder = make_adapter(device="cpu")
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# run\n")
+    (folder / "eval.json").write_text(json.dumps({"dataset": "/home/somebody/data.jsonl"}))
+    (folder / "completions.jsonl").write_text('{"step": 1}\n' * 1000)
+    for name in ("checkpoint-5/optimizer.pt", "last/adapter_model.safetensors", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not to be published")
+    return folder
+
+
+def push(hub: Hub, adapter: Path, token: str = TOKEN, **knobs) -> list[str]:
+    said: list[str] = []
+    config = PushConfig(adapter, **{"repo": REPO, **knobs})
+    api = HfApi(endpoint=hub.url, token=token)
+    push_to_hub(config, api, said.append)
+    return said
+
+
+def test_a_push_arrives_whole_and_private(hub: Hub, adapter: Path) -> None:
+    said = push(hub, adapter)
+    held = hub.repositories[REPO]
+    files = held.commits[-1]
+    assert held.private and len(held.commits) == 2
+    assert (
+        files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    assert {"adapter_config.json", "tokenizer.json", "README.md", "completions.jsonl"} <= set(files)
+    assert not [
+        name for name in files if "checkpoint" in name or "last" in name or "hidden" in name
+    ]
+    assert said[-1] == f"done: {hub.url}/{REPO}"
+    assert TOKEN not in "".join(said)
+
+
+def test_no_path_of_this_machine_is_published(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    files = hub.repositories[REPO].commits[-1]
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base.startswith("/") and base.encode() not in b"".join(files.values())
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == Path(base).name
+    assert json.loads(files["eval.json"]) == {"dataset": "data.jsonl"}
+    assert files["tokenizer.json"] == (adapter / "tokenizer.json").read_bytes()
+
+
+def test_a_second_push_changes_nothing(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    uploads = hub.count("PUT /lfs/")
+    said = push(hub, adapter)
+    assert len(hub.repositories[REPO].commits) == 2
+    assert hub.count("PUT /lfs/") == uploads
+    assert "nothing to send" in said[0] and said[-1].startswith("done")
+
+
+def test_what_changed_is_sent_without_asking_where_a_push_wrote_it(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    (adapter / "README.md").write_text("another card\n")
+    said = push(hub, adapter)
+    assert hub.repositories[REPO].commits[-1]["README.md"] == b"another card\n"
+    assert any("1 of" in line for line in said)
+
+
+def test_a_file_of_somebody_else_is_replaced_only_when_agreed(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    held = hub.repositories[REPO]
+    held.commits.append({**held.commits[-1], "README.md": b"edited on the website"})
+    with pytest.raises(PushRefused, match=r"replace README\.md in me/run.*add --yes"):
+        push(hub, adapter)
+    assert held.commits[-1]["README.md"] == b"edited on the website"
+    push(hub, adapter, yes=True)
+    assert held.commits[-1]["README.md"].startswith(b"---")
+
+
+def test_public_is_asked_for(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushRefused, match=r"make a new public repository me/run.*add --yes"):
+        push(hub, adapter, public=True)
+    assert REPO not in hub.repositories
+    push(hub, adapter, public=True, yes=True)
+    assert not hub.repositories[REPO].private
+    with pytest.raises(PushRefused, match=r"is public already.*add --public"):
+        push(hub, adapter)
+
+
+def test_a_private_repository_becomes_public_only_when_agreed(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    with pytest.raises(PushRefused, match="make the private repository me/run public"):
+        push(hub, adapter, public=True)
+    assert hub.repositories[REPO].private
+    push(hub, adapter, public=True, yes=True)
+    assert not hub.repositories[REPO].private
+
+
+FAULTS = {
+    "server error before anything": ("GET whoami", Fault(500), r"the Hub failed \(500\)"),
+    "name taken": ("POST repos/create", Fault(409, "You already created"), "is taken or was"),
+    "not my namespace": ("POST repos/create", Fault(403, "no rights"), "may not write to me/run"),
+    "too many requests": (
+        "POST preupload",
+        Fault(429, "slow down", {"Retry-After": "17"}),
+        "try in 17 seconds",
+    ),
+    "quota": (
+        "POST objects/batch",
+        Fault(403, "Private repository storage limit reached"),
+        "takes no more for me/run",
+    ),
+    "too large": ("PUT /lfs/", Fault(413, "too large"), "takes no more for me/run"),
+    "server error in a file": ("PUT /lfs/", Fault(500), r"the Hub failed \(500\)"),
+    "cut in the middle of a file": ("PUT /lfs/", Fault(cut=True), "the connection broke off"),
+    "server error at the commit": ("POST /commit/", Fault(500), r"the Hub failed \(500\)"),
+    "changed by somebody else": ("POST /commit/", Fault(412, "not the head"), "somebody else"),
+    "cut at the commit": ("POST /commit/", Fault(cut=True), "the connection broke off"),
+    "server error at the listing": ("GET /tree/", Fault(503), r"the Hub failed \(503\)"),
+    "server error when read back": ("GET /resolve/", Fault(500), "run the same command again"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_a_sentence_and_the_next_push_goes_on(
+    name: str, hub: Hub, adapter: Path
+) -> None:
+    part, fault, sentence = FAULTS[name]
+    hub.faults[part] = fault
+    said: list[str] = []
+    with pytest.raises(PushError, match=sentence):
+        said += push(hub, adapter)
+    assert not [line for line in said if line.startswith("done")]
+    assert hub.count(" ") < 100, "it did not go on asking"
+    hub.faults.clear()
+    assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
+
+
+@pytest.mark.parametrize("part", ["POST preupload", "PUT /lfs/", "POST objects/batch"])
+def test_a_passing_fault_is_not_noticed(part: str, hub: Hub, adapter: Path) -> None:
+    hub.faults[part] = Fault(503, times=2)
+    assert push(hub, adapter)[-1].startswith("done")
+
+
+def test_what_arrived_is_not_sent_twice(hub: Hub, adapter: Path) -> None:
+    hub.faults["POST /commit/"] = Fault(500)
+    with pytest.raises(PushError):
+        push(hub, adapter)
+    uploads = hub.count("PUT /lfs/")
+    hub.faults.clear()
+    push(hub, adapter)
+    assert uploads > 0 and hub.count("PUT /lfs/") == uploads
+
+
+def flip(files: dict[str, bytes]) -> None:
+    data = bytearray(files["adapter_model.safetensors"])
+    data[-1] ^= 1
+    files["adapter_model.safetensors"] = bytes(data)
+
+
+SPOILED = {
+    "a bit is flipped": (flip, r"adapter_model\.safetensors differs"),
+    "a file is missing": (lambda files: files.pop("tokenizer.json"), r"tokenizer\.json is missing"),
+    "a small file is another": (
+        lambda files: files.update({"README.md": b"x"}),
+        r"README\.md differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_the_hub_lost_is_noticed(name: str, hub: Hub, adapter: Path) -> None:
+    hub.spoil, sentence = SPOILED[name]
+    said: list[str] = []
+    with pytest.raises(PushError, match=sentence):
+        said += push(hub, adapter)
+    assert not said
+
+
+def test_a_config_that_comes_back_different_is_noticed(
+    hub: Hub, adapter: Path, monkeypatch
+) -> None:
+    """The listing is right, what is served is not."""
+    from hub_server import Handler
+
+    resolve = Handler.resolve
+
+    def serve_another(self: Handler, repo: str, revision: str, name: str) -> None:
+        held = self.hub.repositories[repo]
+        files = held.commits[-1]
+        held.commits[-1] = {**files, name: files[name].replace(b"LORA", b"LARO")}
+        resolve(self, repo, held.head, name)
+        held.commits[-1] = files
+
+    monkeypatch.setattr(Handler, "resolve", serve_another)
+    with pytest.raises(PushError, match=r"adapter_config\.json comes back different"):
+        push(hub, adapter)
+
+
+def test_a_wrong_token(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushError, match="does not know the token"):
+        push(hub, adapter, token="hf_wrong")
+    assert not hub.repositories
+
+
+def test_a_token_that_may_only_read(hub: Hub, adapter: Path) -> None:
+    hub.role = "read"
+    with pytest.raises(PushError, match="'mine' of me may only read"):
+        push(hub, adapter)
+    assert not hub.repositories
+
+
+def test_somebody_elses_namespace(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushError, match="may not write to google/run"):
+        push(hub, adapter, repo="google/run")
+
+
+def test_merged_and_gguf_go_to_repositories_of_their_own(hub: Hub, adapter: Path) -> None:
+    said = push(hub, adapter, merged=True, gguf=("q8_0,bf16",))
+    merged = hub.repositories[f"{REPO}-merged"].commits[-1]
+    gguf = hub.repositories[f"{REPO}-GGUF"].commits[-1]
+    assert {"model.safetensors", "config.json", "merge_report.json"} <= set(merged)
+    assert {"run-Q8_0.gguf", "run-BF16.gguf", "export_report.json", "README.md"} <= set(gguf)
+    published = b"".join([*merged.values(), *gguf.values()])
+    assert str(ROOT).encode() not in published and str(adapter).encode() not in published
+    assert sum(line.startswith("done") for line in said) == 3
+    again = push(hub, adapter, merged=True, gguf=("q8_0,bf16",))
+    assert sum("nothing to send" in line for line in again) == 3
+
+
+def test_a_merge_of_another_adapter_is_refused(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter, merged=True)
+    other = make_adapter(device="gpu")
+    weights = other / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    requests = len(hub.requests)
+    with pytest.raises(ValueError, match="merged/run was not made of"):
+        push(hub, other, merged=True)
+    assert len(hub.requests) == requests
+
+
+def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        cwd=cwd,
+        env={**known, "HF_HOME": str(cwd / "hf"), **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_the_script_pushes(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"done: {hub.url}/{REPO}"
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.tokens - {""} == {f"Bearer {TOKEN}"}
+
+
+def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> None:
+    done = run(adapter, "--repo", REPO, "--gguf", "q8_0", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "me/run (private): " in done.stdout and "library_name: peft" in done.stdout
+    assert "me/run-GGUF (private): exports/run-gguf-q8_0, which the push makes" in done.stdout
+    assert "adapter_config.json  (local paths shortened)" in done.stdout
+    size = f"{os.stat(adapter / 'adapter_model.safetensors').st_size:,}"
+    assert f"{size}  adapter_model.safetensors" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+MISTAKES = {
+    "no owner": (["--repo", "run"], "--repo run is no repository name: give you/name"),
+    "a bad type": (["--repo", REPO, "--gguf", "q3"], "--gguf q3: allowed are f16"),
+    "a flag for the token": (["--repo", REPO, "--token", "hf_x"], "Unrecognized"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_sentence(mistake: str, adapter: Path, tmp_path: Path) -> None:
+    arguments, sentence = MISTAKES[mistake]
+    done = run(adapter, *arguments, cwd=tmp_path)
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert done.returncode == 2 and sentence in said and "Traceback" not in said
+
+
+def test_without_a_token_or_a_network(adapter: Path, tmp_path: Path) -> None:
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, **nobody)
+    assert done.returncode == 1 and "no Hub token was found: run `hf auth login`" in done.stderr
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, HF_TOKEN=TOKEN, **nobody)
+    assert done.returncode == 1 and "the Hub cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    done = run(tmp_path, "--repo", REPO, cwd=tmp_path)
+    assert done.returncode == 2 and "is not an adapter directory" in done.stderr
+
+
+def test_repository_shas_differ() -> None:
+    """The server's own commits are told apart, else the checks of a parent would be idle."""
+    held = Repository(private=True)
+    first = held.head
+    held.commits.append({})
+    assert held.head != first and held.at(first) == held.commits[0]
