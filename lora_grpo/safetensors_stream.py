@@ -24,6 +24,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 BLOCK_ELEMENTS = 1 << 22

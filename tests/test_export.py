@@ -1,5 +1,6 @@
 """Exports: one merge for several formats, proofs that damage fails by name, refusals."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -301,3 +302,12 @@ def test_the_script_exports_and_says_what_next(tmp_path: Path) -> None:
 def test_help_needs_no_torch() -> None:
     code = "import sys, lora_grpo.export; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llmcompressor") is not None, reason="llm-compressor is installed here"
+)
+def test_what_llmcompressor_writes_is_refused_without_it(tmp_path: Path) -> None:
+    done = run(make_adapter(), "--format", "fp8", cwd=tmp_path)
+    assert done.returncode == 2 and "pip install -r requirements-llmcompressor.txt" in done.stderr
+    assert list(tmp_path.iterdir()) == []

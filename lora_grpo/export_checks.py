@@ -1,0 +1,44 @@
+"""Checks that every exported transformers folder passes: tokenizer, ends, ties, distance."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_grpo.logit_distance import measure_distance
+from lora_grpo.merge_checks import (
+    PROBE_TEXT,
+    Check,
+    check_eos,
+    check_generation_config,
+    check_ties,
+    check_tokenizer,
+    shares_embeddings,
+)
+from lora_grpo.merge_folder import load_tokenizer
+from lora_grpo.model import declared_end_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[Check]:
+    """Compare what stands around the weights of a loaded folder with the merged one's."""
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(merged)
+    tied = bool(AutoConfig.from_pretrained(merged).tie_word_embeddings)
+    found = model.generation_config.eos_token_id
+    ends = [found] if isinstance(found, int) else found
+    return [
+        check_tokenizer(folder, tokenizer, [PROBE_TEXT]),
+        check_generation_config(folder),
+        check_eos(ends, declared_end_ids(merged, tokenizer)),
+        check_ties(shares_embeddings(model), tied),
+    ]
+
+
+def describe_distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, Any]:
+    """Return how far logits are from the merged model's, as the report holds it."""
+    return asdict(measure_distance(reference, found))
