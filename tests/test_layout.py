@@ -58,6 +58,9 @@ ORDER = [
     *("export_accuracy", "export_formats", "export"),
     # -> push
     *("push_end", "push_files", "push_remote", "push_errors", "push"),
+    # -> chat and serve
+    *("chat_tags", "chat_source", "chat_model", "chat_screen", "chat"),
+    *("serve_command", "serve"),
 ]
 WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
