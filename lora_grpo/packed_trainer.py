@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from lora_grpo.live_rows import arrange, live_rows, silence_dead_groups
 from lora_grpo.shared_prefix import attention_in_groups, pack, why_not_packed
+from lora_grpo.shared_sampling import sample, why_not_sampled
 from lora_grpo.tiled_logprobs import TiledLogProbs, has_plain_head
 
 
@@ -47,6 +48,20 @@ class PackedGRPOTrainer(GRPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self.update_inputs = None
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *rest: Any, **more: Any
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        if not self.packed or self.use_vllm or why_not_sampled(self.generation_config):
+            return super()._generate_single_turn(prompt_ids, *rest, **more)
+        inner, was_training = self.inner_model(), self.model.training
+        self.model.eval()  # without gradient checkpointing, which keeps no cache
+        try:
+            with self.accelerator.autocast():
+                settings = (self.generation_config, self.eos_token_ids, self.max_completion_length)
+                return sample(inner, prompt_ids, *settings), None
+        finally:
+            self.model.train(was_training)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

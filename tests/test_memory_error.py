@@ -127,7 +127,8 @@ def small_memory(rows: int, where: str) -> Iterator[list[int]]:
 
     def forward(self, *args, **kwargs):
         count, training = count_rows(kwargs), torch.is_grad_enabled()
-        phase = "update" if training else "generation" if kwargs.get("use_cache") else "scoring"
+        sampling = kwargs.get("use_cache") or "decoding" in kwargs
+        phase = "update" if training else "generation" if sampling else "scoring"
         if count > rows and where in (phase, f"{phase} forward"):
             give_out(count)
         if count > rows and training and where == "update backward":
