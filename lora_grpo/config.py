@@ -20,7 +20,7 @@ Rollout = Literal["auto", "vllm", "generate"]
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_KNOBS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("eval_batch_size", "chunked_logprobs", "gpu_memory"),
+    *("eval_batch_size", "chunked_logprobs", "shared_prefix", "gpu_memory"),
     *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
 )
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
@@ -155,8 +155,10 @@ class TrainConfig:
     """Micro-batches an update; times the micro-batch it gives the completions of a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    shared_prefix: bool = True
+    """Compute a prompt once for its completions in an update, without padding or whole logits."""
     chunked_logprobs: bool = False
-    """Never hold a micro-batch's logits: gigabytes less with a large vocabulary."""
+    """Without --shared-prefix: never hold a micro-batch's logits, for more arithmetic."""
     max_steps: int | None = 250
     """Updates to make; `None` makes num_train_epochs passes over the data."""
     num_train_epochs: float = 1.0

@@ -20,13 +20,13 @@ from lora_grpo.adapter import save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.batch import Batch
 from lora_grpo.config import TrainConfig
+from lora_grpo.live_rows import dead_groups
 from lora_grpo.peak_memory import PeakMemory
 from lora_grpo.trainer import LoraGRPOTrainer
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
 SKIPPED_IN_A_ROW = 20
 METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
-SAME = 1e-6
 SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
     "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
@@ -41,16 +41,30 @@ def cut_back(run_dir: Path, step: int) -> None:
             write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
 
 
-def dead_groups(totals: list[float], num_generations: int) -> float:
-    """Return the share of groups whose completions all earned the same, and which therefore teach
-    nothing."""
-    groups = [totals[i : i + num_generations] for i in range(0, len(totals), num_generations)]
-    return sum(max(group) - min(group) < SAME for group in groups) / len(groups)
+def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float]:
+    """Return where a step's seconds went, and how much was made of them.
+
+    Tokens per second are those of the completions; `tokens_update` is what went through the model
+    in the update, prompts and all, and `padding_share` what of TRL's micro-batches is padding.
+    """
+    seconds, tokens = trainer.seconds, sum(trainer.batch.tokens)
+    return {
+        "seconds": step_seconds,
+        **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
+        "seconds_other": step_seconds - sum(seconds.values()),
+        **{
+            f"tokens_per_second_{phase}": tokens / seconds[phase] if seconds[phase] else None
+            for phase in ("generate", "update")
+        },
+        "tokens_update": trainer.tokens_computed if trainer.packed else None,
+        "padding_share": trainer.padding_share(),
+    }
 
 
 def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> dict[str, Any]:
     """Return a step's row of `metrics.jsonl`, without its step and seconds."""
     totals, count = batch.totals(), len(batch.completions)
+    dead = dead_groups(totals, num_generations)
     named = {name: [s for s in scores if s is not None] for name, scores in batch.rewards.items()}
     return {
         "reward": sum(totals) / count,
@@ -59,7 +73,7 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
         "format": batch.formatted(),
         "completion_length": sum(batch.tokens) / count,
         "clipped_ratio": sum(batch.truncated) / count,
-        "frac_reward_zero_std": dead_groups(totals, num_generations),
+        "frac_reward_zero_std": sum(dead) / len(dead),
         **{
             name: logs[name] if math.isfinite(logs[name]) else None
             for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")
@@ -105,6 +119,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         self.started = time.perf_counter()
         self.trainer.seconds = dict.fromkeys(self.trainer.seconds, 0.0)
+        self.trainer.tokens_computed = 0
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -149,15 +164,11 @@ class Recorder(TrainerCallback):
     ) -> None:
         if "loss" not in logs:
             return
-        batch, seconds = self.trainer.batch, self.trainer.seconds
+        batch = self.trainer.batch
         row = {
             "step": state.global_step,
             **describe_step(batch, self.config.num_generations, logs),
-            "seconds": self.step_seconds,
-            "seconds_generate": seconds["generate"],
-            "seconds_sync": seconds["sync"],
-            "seconds_reward": seconds["reward"],
-            "seconds_update": self.step_seconds - sum(seconds.values()),
+            **describe_work(self.trainer, self.step_seconds),
             "peak_memory_bytes": self.peak_memory.bytes(),
             "predicted_memory_bytes": self.predicted_memory,
         }

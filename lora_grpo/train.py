@@ -137,6 +137,7 @@ def build_trainer(
         train_dataset=build_dataset(plan.config, plan.data.train, plan.data.style, plan.steps),
         chunked_logprobs=plan.config.chunked_logprobs,
         say=display.say_always,
+        shared_prefix=plan.config.shared_prefix,
     )
     trainer.remove_callback(PrinterCallback)
     policy.follow(trainer)

@@ -1,11 +1,8 @@
 """The GRPO update: TRL's `GRPOTrainer` on the adapter alone, made exact to resume, open to look
 into, and not ended by running out of memory.
 
-What this adds to TRL 1.14.2, each at one of its methods: `__init__` (the adapter stays in float32),
-`_generate` and `_calculate_rewards` (what was sampled and earned, and how long it took),
-`_generate_single_turn` and `_get_per_token_logps_and_entropies` (fewer rows at once where memory
-ends, log-probs in chunks), `_prepare_inputs` and `training_step` (the same for the update, a stop
-at a loss that is not finite), `_save_checkpoint` (whole or not at all). The mathematics is TRL's.
+Each method that is overridden stands in `seams` with its reason and TRL's version; the ones that
+save work are in `packed_trainer`. The mathematics is TRL's.
 """
 
 import math
@@ -13,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +24,10 @@ from lora_grpo.allocator import giving_back
 from lora_grpo.batch import Batch
 from lora_grpo.memory_error import RowLimit, release_memory
 from lora_grpo.model import dequantised
+from lora_grpo.packed_trainer import PackedGRPOTrainer
 from lora_grpo.rewards import Reward
+from lora_grpo.seams import check_seams
+from lora_grpo.shared_prefix import attention_in_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ KEPT_CHECKPOINTS = 2
 BY_UNSLOTH = GRPOTrainer.__name__ == "UnslothGRPOTrainer"
 
 
-class LoraGRPOTrainer(GRPOTrainer):
+class LoraGRPOTrainer(PackedGRPOTrainer):
     """TRL's trainer for one adapter, with the current batch and each phase's seconds at hand."""
 
     def __init__(
@@ -50,7 +50,10 @@ class LoraGRPOTrainer(GRPOTrainer):
         train_dataset: Dataset,
         chunked_logprobs: bool = False,
         say: Callable[[str], None] = print,
+        shared_prefix: bool = True,
     ) -> None:
+        if not BY_UNSLOTH:
+            check_seams(GRPOTrainer)
         torch.manual_seed(args.seed)
         super().__init__(
             model=model,
@@ -62,7 +65,7 @@ class LoraGRPOTrainer(GRPOTrainer):
         )
         self.reward_func_names = [reward.name for reward in rewards]
         self.batch = Batch()
-        self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0}
+        self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0, "update": 0.0}
         self.chunked_logprobs = chunked_logprobs
         self.abort_generation: Callable[[], None] = lambda: None
         self.generation_rows = RowLimit(
@@ -76,6 +79,11 @@ class LoraGRPOTrainer(GRPOTrainer):
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:
             parameter.data = parameter.data.float()
+        if shared_prefix and not BY_UNSLOTH:
+            reason = self.why_trl_updates()
+            self.packed = reason is None
+            if reason:
+                say(f"the update repeats each prompt for every completion, as TRL does: {reason}")
 
     def _release_generation(self) -> None:
         self.abort_generation()
@@ -155,6 +163,9 @@ class LoraGRPOTrainer(GRPOTrainer):
             )
 
         def score(rows: int) -> tuple:
+            if self.packed:
+                found = self.packed_scores(input_ids, attention_mask, logits_to_keep, rows)
+                return (*found, None)
             if not self.chunked_logprobs:
                 return whole(
                     model, input_ids, attention_mask, logits_to_keep, batch_size=rows, **more
@@ -181,7 +192,13 @@ class LoraGRPOTrainer(GRPOTrainer):
             # One process alone cannot repeat a step that the others wait in.
             loss = super().training_step(model, inputs, *rest)
         else:
-            loss = self._repeatable_step(model, self._prepare_inputs(inputs), *rest)
+            # As transformers does before it prepares inputs: in evaluation mode bitsandbytes packs
+            # 4-bit weights for some CPUs as no backward pass can read them.
+            model.train()
+            micro_batch, started = self._prepare_inputs(inputs), time.perf_counter()
+            with attention_in_groups(self.inner_model()) if self.packed else nullcontext():
+                loss = self._repeatable_step(model, micro_batch, *rest)
+            self.seconds["update"] += time.perf_counter() - started
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss.item()}")
         return loss

@@ -27,7 +27,9 @@ ORDER = [
     *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
-    *("adapter", "grpo", "batch", "engine_settings", "vllm_engine", "trainer"),
+    *("adapter", "grpo", "batch", "engine_settings", "vllm_engine"),
+    *("seams", "tiled_logprobs", "shared_prefix", "live_rows"),
+    *("shared_sampling", "packed_trainer", "trainer"),
     *(
         "vllm_rollout",
         "policy",

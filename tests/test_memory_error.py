@@ -104,6 +104,13 @@ def test_other_errors_are_not_repeated() -> None:
     assert calls == [8]
 
 
+def count_rows(inputs: dict) -> int:
+    """Return the completions that a forward pass holds, packed or one a row."""
+    if "groups" in inputs:
+        return sum(len(group.slots) for group in inputs["groups"])
+    return len(inputs["input_ids"])
+
+
 @contextlib.contextmanager
 def small_memory(rows: int, where: str) -> Iterator[list[int]]:
     """Let PyTorch run out of memory in every forward or backward pass of more rows than these.
@@ -119,15 +126,15 @@ def small_memory(rows: int, where: str) -> Iterator[list[int]]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     def forward(self, *args, **kwargs):
-        count, training = len(kwargs["input_ids"]), torch.is_grad_enabled()
-        phase = "update" if training else "generation" if kwargs.get("use_cache") else "scoring"
+        count, training = count_rows(kwargs), torch.is_grad_enabled()
+        sampling = kwargs.get("use_cache") or "decoding" in kwargs
+        phase = "update" if training else "generation" if sampling else "scoring"
         if count > rows and where in (phase, f"{phase} forward"):
             give_out(count)
-        output = plain(self, *args, **kwargs)
         if count > rows and training and where == "update backward":
             # At the first layer, when the last ones have their gradients already.
             self.layers[0].mlp.register_full_backward_hook(lambda *_: give_out(count))
-        return output
+        return plain(self, *args, **kwargs)
 
     Qwen2Model.forward = forward
     try:
@@ -183,9 +190,9 @@ def test_half_a_backward_pass_leaves_nothing_behind(tmp_path: Path) -> None:
     whole.train()
     trainer, catcher, said = train(tmp_path, **knobs)
     trainer.update_rows.release = lambda: clear_hooks(trainer)
-    with small_memory(4, "update backward") as raised:
+    with small_memory(2, "update backward") as raised:
         trainer.train()
-    assert raised == [8] and len(said) == 1
+    assert raised and len(said) == len(raised)
     for name, gradient in whole_catcher.gradients.items():
         torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
 
@@ -194,7 +201,7 @@ def test_bnpo_whose_loss_depends_on_the_parts_is_not_split(tmp_path: Path) -> No
     knobs = {"loss_type": "bnpo", "gradient_accumulation_steps": 1}
     trainer, _, said = train(tmp_path, **knobs)
     with (
-        small_memory(8, "update forward"),
+        small_memory(2, "update forward"),
         pytest.raises(MemoryExhaustedError, match="in the update, 16 at a time"),
     ):
         trainer.train()
@@ -242,6 +249,7 @@ def test_scoring_goes_on_with_fewer_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_logprobs_in_chunks_give_the_same_gradient(tmp_path: Path, load_in_4bit: bool) -> None:
     knobs = {"load_in_4bit": load_in_4bit, "num_iterations": 2, "max_steps": 2, "save_steps": 2}
+    knobs["shared_prefix"] = False
     whole, whole_catcher, _ = train(tmp_path, **knobs)
     whole.train()
     trainer, catcher, _ = train(tmp_path, chunked_logprobs=True, **knobs)

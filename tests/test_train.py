@@ -31,6 +31,7 @@ SMALL = {
 }
 MEASURED = (
     *("seconds", "seconds_generate", "seconds_sync", "seconds_reward", "seconds_update"),
+    *("seconds_other", "tokens_per_second_generate", "tokens_per_second_update"),
     *("peak_memory_bytes", "predicted_memory_bytes"),
 )
 
