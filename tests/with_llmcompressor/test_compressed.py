@@ -43,7 +43,7 @@ def test_the_library_itself_unpacks_what_we_compared(name: str, exported: Path) 
             assert torch.equal(wanted, found), key
             continue
         largest = wanted.abs().amax(-1, keepdim=True)
-        steps = {"fp8": 0.08 * wanted.abs() + largest / 448, "int8": largest / 127,
+        steps = {"fp8": 0.08 * wanted.abs() + largest / 448, "int8": 1.1 * largest / 127,
                  "w4a16": largest / 7.5 * 0.6}  # fmt: skip
         assert torch.all((found - wanted).abs() <= steps[name]), key
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
