@@ -39,7 +39,7 @@ NUMBER_WORD = re.compile(
       | forty | fifty | sixty | seventy | eighty | ninety | hundred | thousand | million | billion
       | trillion | dozen | lakh | crore | grand | half | k | mil | mn | mln | bn | bln | tn
     ) s?
-    | halves | thirds | (?: four | fif | six | seven | eigh | nin | ten | hundred ) ths
+    | halves | thirds | (?: four | fif | six | seven | eigh | nin | ten | hundred | thousand ) ths
     """,
     re.VERBOSE | re.IGNORECASE,
 )

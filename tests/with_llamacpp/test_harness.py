@@ -4,6 +4,7 @@ item."""
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.answers import parse_number
+from lora_grpo.answers import NUMBER_WORD, parse_number
 from lora_grpo.arithmetic import generate_problems
 from lora_grpo.backend import installed
 from lora_grpo.dataset import Problem
@@ -59,6 +60,14 @@ NUMBERS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
 @example("1/0")
 def test_both_statements_of_the_number_rule_agree(text: str) -> None:
     assert number.read_number(text) == parse_number(text)
+
+
+def test_both_know_the_same_scale_words() -> None:
+    named = {*re.findall("[a-z]+", NUMBER_WORD.pattern), *number.SCALES}
+    words = {form for word in named for form in (word, f"{word}s", f"{word}ths", word.upper())}
+    read = {word: number.read_number(f"5 {word}") for word in words}
+    assert read == {word: parse_number(f"5 {word}") for word in words}
+    assert read["half"] is None and read["seventhss"] == 5 and read["hundredths"] is None
 
 
 def test_the_number_rule_is_no_rule_that_accepts_or_refuses_all() -> None:
