@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +58,15 @@ def quantize_file(source: Path, target: Path, quant: str) -> None:
         raise RuntimeError(f"llama.cpp did not quantise {source.name} to {quant}: {said}")
 
 
+@cache
 def silent() -> object:
-    """Return a log function of llama.cpp's type that drops what it is told."""
+    """Return a log function of llama.cpp's type that drops what it is told.
+
+    It is made once and kept, since C holds no more than its address.
+    """
     import llama_cpp
 
-    global _silent  # C keeps only the address
-    _silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    return _silent
+    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaCpp:

@@ -83,6 +83,18 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str
     )
 
 
+def keep_settings(template: str) -> str:
+    """Return a chat template that has `TEMPLATE_SETTINGS` as its defaults, where it knows them, so
+    that whoever runs the model asks as it was asked in training."""
+    defaults = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {str(value).lower()} %}}"
+        "{%- endif -%}\n"
+        for name, value in TEMPLATE_SETTINGS.items()
+        if name in template
+    ]
+    return "".join([*defaults, template])
+
+
 def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[int]:
     """Return each text's length in tokens, the template's own special tokens counted once."""
     batch = list(texts)

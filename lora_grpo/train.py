@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_grpo.grpo import build_dataset, grpo_config, lora_config
 from lora_grpo.peak_memory import PeakMemory, watch_memory
 from lora_grpo.plan import Plan
 from lora_grpo.policy import Policy, open_policy
+from lora_grpo.prompt import keep_settings
 from lora_grpo.provenance import provenance
 from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
@@ -52,7 +54,9 @@ def open_run(plan: Plan) -> dict[str, Any]:
     record = provenance(plan)
     if not plan.config.resume:
         with staged_directory(plan.run_dir) as staged:
-            plan.tokenizer.save_pretrained(staged)
+            tokenizer = copy(plan.tokenizer)
+            tokenizer.chat_template = keep_settings(tokenizer.chat_template)
+            tokenizer.save_pretrained(staged)
             write_json(staged / TRAIN_CONFIG, record)
         return record
     saved = read_train_config(plan.run_dir)

@@ -1,3 +1,4 @@
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lora_grpo.prompt import (
     PromptStyle,
     build_messages,
     count_tokens,
+    keep_settings,
     perfect_completion,
     read_system_prompt,
     render,
@@ -88,3 +90,24 @@ def test_a_system_prompt_file_that_cannot_be_used(tmp_path: Path) -> None:
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=f"--system-prompt-file {path} is not UTF-8 text"):
         read_system_prompt(path)
+
+
+THINKING = (
+    "{%- for m in messages %}{{ m.content }}{%- endfor %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}<no thoughts>{%- endif %}"
+)
+
+
+def test_a_saved_template_asks_as_training_did(tokenizer) -> None:
+    """Qwen3's would have the model think, wherever nobody says otherwise."""
+    trained = copy(tokenizer)
+    trained.chat_template = THINKING
+    saved = copy(tokenizer)
+    saved.chat_template = keep_settings(THINKING)
+    messages = build_messages("How many?")
+    plain = {"add_generation_prompt": True, "tokenize": False}
+    assert saved.apply_chat_template(messages, **plain) == render(trained, messages)
+    assert trained.apply_chat_template(messages, **plain) != render(trained, messages)
+    thinking = saved.apply_chat_template(messages, enable_thinking=True, **plain)
+    assert thinking == trained.apply_chat_template(messages, enable_thinking=True, **plain)
+    assert keep_settings(tokenizer.chat_template) == tokenizer.chat_template
