@@ -11,7 +11,7 @@ from lora_grpo.export_checks import check_folder, describe_distance
 from lora_grpo.export_reference import Reference
 from lora_grpo.export_source import Outcome, Source
 from lora_grpo.logit_distance import collect_logits
-from lora_grpo.merge_checks import Check
+from lora_grpo.merge_checks import Check, check_reload
 from lora_grpo.merge_inputs import read_base
 from lora_grpo.merge_proof import quiet_transformers, release_memory
 from lora_grpo.model import choose_placement, keep_4bit_as_stored, load_base
@@ -37,12 +37,15 @@ def prove_bnb(source: Source, folder: Path, seen: Reference, double_quant: bool)
 
     release_memory()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        keep_4bit_as_stored(model)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, output_loading_info=True
+        )
+        keep_4bit_as_stored(model.eval())
         logits = list(collect_logits(model, seen.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         return Outcome((Check("reload", False, f"{type(error).__name__}: {error}"),), {}, ())
     checks = [
+        check_reload(loading),
         check_weights(source.merged, model),
         check_settings(folder, double_quant),
         *check_folder(source.merged, folder, model),

@@ -1,52 +1,36 @@
 """Folders in the format compressed-tensors, written by llm-compressor, which vLLM serves: 8-bit
 floats, 8-bit integers, or 4-bit weights alone.
 
-The weights are rounded to nearest, without calibration data: the same model always gives the same
-folder, and each value is provably within half a step. Activations are scaled as they come, so they
-need no data either. Embeddings and output layer stay in 16 bits.
+At 8 bits the weights are rounded to nearest, without calibration data; at 4 bits GPTQ chooses them
+on the run's own prompts. Activations are scaled as they come, so they need no data. Embeddings and
+output layer stay in 16 bits.
 """
 
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_grpo.adapter import read_json
+from lora_grpo.export_calibration import Calibration, check_layers, find_calibration, load_rows
 from lora_grpo.export_checks import check_folder, describe_distance
+from lora_grpo.export_packed import Stored, describe_settings, is_packed, read_stored, unpack
 from lora_grpo.export_reference import Reference
+from lora_grpo.export_schemes import SCHEMES, Scheme, choose_group, settings
 from lora_grpo.export_source import Outcome, Source
 from lora_grpo.logit_distance import collect_logits
-from lora_grpo.merge_checks import Check
+from lora_grpo.merge_checks import Check, check_reload
 from lora_grpo.merge_inputs import read_base
 from lora_grpo.merge_proof import quiet_transformers, release_memory
-from lora_grpo.safetensors_stream import StoredTensor, read_header, read_tensor
+from lora_grpo.safetensors_stream import read_tensor
 
-PACKAGE = "llmcompressor==0.14.0.1"
-GROUP = 128
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class Scheme:
-    """llm-compressor's name, the scale of a group by its largest value, and the widest error: in
-    steps of the scale, or for floats as a share of the value."""
-
-    name: str
-    largest: float
-    steps: float
-    share: float = 0.0
-
-
-# The scales are those of a range from -largest to largest. llm-compressor divides in bfloat16,
-# which moves a quotient of 127 by up to a quarter, so that a tie may fall to either side.
-SCHEMES = {
-    "fp8": Scheme("FP8_DYNAMIC", 448.0, 2.0**-10, 2.0**-4 + 2.0**-7),
-    "int8": Scheme("W8A8", 127.5, 0.5 + 0.5),
-    "w4a16": Scheme("W4A16", 7.5, 0.5 + 0.04),
-}
 # A scale is rounded to bfloat16, its maximum was too.
 SCALE_SLACK = 2.0**-8 + 2.0**-10
 
@@ -59,109 +43,160 @@ def check_compressed(folder: Path, name: str) -> None:
             f"--format {name} is written by llm-compressor, which is not installed: use an "
             "environment with it (pip install -r requirements-llmcompressor.txt)"
         )
-    config = read_json(folder / "config.json")
-    sizes = {key: config.get(key, GROUP) for key in ("hidden_size", "intermediate_size")}
-    odd = {key: size for key, size in sizes.items() if size % GROUP}
-    if name == "w4a16" and odd:
-        raise ValueError(
-            f"--format w4a16 takes rows in groups of {GROUP}, the model has {odd}: use int8 or fp8"
-        )
+    if name == "w4a16":
+        choose_group(folder)
 
 
 def write_compressed(
     source: Source, folder: Path, name: str, seen: Reference, report: Callable[[str], None]
 ) -> Outcome:
     """Quantise the merged model, save it, and prove the folder by loading it again."""
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
-    from loguru import logger
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.disable("llmcompressor")
-    recipe = QuantizationModifier(targets="Linear", scheme=SCHEMES[name].name, ignore=["lm_head"])
     with quiet_transformers(), redirect_stderr(StringIO()):  # its bars ask nobody
         model = AutoModelForCausalLM.from_pretrained(source.merged, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.merged)
-        oneshot(model=model, tokenizer=tokenizer, recipe=recipe)
+        calibration = None
+        if SCHEMES[name].calibrated:
+            calibration = find_calibration(source, model, tokenizer)
+            report(f"calibrating {name} on {calibration.origin}")
+        quantize(model, settings(name, source.merged), calibration)
+        chosen = copy_linear(model) if calibration else {}
         model.save_pretrained(folder, save_compressed=True)
         del model
         report(f"proving {name}")
-        return prove_compressed(source, folder, name, seen)
+        return prove_compressed(source, folder, name, seen, calibration, chosen)
 
 
-def prove_compressed(source: Source, folder: Path, name: str, seen: Reference) -> Outcome:
+def quantize(
+    model: "PreTrainedModel",
+    asked: dict[str, Any],
+    calibration: Calibration | None,
+) -> None:
+    """Let llm-compressor quantise every linear layer but the output layer, in place."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from loguru import logger
+
+    for package in ("llmcompressor", "compressed_tensors"):
+        logger.disable(package)
+    modifier = GPTQModifier if calibration else QuantizationModifier
+    groups = {"group_0": {"targets": ["Linear"], **asked}}
+    data = {"dataset": load_rows(calibration.rows)} if calibration else {}
+    oneshot(model=model, recipe=modifier(config_groups=groups, ignore=["lm_head"]), **data)
+
+
+def copy_linear(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """Return what GPTQ made of each weight, before it is packed."""
+    return {name: model.get_parameter(name).detach().clone() for name in list_linear(model)}
+
+
+def prove_compressed(
+    source: Source,
+    folder: Path,
+    name: str,
+    seen: Reference,
+    calibration: Calibration | None,
+    chosen: dict[str, torch.Tensor],
+) -> Outcome:
     """Load a folder as transformers reads the format, and compare it with the merged model."""
     from transformers import AutoModelForCausalLM
 
     release_memory()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        logits = list(collect_logits(model, seen.sequences))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, output_loading_info=True
+        )
+        linear = list_linear(model)
+        logits = list(collect_logits(model.eval(), seen.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         return Outcome((Check("reload", False, f"{type(error).__name__}: {error}"),), {}, ())
+    stored = read_stored(folder)
     checks = [
-        check_weights(source.merged, folder, SCHEMES[name]),
+        check_reload(loading),
+        check_weights(source.merged, stored, linear, SCHEMES[name], chosen),
+        check_settings(folder, name, settings(name, source.merged)),
         *check_folder(source.merged, folder, model),
     ]
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if calibration and checks[1].passed:
+        checks.append(check_layers(source.merged, stored, calibration.rows))
     figures = {
-        "bytes": size,
-        "weights": "rounded to nearest, no calibration data",
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "weights": f"GPTQ on {calibration.origin}" if calibration else "rounded to nearest",
         "from_merged": describe_distance(seen.logits, logits),
     }
     return Outcome(tuple(checks), figures, ("vllm serve FOLDER",))
 
 
-def check_weights(merged: Path, folder: Path, scheme: Scheme) -> Check:
-    """Unpack every weight by the format's own rules, and compare value and scale with the merged
-    one's."""
-    stored, faults, quantized = read_packed(folder), [], 0
-    for name, tensor in read_base(merged).items():
-        weight = read_tensor(tensor).to(torch.bfloat16)
-        if f"{name}_scale" in stored:
-            quantized += 1
-            faults += compare(name, weight.float(), stored, scheme)
-        elif name in stored and not read_tensor(stored[name]).equal(weight):
-            faults.append(f"{name} differs")
-        elif name not in stored and name != "lm_head.weight":
-            faults.append(f"{name} is missing")
-    detail = "; ".join(faults[:3]) or f"{quantized} weights within half a step, the rest unchanged"
-    return Check("tensors", not faults and quantized > 0, detail)
-
-
-def read_packed(folder: Path) -> dict[str, StoredTensor]:
-    """Return the stored tensors of a folder, packed ones among them."""
+def list_linear(model: "PreTrainedModel") -> set[str]:
+    """Return the weights that are to be quantised: every linear layer's but the output layer's."""
     return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in read_header(path).items()
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
     }
 
 
+def check_settings(folder: Path, name: str, asked: dict[str, Any]) -> Check:
+    """Compare what the config says of codes and activations with what was asked for."""
+    expected = {
+        "quant_method": "compressed-tensors",
+        "format": SCHEMES[name].format,
+        "ignore": ["lm_head"],
+        **{part: [values] for part, values in asked.items()},
+    }
+    found = describe_settings(read_json(folder / "config.json"))
+    faults = [f"{key} is {found[key]}" for key in expected if found[key] != expected[key]]
+    return Check("quantization", not faults, "; ".join(faults) or SCHEMES[name].format)
+
+
+def check_weights(
+    merged: Path,
+    stored: Stored,
+    linear: set[str],
+    scheme: Scheme,
+    chosen: dict[str, torch.Tensor],
+) -> Check:
+    """Unpack every weight by the format's own rules, and compare value and scale with the merged
+    one's."""
+    tied = bool(read_json(merged / "config.json").get("tie_word_embeddings"))
+    faults = []
+    for name, tensor in read_base(merged).items():
+        weight = read_tensor(tensor).to(torch.bfloat16)
+        if name in linear:
+            faults += compare(name, weight.float(), stored, scheme, chosen.get(name))
+        elif name not in stored:
+            faults += [] if tied and name == "lm_head.weight" else [f"{name} is missing"]
+        elif not read_tensor(stored[name]).equal(weight):
+            faults.append(f"{name} differs")
+    bound = "as GPTQ chose them" if scheme.calibrated else "each value within its type's bound"
+    detail = "; ".join(faults[:3]) or f"{len(linear)} weights {bound}, the rest unchanged"
+    return Check("tensors", not faults and bool(linear), detail)
+
+
 def compare(
-    name: str, weight: torch.Tensor, stored: dict[str, StoredTensor], scheme: Scheme
+    name: str,
+    weight: torch.Tensor,
+    stored: Stored,
+    scheme: Scheme,
+    chosen: torch.Tensor | None,
 ) -> list[str]:
     """Return what is wrong with one quantised weight, (out, in)."""
-    scale = read_tensor(stored[f"{name}_scale"]).float()  # (out, groups)
-    grouped = weight.unflatten(1, (scale.shape[1], -1))  # (out, groups, G)
+    if not is_packed(stored, name):
+        return [f"{name} is not quantised"]
+    packed = unpack(stored, name, weight.shape)
+    grouped = weight.unflatten(1, packed.codes.shape[1:])  # (out, groups, G)
     implied = grouped.abs().amax(-1) / scheme.largest
-    if not torch.all((scale - implied).abs() <= SCALE_SLACK * implied + 1e-12):
+    if not torch.all((packed.scale - implied).abs() <= SCALE_SLACK * implied + 1e-12):
         return [f"{name} has scales that its weights do not imply"]
-    codes = unpack(name, stored, weight.shape).unflatten(1, (scale.shape[1], -1))
-    error = (codes * scale[..., None] - grouped).abs()
-    bound = scheme.steps * scale[..., None] + scheme.share * grouped.abs()
+    if chosen is not None:  # the same values, but for bfloat16
+        wanted = chosen.float().view_as(grouped)
+        error, bound = (packed.values - wanted).abs(), 2.0**-8 * wanted.abs()
+    else:
+        error = (packed.values - grouped).abs()
+        bound = scheme.steps * packed.scale[..., None] + scheme.share * grouped.abs()
     wrong = int((~(error <= bound)).sum())
-    return (
-        [f"{name}: {wrong} of {weight.numel()} values are off by more than a step"] if wrong else []
+    return [f"{name}: {wrong} of {weight.numel()} values are off by more than allowed"] * bool(
+        wrong
     )
-
-
-def unpack(name: str, stored: dict[str, StoredTensor], shape: torch.Size) -> torch.Tensor:
-    """Return a weight's codes in float32: eight 4-bit ones to an int32, lowest first and offset by
-    8, or one a byte."""
-    packed = stored.get(f"{name}_packed")
-    if packed is None:
-        return read_tensor(stored[name]).float()
-    words = read_tensor(packed).to(torch.int64)[..., None]  # (out, in / 8, 1)
-    codes = ((words >> (4 * torch.arange(8))) & 15) - 8
-    return codes.flatten(1)[:, : shape[1]].float()

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from lora_grpo.push_files import Published
-    from lora_grpo.push_remote import Target
+    from lora_grpo.push_remote import Remote, Target
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LONGEST_NAME = 96
@@ -128,7 +127,8 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
         PushError: the Hub failed, or does not hold what was sent.
     """
     from lora_grpo.push_files import list_adapter, list_folder
-    from lora_grpo.push_remote import Target
+    from lora_grpo.push_patience import choose_transfer, limit_waiting
+    from lora_grpo.push_remote import Target, check_token, look, push_target
 
     check_adapter(config.adapter_dir)
     made = list_made(config)
@@ -139,14 +139,27 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
         show_plan(config, adapter, made, report)
         return []
     api = api or connect()
-    check_token(api, config.repo)
+    limit_waiting()
+    choose_transfer(api.endpoint)
+    with explained(config.repo):
+        check_token(api)
     targets = [adapter]
     for part in made:
         if not part.folder.exists():
             part.make(report)
         files = list_folder(part.folder)
         targets.append(Target(config.repo + part.suffix, files, part.report))
-    return [send(api, target, config, report) for target in targets]
+    remotes = []
+    for target in targets:
+        with explained(target.repo):
+            remotes.append(look(api, target.repo))
+    agree(api, config, list(zip(targets, remotes, strict=True)))
+    links = []
+    for target, remote in zip(targets, remotes, strict=True):
+        with explained(target.repo):
+            links.append(push_target(api, target, remote, config.public, report))
+        report(f"done: {links[-1]}")
+    return links
 
 
 def show_plan(config: PushConfig, adapter: "Target", made: list[Made], report: Report) -> None:
@@ -186,18 +199,6 @@ def connect() -> "HfApi":
     return HfApi(library_name="lora-grpo")
 
 
-def check_token(api: "HfApi", repo: str) -> None:
-    """Raise a PushError unless there is a token that may write."""
-    with explained(repo):
-        found = api.whoami()
-    token = found.get("auth", {}).get("accessToken", {})
-    if token.get("role") == "read":
-        raise PushError(
-            f"the token {token.get('displayName', '')!r} of {found['name']} may only read: make "
-            "one with write access at https://huggingface.co/settings/tokens, then `hf auth login`"
-        )
-
-
 @contextmanager
 def explained(repo: str) -> Iterator[None]:
     """Turn what the Hub or the network raises into a sentence."""
@@ -213,14 +214,20 @@ def explained(repo: str) -> Iterator[None]:
         raise PushError(explain(error, repo)) from error
 
 
-def send(api: "HfApi", target: "Target", config: PushConfig, report: Report) -> str:
-    """Push one repository and return its link."""
-    from lora_grpo.push_remote import push_target
+def agree(api: "HfApi", config: PushConfig, pairs: "list[tuple[Target, Remote]]") -> None:
+    """Ask all that is to be asked, of every repository, before anything is written to one.
 
-    with explained(target.repo):
-        link = push_target(api, target, config.public, partial(ask, config.yes), report)
-    report(f"done: {link}")
-    return link
+    Raises:
+        PushRefused: a question was answered with no, or there is nobody to ask.
+    """
+    from lora_grpo.push_remote import list_questions
+
+    for target, remote in pairs:
+        with explained(target.repo):
+            questions = list_questions(api, target, remote, config.public)
+        for question in questions:
+            if not ask(config.yes, question):
+                raise PushRefused(f"the answer to '{question}?' was no: nothing was pushed")
 
 
 def ask(yes: bool, question: str) -> bool:

@@ -40,6 +40,8 @@ RECORDS = (
     "merge_report.json",
     "export_report.json",
 )
+# Prompts, in which a leading "/" is no path: Qwen3 reads "/no_think".
+PROMPTS = ("system_prompt", "example")
 BLOCK = 1 << 20
 
 
@@ -105,7 +107,7 @@ def strip_paths(path: Path) -> bytes | None:
 
 def shorten(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: shorten(entry) for key, entry in value.items()}
+        return {key: entry if key in PROMPTS else shorten(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [shorten(entry) for entry in value]
     if isinstance(value, str) and "\n" not in value and is_local_path(value):

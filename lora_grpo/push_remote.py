@@ -18,9 +18,6 @@ from lora_grpo.push_end import PushError, PushRefused
 from lora_grpo.push_files import Published
 
 MANIFEST = "push_manifest.json"
-# What the Hub makes itself in a new repository.
-MADE_BY_THE_HUB = (".gitattributes",)
-Ask = Callable[[str], bool]
 Report = Callable[[str], None]
 
 
@@ -33,53 +30,105 @@ class Target:
     checked: str
 
 
-def push_target(api: HfApi, target: Target, public: bool, ask: Ask, report: Report) -> str:
-    """Bring a repository to hold the target's files, and return its link once it does.
+def check_token(api: HfApi) -> None:
+    """Raise a PushError unless there is a token that may write."""
+    found = api.whoami()
+    token = found.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise PushError(
+            f"the token {token.get('displayName', '')!r} of {found['name']} may only read: make "
+            "one with write access at https://huggingface.co/settings/tokens, then `hf auth login`"
+        )
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it is before the push; one that is not there has no commit and no files."""
+
+    head: str | None
+    private: bool
+    files: dict[str, RepoFile]
+
+
+def look(api: HfApi, repo: str) -> Remote:
+    """Return what lies in a repository now."""
+    try:
+        info = api.repo_info(repo)
+    except RepositoryNotFoundError:
+        return Remote(None, True, {})
+    return Remote(info.sha, info.private, list_remote(api, repo, info.sha))
+
+
+def list_questions(api: HfApi, target: Target, remote: Remote, public: bool) -> list[str]:
+    """Return what the user must agree to before the push writes anything.
 
     Raises:
-        PushRefused: what it would replace or make public was not agreed to.
+        PushRefused: the repository is public, and was not to be.
+    """
+    if not remote.private and not public:
+        raise PushRefused(
+            f"{target.repo} is public already, so that what is pushed there is public: add "
+            "--public, or choose another --repo"
+        )
+    questions = []
+    if remote.private and public:
+        kind = "new" if remote.head is None else "private"
+        questions.append(f"make the {kind} repository {target.repo} public")
+    if strange := find_strange(api, target, remote):
+        questions.append(f"replace {', '.join(strange)} in {target.repo}, not written by a push")
+    return questions
+
+
+def push_target(api: HfApi, target: Target, remote: Remote, public: bool, report: Report) -> str:
+    """Bring a repository to hold the target's files, and return its link once it does; only then
+    is it made public.
+
+    Raises:
         PushError: the Hub does not hold what was sent.
         HfHubHTTPError, RuntimeError, httpx.HTTPError: the Hub or the way to it failed.
     """
-    head = open_repository(api, target.repo, public, ask, report)
-    held = list_remote(api, target.repo, head)
-    changed = [file for file in target.files if not is_same(held.get(file.name), file)]
-    if changed:
-        agree_to_replace(api, target, head, held, changed, ask)
-        head = commit(api, target, head, held, changed, report)
+    if remote.head is None:
+        remote = make_repository(api, target.repo, report)
+    changed = list_changed(target, remote)
+    head = commit(api, target, remote, changed, report) if changed else remote.head
     verify(api, target, head)
-    link = f"{api.endpoint}/{target.repo}"
     count = f"{len(target.files)} files"
     report(
         f"{target.repo}: {len(changed)} of {count} sent, all read back and compared"
         if changed
         else f"{target.repo}: nothing to send, all {count} are there already"
     )
-    return link
+    if public and remote.private:
+        make_public(api, target.repo, report)
+    return f"{api.endpoint}/{target.repo}"
 
 
-def open_repository(api: HfApi, repo: str, public: bool, ask: Ask, report: Report) -> str:
-    """Make the repository, or check that one that is there may be written to as asked; return the
-    commit that it is at."""
-    try:
-        info = api.repo_info(repo)
-    except RepositoryNotFoundError:
-        if public and not ask(f"make a new public repository {repo}"):
-            raise PushRefused(f"{repo} was not made public, and nothing was pushed") from None
-        api.create_repo(repo, private=not public)
-        report(f"made {'public' if public else 'private'} repository {repo}")
-        return api.repo_info(repo).sha
-    if not info.private and not public:
-        raise PushRefused(
-            f"--repo {repo} is public already, so that what is pushed there is public: add "
-            "--public, or choose another --repo"
+def make_repository(api: HfApi, repo: str, report: Report) -> Remote:
+    """Make a private repository.
+
+    Raises:
+        PushError: the Hub did not keep it private.
+    """
+    api.create_repo(repo, private=True)
+    remote = look(api, repo)
+    if not remote.private:
+        raise PushError(
+            f"the Hub made {repo} public though private was asked for, and no file was sent: make "
+            f"it private at {api.endpoint}/{repo}/settings, or push with --public"
         )
-    if info.private and public:
-        if not ask(f"make the private repository {repo} public"):
-            raise PushRefused(f"{repo} was not made public, and nothing was pushed")
-        api.update_repo_settings(repo, private=False)
-        report(f"made {repo} public")
-    return info.sha
+    report(f"made private repository {repo}")
+    return remote
+
+
+def make_public(api: HfApi, repo: str, report: Report) -> None:
+    api.update_repo_settings(repo, private=False)
+    if api.repo_info(repo).private:
+        raise PushError(f"all files are in {repo}, but the Hub keeps it private: push again")
+    report(f"made {repo} public")
+
+
+def list_changed(target: Target, remote: Remote) -> list[Published]:
+    return [file for file in target.files if not is_same(remote.files.get(file.name), file)]
 
 
 def list_remote(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
@@ -99,25 +148,14 @@ def identity(remote: RepoFile) -> str:
     return remote.lfs.sha256 if remote.lfs else remote.blob_id
 
 
-def agree_to_replace(
-    api: HfApi,
-    target: Target,
-    head: str,
-    held: dict[str, RepoFile],
-    changed: list[Published],
-    ask: Ask,
-) -> None:
-    """Ask before a file is replaced that no earlier push wrote as it is now."""
-    written = read_manifest(api, target.repo, head) if MANIFEST in held else {}
-    strange = [
-        file.name
-        for file in changed
-        if file.name in held
-        and file.name not in MADE_BY_THE_HUB
-        and identity(held[file.name]) not in written.get(file.name, ())
-    ]
-    if strange and not ask(f"replace {', '.join(strange)} in {target.repo}, not written by a push"):
-        raise PushRefused(f"nothing was replaced in {target.repo}, and nothing was pushed to it")
+def find_strange(api: HfApi, target: Target, remote: Remote) -> list[str]:
+    """Return the files to be replaced that no earlier push wrote as they are now."""
+    held = remote.files
+    replaced = [file.name for file in list_changed(target, remote) if file.name in held]
+    if not replaced:
+        return []
+    written = read_manifest(api, target.repo, remote.head) if MANIFEST in held else {}
+    return [name for name in replaced if identity(held[name]) not in written.get(name, ())]
 
 
 def read_manifest(api: HfApi, repo: str, revision: str) -> dict[str, list[str]]:
@@ -144,8 +182,7 @@ def fetch(api: HfApi, repo: str, name: str, revision: str) -> bytes:
 def commit(
     api: HfApi,
     target: Target,
-    head: str,
-    held: dict[str, RepoFile],
+    remote: Remote,
     changed: list[Published],
     report: Report,
 ) -> str:
@@ -159,10 +196,10 @@ def commit(
         for file in changed
     ]
     operations.append(CommitOperationAdd(MANIFEST, text))
-    verb = "Update" if any(file.name in held for file in changed) else "Upload"
+    verb = "Update" if any(file.name in remote.files for file in changed) else "Upload"
     message = f"{verb} {len(changed)} files with lora-grpo"
     return api.create_commit(
-        target.repo, operations, commit_message=message, parent_commit=head
+        target.repo, operations, commit_message=message, parent_commit=remote.head
     ).oid
 
 

@@ -52,6 +52,8 @@ DAMAGES = {
     "a 4-bit weight is 1 % too large": (scale, None, "tensors"),
     "a norm is 1 % too large": (scale_norm, None, "tensors"),
     "the EOS is another": (None, {"generation_config.json": {"eos_token_id": [1]}}, "eos"),
+    "positions turn faster": (None, {"config.json": {"rope_parameters": {"rope_type": "default",
+                              "rope_theta": 500.0}}}, "config"),
     "the tokenizer is another": (None, {"tokenizer_config.json": {"eos_token": "<|endoftext|>"}},
                                  "tokenizer"),
 }  # fmt: skip

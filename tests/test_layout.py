@@ -56,10 +56,11 @@ ORDER = [
     *("gguf_tokenizer", "gguf_quants", "gguf_model", "gguf_write", "llamacpp", "llamacpp_proof"),
     *("gguf_proof", "export_gguf", "export_gguf_adapter"),
     *("ollama_gotemplate", "ollama_template", "ollama_modelfile", "ollama_proof", "export_ollama"),
-    *("export_checks", "export_bnb", "export_compressed"),
+    *("export_checks", "export_bnb"),
+    *("export_schemes", "export_packed", "export_calibration", "export_compressed"),
     *("export_accuracy", "export_formats", "export"),
     # -> push
-    *("push_end", "push_files", "push_remote", "push_errors", "push"),
+    *("push_end", "push_files", "push_patience", "push_remote", "push_errors", "push"),
     # -> chat and serve
     *("chat_tags", "chat_source", "chat_model", "chat_screen", "chat"),
     *("serve_command", "serve"),

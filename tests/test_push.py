@@ -2,17 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, Fault, Hub, Repository, serve_hub
+from hub_server import TOKEN, Fault, Handler, Hub, Repository, serve_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 from merge_models import ENVIRONMENT, ROOT, make_adapter
 
+from lora_grpo import push_patience
 from lora_grpo.push import PushConfig, push_to_hub
 from lora_grpo.push_end import PushError, PushRefused
 
@@ -109,7 +113,7 @@ def test_a_file_of_somebody_else_is_replaced_only_when_agreed(hub: Hub, adapter:
 
 
 def test_public_is_asked_for(hub: Hub, adapter: Path) -> None:
-    with pytest.raises(PushRefused, match=r"make a new public repository me/run.*add --yes"):
+    with pytest.raises(PushRefused, match=r"make the new repository me/run public.*add --yes"):
         push(hub, adapter, public=True)
     assert REPO not in hub.repositories
     push(hub, adapter, public=True, yes=True)
@@ -212,8 +216,6 @@ def test_a_config_that_comes_back_different_is_noticed(
     hub: Hub, adapter: Path, monkeypatch
 ) -> None:
     """The listing is right, what is served is not."""
-    from hub_server import Handler
-
     resolve = Handler.resolve
 
     def serve_another(self: Handler, repo: str, revision: str, name: str) -> None:
@@ -270,6 +272,132 @@ def test_a_merge_of_another_adapter_is_refused(hub: Hub, adapter: Path) -> None:
     assert len(hub.requests) == requests
 
 
+def test_all_is_asked_before_anything_is_sent(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter, merged=True)
+    held = hub.repositories[f"{REPO}-merged"]
+    held.commits.append({**held.commits[-1], "config.json": b"{}"})
+    (adapter / "completions.jsonl").write_text("{}\n")
+    with pytest.raises(PushRefused, match=r"replace config\.json in me/run-merged"):
+        push(hub, adapter, merged=True)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_no_leaves_the_repository_private(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(hub, adapter)
+    held = hub.repositories[REPO]
+    held.commits.append({**held.commits[-1], "README.md": b"edited on the website"})
+    monkeypatch.setattr("lora_grpo.push.ask", lambda yes, question: "public" in question)
+    with pytest.raises(PushRefused, match=r"replace README\.md.*was no"):
+        push(hub, adapter, public=True)
+    assert held.private
+
+
+def test_nothing_is_public_before_it_is_verified(hub: Hub, adapter: Path) -> None:
+    hub.spoil = SPOILED["a file is missing"][0]
+    with pytest.raises(PushError):
+        push(hub, adapter, public=True, yes=True)
+    assert hub.repositories[REPO].private
+
+
+def test_a_hub_that_makes_it_public_gets_no_file(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Handler.create
+    monkeypatch.setattr(
+        Handler, "create", lambda self, asked: create(self, {**asked, "visibility": "public"})
+    )
+    with pytest.raises(PushError, match="public though private was asked for"):
+        push(hub, adapter)
+    assert len(hub.repositories[REPO].commits) == 1 and hub.count("PUT /lfs/") == 0
+
+
+def test_a_system_prompt_is_no_path(hub: Hub, adapter: Path) -> None:
+    record = json.loads((adapter / "train_config.json").read_text())
+    record |= {"system_prompt": "/no_think", "dataset": "/home/somebody/data.jsonl"}
+    (adapter / "train_config.json").write_text(json.dumps(record))
+    push(hub, adapter)
+    sent = json.loads(hub.repositories[REPO].commits[-1]["train_config.json"])
+    assert sent["system_prompt"] == "/no_think" and sent["dataset"] == "data.jsonl"
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(3, 1), (3600, 0)])
+def test_retry_after_is_honoured_where_it_is_short(
+    seconds: int, tries: int, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_http.time, "sleep", slept.append)
+    hub.faults["POST preupload"] = Fault(429, "slow", {"Retry-After": str(seconds)}, times=1)
+    if tries:
+        assert push(hub, adapter)[-1].startswith("done")
+    else:
+        with pytest.raises(PushError, match="try in 3600 seconds"):
+            push(hub, adapter)
+    assert len(slept) == tries and all(pause >= seconds for pause in slept)
+
+
+def test_waits_do_not_add_up_to_minutes(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_http.time, "sleep", slept.append)
+    hub.faults["POST preupload"] = Fault(503, "busy", {"Retry-After": "25"})
+    with pytest.raises(PushError, match=r"the Hub failed \(503\)"):
+        push(hub, adapter)
+    assert sum(slept) < 60
+
+
+@pytest.mark.parametrize("page", ["whoami", "tree"])
+def test_a_silent_hub_is_left(
+    page: str, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the request and never answers; huggingface_hub alone would wait for ever."""
+    monkeypatch.setitem(push_patience.TIMEOUT, "read", 0.3)
+    silence, route = threading.Event(), Handler.route
+
+    def say_nothing(self: Handler, path: str) -> None:
+        if page in path:
+            silence.wait(20)
+        route(self, path)
+
+    monkeypatch.setattr(Handler, "route", say_nothing)
+    push_error = pytest.raises(PushError, match="the connection broke off")
+    started = time.monotonic()
+    with push_error:
+        push(hub, adapter)
+    assert time.monotonic() - started < 15
+    silence.set()
+
+
+def test_ctrl_c_in_the_middle_of_a_file(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    reached, route = threading.Event(), Handler.route
+
+    def hold(self: Handler, path: str) -> None:
+        if path.startswith("/lfs/"):
+            reached.set()
+            time.sleep(1)
+        route(self, path)
+
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "route", hold)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, adapter, "--repo", REPO],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "hf"), **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert reached.wait(60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: run it again" in err
+    assert "Traceback" not in err and "done" not in out
+    assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
+
+
 def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     known = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("HF_")}
     return subprocess.run(
@@ -283,7 +411,7 @@ def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
 
 
 def test_the_script_pushes(hub: Hub, adapter: Path, tmp_path: Path) -> None:
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
     done = run(adapter, "--repo", REPO, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"done: {hub.url}/{REPO}"

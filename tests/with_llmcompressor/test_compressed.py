@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_grpo.export import ExportProofError, export_model
 from lora_grpo.export_config import ExportConfig
+from lora_grpo.export_packed import is_packed, read_stored, unpack
 from lora_grpo.model import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.skipif(
@@ -31,23 +32,24 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_library_itself_unpacks_what_we_compared(name: str, exported: Path) -> None:
-    """compressed-tensors' own decompression lies as near the merged weights as the proof says."""
-    folder = exported / name
-    merged = AutoModelForCausalLM.from_pretrained(EMBEDDED_FOLDER, dtype=torch.bfloat16)
-    unpacked = AutoModelForCausalLM.from_pretrained(folder)
+    """compressed-tensors' own decompression gives the values that the proof read from the file."""
+    stored = read_stored(exported / name)
+    unpacked = AutoModelForCausalLM.from_pretrained(exported / name)
     unpacked(torch.tensor([[5, 9, 17]]))  # it unpacks when it first runs
-    for key, expected in merged.named_parameters():
+    packed = [key for key, _ in unpacked.named_parameters() if is_packed(stored, key)]
+    assert len(packed) == 28
+    for key in packed:
         module, _, leaf = key.rpartition(".")
-        found, wanted = getattr(unpacked.get_submodule(module), leaf).float(), expected.float()
-        if "_proj.weight" not in key:
-            assert torch.equal(wanted, found), key
-            continue
-        largest = wanted.abs().amax(-1, keepdim=True)
-        steps = {"fp8": 0.08 * wanted.abs() + largest / 448, "int8": 1.1 * largest / 127,
-                 "w4a16": largest / 7.5 * 0.6}  # fmt: skip
-        assert torch.all((found - wanted).abs() <= steps[name]), key
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "compressed-tensors" and config["ignore"] == ["lm_head"]
+        found = getattr(unpacked.get_submodule(module), leaf).float()
+        ours = unpack(stored, key, found.shape).values.flatten(1)
+        assert torch.allclose(found, ours, rtol=2**-8, atol=0), key
+
+
+def test_gptq_stays_nearer_than_rounding_to_nearest(exported: Path) -> None:
+    figures = json.loads((exported / "export_report.json").read_text())["formats"]["w4a16"]
+    checks = {check["name"]: check for check in figures["checks"]}
+    assert checks["calibration"]["passed"]
+    assert figures["figures"]["from_merged"]["mean_kl"] < 0.01  # rounded to nearest: 0.03
 
 
 def test_each_stays_near_the_merged_model(exported: Path) -> None:
@@ -58,29 +60,89 @@ def test_each_stays_near_the_merged_model(exported: Path) -> None:
         assert figures["accuracy"]["num_items"] == 64
 
 
-def scale(folder: Path) -> None:
+def change_tensors(folder: Path, change) -> None:
     tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def scale(tensors: dict[str, torch.Tensor]) -> None:
     name = next(key for key in tensors if key.endswith("up_proj.weight_scale"))
     tensors[name] = (tensors[name].float() * 1.01).to(tensors[name].dtype)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def shift(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
+def shift(tensors: dict[str, torch.Tensor]) -> None:
     name = next(key for key in tensors if key.endswith(("v_proj.weight_packed", "v_proj.weight")))
     tensors[name] = tensors[name].roll(1, 0)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("damage", [scale, shift])
-def test_damage_is_caught(name: str, damage, tmp_path: Path, monkeypatch) -> None:
+def flip_a_bit(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.2.mlp.up_proj.weight_packed"][7, 3] ^= 1
+
+
+def shrink_norm(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] *= 0.99
+
+
+def leave_one_whole(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    for key in [key for key in tensors if key.startswith(name)]:
+        del tensors[key]
+    tensors[name] = load_file(EMBEDDED_FOLDER / "model.safetensors")[name].bfloat16()
+
+
+def change_config(folder: Path, change) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    change(said)
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def whole_activations(said: dict) -> None:
+    said["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
+
+
+def ignore_a_layer(said: dict) -> None:
+    said["quantization_config"]["ignore"].append("model.layers.0.self_attn.k_proj")
+
+
+DAMAGES = {
+    "a scale is 1 % too large": (change_tensors, scale, FORMATS, "tensors"),
+    "rows have moved": (change_tensors, shift, FORMATS, "tensors"),
+    "one 4-bit code has another last bit": (change_tensors, flip_a_bit, ("w4a16",), "tensors"),
+    "a norm is 1 % too small": (change_tensors, shrink_norm, FORMATS, "tensors"),
+    "a layer is not quantised": (change_tensors, leave_one_whole, ("int8",), "tensors"),
+    "activations stay whole": (change_config, whole_activations, ("fp8", "int8"), "quantization"),
+    "a layer is read as whole": (change_config, ignore_a_layer, ("w4a16",), "quantization"),
+    "positions turn faster": (
+        change_config,
+        lambda said: said["rope_parameters"].update(rope_theta=500.0),
+        FORMATS,
+        "config",
+    ),
+    "the EOS is another": (
+        lambda folder, change: (folder / "generation_config.json").write_text(change),
+        '{"eos_token_id": [1]}',
+        FORMATS,
+        "eos",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [(name, damage) for damage, (_, _, names, _) in DAMAGES.items() for name in names],
+)
+def test_damage_is_caught_by_name(name: str, damage: str, tmp_path: Path, monkeypatch) -> None:
     from lora_grpo import export_compressed
 
+    how, what, _, check = DAMAGES[damage]
     prove = export_compressed.prove_compressed
-    monkeypatch.setattr(
-        export_compressed, "prove_compressed", lambda s, f, n, r: damage(f) or prove(s, f, n, r)
-    )
+
+    def damaged(source, folder, *given):
+        how(folder, what)
+        return prove(source, folder, *given)
+
+    monkeypatch.setattr(export_compressed, "prove_compressed", damaged)
     config = ExportConfig(EMBEDDED_FOLDER, (name,), (), tmp_path / "out", num_prompts=1)
-    with pytest.raises(ExportProofError, match=rf"{name}: tensors \("):
+    with pytest.raises(ExportProofError, match=rf"{name}: {check} \("):
         export_model(config, lambda text: None)
