@@ -325,8 +325,19 @@ def test_the_script_in_a_terminal(run_dir) -> None:
         assert "Each question is asked alone" in seen
         os.write(ours, QUESTIONS[0].encode() + b"\n")
         assert " tokens" in read_until(ours, "tokens", "> ")
+        assert press_ctrl_c(process) == 0
+
+
+def press_ctrl_c(process: subprocess.Popen) -> int | None:
+    """Press Ctrl-C until a script ends, as one does where the first only stopped an answer."""
+    for _ in range(10):
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            return process.wait(3)
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()  # or leaving Popen's block would wait for ever
+    return None
 
 
 def read_until(terminal: int, *expected: str) -> str:
