@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-MAPPED_FROM = 2**20
+# Smaller tensors cost more time in page faults than the little that they give back is worth.
+MAPPED_FROM = 2**22
 LARGEST_ON_HEAP = 2**25  # to where glibc's own threshold grows
 NARROW = 256  # hidden states of fewer numbers: an update would take up to twice as long
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -50,7 +51,7 @@ def gives_back(hidden_size: int) -> bool:
 
 @contextmanager
 def giving_back(hidden_size: int) -> Iterator[bool]:
-    """Map every tensor of 1 MiB and more that the block makes; tell whether that is done."""
+    """Map every tensor of 4 MiB and more that the block makes; tell whether that is done."""
     library = c_library()
     if library is None or not gives_back(hidden_size):
         yield False

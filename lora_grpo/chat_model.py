@@ -10,13 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_grpo.chat_source import ChatSource
-from lora_grpo.model import (
-    choose_placement,
-    dequantised,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-)
+from lora_grpo.model import choose_placement, load_adapter, load_base, load_tokenizer
 from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, render
 from lora_grpo.rollout import Completion, cut_at_end, greedy_settings
 
@@ -123,12 +117,14 @@ class ChatModel:
     def _complete(self, prompt: str, side: str, seed: int, say: Say) -> Completion:
         import torch
 
+        from lora_grpo.lora_layers import one_matrix
+
         tokenizer = self.prompter.tokenizer
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         settings, stream = self._settings(), TextStream(tokenizer, say)
         torch.manual_seed(seed)
         bare = self.model.disable_adapter() if side == "base" else nullcontext()
-        with bare, torch.no_grad():
+        with bare, one_matrix(self.model), torch.no_grad():
             self.model.generate(
                 **inputs.to(self.model.device), generation_config=settings, streamer=stream
             )
@@ -156,5 +152,4 @@ def open_chat(source: ChatSource, prompter: Prompter, decoding: Decoding) -> Ite
     if source.adapter_dir is not None:
         model = load_adapter(model, source.adapter_dir)
     model.eval()
-    with dequantised(model):
-        yield ChatModel(model, prompter, decoding)
+    yield ChatModel(model, prompter, decoding)

@@ -1,10 +1,7 @@
 """The base model and its LoRA adapter: finding the folder, loading it in 4-bit or whole, wrapping
 it with PEFT."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,30 +179,6 @@ def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
     from peft import PeftModel
 
     return PeftModel.from_pretrained(base, directory)
-
-
-@contextmanager
-def dequantised(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
-    """Let the 4-bit layers of a CPU model read their weights dequantised once, while it generates.
-
-    A CPU would otherwise dequantise every weight for every token. The numbers are the same; the
-    price is the base in its compute type for as long as the block lasts. Does nothing on a GPU,
-    whose kernels read 4-bit weights as they are, or where no layer is 4-bit.
-    """
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-    from torch.nn.functional import linear
-
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
-    layers = [layer for layer in layers if layer.weight.device.type == "cpu"]
-    try:
-        for layer in layers:
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            layer.forward = partial(linear, weight=weight, bias=layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
 
 
 def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> Path:

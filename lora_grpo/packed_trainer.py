@@ -5,12 +5,15 @@ layer is applied where a completion's token is predicted, in tiles (`tiled_logpr
 a gradient are not computed, and hold the old log-probs or zeros instead (`live_rows`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from trl import GRPOTrainer
 
 from lora_grpo.live_rows import arrange, live_rows, silence_dead_groups
+from lora_grpo.lora_layers import fused
 from lora_grpo.shared_prefix import attention_in_groups, pack, why_not_packed
 from lora_grpo.shared_sampling import sample, why_not_sampled
 from lora_grpo.tiled_logprobs import TiledLogProbs, has_plain_head
@@ -80,6 +83,13 @@ class PackedGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = arrange(self._buffered_inputs, self.beta)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
+    @contextmanager
+    def computing_packed(self) -> Iterator[None]:
+        """Let the model compute packed rows; an update needs it through its backward pass."""
+        inner = self.inner_model()
+        with attention_in_groups(inner), fused(inner):
+            yield
+
     def packed_logps(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +131,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `packed_logps` does, of so many rows at once."""
-        with attention_in_groups(self.inner_model()):
+        # An update holds it already.
+        with nullcontext() if torch.is_grad_enabled() else self.computing_packed():
             parts = [
                 self.packed_logps(*part, length)
                 for part in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_grpo.model import dequantised, end_of_turn_ids
+from lora_grpo.model import end_of_turn_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -87,6 +87,7 @@ def complete(
 
     `limit` remembers how many fit at once, from one call to the next.
     """
+    from lora_grpo.lora_layers import one_matrix
     from lora_grpo.memory_error import RowLimit
 
     limit = limit or RowLimit("evaluation", print)
@@ -95,7 +96,7 @@ def complete(
     settings = greedy_settings(model, tokenizer, max_completion_length)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Completion] = {}
-    with dequantised(model):
+    with one_matrix(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             texts = [prompts[index] for index in chosen]

@@ -9,7 +9,7 @@ import inspect
 CHECKED_WITH = "1.14.2"
 # Method: its parameters after `self`, and why it is overridden.
 SEAMS: dict[str, tuple[tuple[str, ...], str]] = {
-    "_generate": (("prompts",), "seconds of generation, 4-bit weights dequantised once"),
+    "_generate": (("prompts",), "seconds of generation, each layer one matrix"),
     "_generate_single_turn": (
         ("prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"),
         "a prompt's cache shared by its group, fewer rows where memory ends",

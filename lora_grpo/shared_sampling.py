@@ -106,13 +106,30 @@ def once_each(prompts: list[list[int]]) -> list[list[int]]:
 
 
 def choose(logits: torch.Tensor, settings: "GenerationConfig") -> torch.Tensor:
-    """Draw one token of each row (B, V) as transformers does, by temperature and top-p."""
+    """Draw one token of each row (B, V) from transformers' distribution: temperature, top-p."""
     from transformers import TopPLogitsWarper
 
     scores = logits.float() / settings.temperature
     if settings.top_p is not None and settings.top_p < 1:
         scores = TopPLogitsWarper(settings.top_p)(None, scores)
-    return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+    return draw(scores.softmax(-1))
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """Draw one token of each row (B, V): where the summed probabilities pass a uniform number.
+
+    `torch.multinomial` draws an exponential number for each of the V, a fifth of a CPU's time for
+    a token of a small model.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
+    reach = probabilities.cumsum(-1, dtype=torch.float64)
+    whole = reach[:, -1:]
+    if not torch.isfinite(whole).all():
+        raise FloatingPointError("the policy's probabilities are not finite")
+    point = torch.rand(whole.shape, dtype=whole.dtype, device=whole.device) * whole
+    return torch.searchsorted(reach, point, right=True)[:, 0]
 
 
 @torch.no_grad()

@@ -22,12 +22,11 @@ from trl.trainer.utils import split_tensor_dict
 
 from lora_grpo.allocator import giving_back
 from lora_grpo.batch import Batch
+from lora_grpo.lora_layers import one_matrix
 from lora_grpo.memory_error import RowLimit, release_memory
-from lora_grpo.model import dequantised
 from lora_grpo.packed_trainer import PackedGRPOTrainer
 from lora_grpo.rewards import Reward
 from lora_grpo.seams import check_seams
-from lora_grpo.shared_prefix import attention_in_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +93,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         started, synced = time.perf_counter(), self.seconds["sync"]
         try:
-            with dequantised(self.model):
+            with one_matrix(self.model):
                 generated = super()._generate(prompts)
         except RuntimeError as error:
             if "probability tensor" not in str(error):
@@ -196,7 +195,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
             # 4-bit weights for some CPUs as no backward pass can read them.
             model.train()
             micro_batch, started = self._prepare_inputs(inputs), time.perf_counter()
-            with attention_in_groups(self.inner_model()) if self.packed else nullcontext():
+            with self.computing_packed() if self.packed else nullcontext():
                 loss = self._repeatable_step(model, micro_batch, *rest)
             self.seconds["update"] += time.perf_counter() - started
         if not torch.isfinite(loss):

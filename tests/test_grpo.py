@@ -14,11 +14,12 @@ from trl import GRPOTrainer
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import load_problems
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config, order_problems
-from lora_grpo.model import EMBEDDED_FOLDER, Placement, dequantised, load_base, load_tokenizer
+from lora_grpo.model import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
 from lora_grpo.plan import count_steps
 from lora_grpo.presets import PRESETS
 from lora_grpo.prompt import PLAIN
 from lora_grpo.rewards import build_rewards
+from lora_grpo.shared_sampling import draw
 from lora_grpo.trainer import LoraGRPOTrainer
 
 CPU = Placement("cpu", "float32")
@@ -140,7 +141,10 @@ def test_only_the_adapter_is_trained_and_in_float32_on_a_4bit_base(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_steps_equal_plain_trl(tmp_path: Path, shared_prefix: bool) -> None:
+def test_steps_equal_plain_trl(
+    tmp_path: Path, shared_prefix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: draw(p)[:, None])
     ours = make_trainer(tmp_path, max_steps=3, shared_prefix=shared_prefix)
     plain = make_trainer(tmp_path, GRPOTrainer, max_steps=3)
     for trainer in (ours, plain):
@@ -163,19 +167,6 @@ def test_batch_holds_what_trl_was_paid(tmp_path: Path) -> None:
     assert sum(batch.tokens) / 16 == pytest.approx(logs["completions/mean_length"])
     assert sum(batch.truncated) / 16 == pytest.approx(logs["completions/clipped_ratio"])
     assert batch.rows(1)[0]["rewards"].keys() == {"correctness", "format", "length_penalty"}
-
-
-def test_dequantised_generates_the_same_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    model = load_base(EMBEDDED_FOLDER, CPU, load_in_4bit=True, double_quant=False)
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        slow = model(ids).logits
-        with dequantised(model):
-            fast = model(ids).logits
-        again = model(ids).logits
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-    assert torch.equal(again, slow)
-    assert not any("forward" in vars(layer) for layer in model.modules())
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -18,7 +18,7 @@ ORDER = [
     # dataset -> prompt
     *("arithmetic", "table", "dataset", "prompt"),
     # -> rollout
-    *("memory_error", "model", "rollout", "unsloth_model", "unsloth_policy"),
+    *("memory_error", "model", "lora_layers", "rollout", "unsloth_model", "unsloth_policy"),
     # -> reward
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     *("pretrain", "tiny_card"),

@@ -8,7 +8,7 @@ from test_grpo import make_trainer
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, set_seed
 from trl import GRPOTrainer
 
-from lora_grpo.shared_sampling import once_each, sample, why_not_sampled
+from lora_grpo.shared_sampling import draw, once_each, sample, why_not_sampled
 
 
 def prompts_of(trainer: GRPOTrainer, group: int) -> list[list[int]]:
@@ -26,7 +26,10 @@ def prompts_of(trainer: GRPOTrainer, group: int) -> list[list[int]]:
         {"gradient_checkpointing": True},
     ],
 )
-def test_the_same_draws_as_generate(tmp_path: Path, knobs: dict) -> None:
+def test_the_same_draws_as_generate(
+    tmp_path: Path, knobs: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: draw(p)[:, None])
     trainer = make_trainer(tmp_path, **knobs)
     assert trainer.packed
     prompts = prompts_of(trainer, 4)
@@ -74,3 +77,18 @@ def test_prompts_that_stand_unevenly_are_not_shared() -> None:
 def test_settings_that_are_not_understood_are_left_to_transformers() -> None:
     assert why_not_sampled(GenerationConfig(top_k=0)) is None
     assert why_not_sampled(GenerationConfig(top_k=5)) == "generation has top_k"
+
+
+def test_tokens_are_drawn_by_their_probability_and_never_without_one() -> None:
+    torch.manual_seed(1)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    rows = 20_000
+    found = draw(probabilities.expand(rows, -1)).bincount(minlength=6) / rows
+    assert torch.equal(found > 0, probabilities > 0)
+    error = (probabilities * (1 - probabilities) / rows).sqrt()
+    assert ((found - probabilities).abs() <= 4 * error).all()
+
+
+def test_probabilities_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.tensor([[0.5, float("nan")]]))
