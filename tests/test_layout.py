@@ -28,7 +28,7 @@ ORDER = [
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
     *("adapter", "grpo", "batch", "engine_settings", "vllm_engine"),
-    *("seams", "tiled_logprobs", "shared_prefix", "live_rows"),
+    *("seams", "tiled_logprobs", "shared_prefix", "live_rows", "dynamic_sampling"),
     *("shared_sampling", "packed_trainer", "trainer"),
     *(
         "vllm_rollout",
