@@ -190,11 +190,16 @@ def test_the_update_equals_plain_trl_s_on_the_same_rows(
     expected_loss, expected = learn(plain, accumulation)
 
     trainer, accumulation, batch = ready(LoraGRPOTrainer)
-    live = [float(row) for row in range(G)]
-    first = with_longer_dead_groups(part_of(batch, list(range(G))))
+    live, dead = [float(row) for row in range(G)], [0.0] * G
+    groups = [list(range(start, start + G)) for start in range(0, G * GROUPS, G)]
+    lengths = [[LENGTHS[row] for row in group] for group in groups]
+    first = with_longer_dead_groups(part_of(batch, groups[0]))
+    second = part_of(batch, groups[1] * 2)
+    second["advantages"][G:] = 0
     draws = [
-        (first, batch_of([*LENGTHS[:G], *[20] * 2 * G], live + [0.0] * 2 * G)),
-        (part_of(batch, list(range(G, G * GROUPS))), batch_of(list(LENGTHS[G:]), live * 2)),
+        (first, batch_of(lengths[0] + [20] * 2 * G, live + 2 * dead)),
+        (second, batch_of(lengths[1] * 2, live + dead)),
+        (part_of(batch, groups[2]), batch_of(lengths[2], live)),
     ]
 
     def sampled(self: LoraGRPOTrainer, inputs: list) -> dict[str, torch.Tensor]:
@@ -204,7 +209,7 @@ def test_the_update_equals_plain_trl_s_on_the_same_rows(
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", sampled)
     trainer.replacements = Replacements(ROWS, rounds=3, seed=0)
     loss, gradients = learn(trainer, accumulation)
-    assert not draws and trainer.batch.dropped_tokens == 2 * G * 20
+    assert not draws and trainer.batch.dropped_tokens == 2 * G * 20 + sum(lengths[1])
     assert {b["prompt_ids"].shape[1] for b in trainer._buffered_inputs} == {max(PROMPTS)}
     assert {b["completion_ids"].shape[1] for b in trainer._buffered_inputs} == {max(LENGTHS)}
     assert abs(loss - expected_loss) < 1e-4 * max(abs(expected_loss), 1e-2)
