@@ -439,6 +439,7 @@ def test_resume_takes_the_saved_knobs(run: Path) -> None:
         (["--preset", "smollm2-135m"], "--preset was tiny, now smollm2-135m"),
         (["--no-load-in-4bit"], "--load-in-4bit was True, now False"),
         (["--run-name", "other"], "--run-name was tiny, now other"),
+        (["--dynamic-sampling"], "--dynamic-sampling was False, now True"),
         (["--dataset", "elsewhere.jsonl"], "--dataset was arithmetic, now elsewhere.jsonl"),
         (["--reward-weight", "format=1"], "was ('format=0.5',), now ('format=1',)"),
         (["--reward", "mine.py:f"], "--reward was (), now ('mine.py:f',)"),
