@@ -1,6 +1,8 @@
 """The completions of one step and what they earned, as the trainer shows them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from lora_grpo.rewards import has_format, parse_answer, same_number
@@ -11,7 +13,7 @@ class Batch:
     """The completions that the current updates learn from, and what they earned.
 
     The lists have B entries; `rewards` holds weighted scores by the reward's name, None where it
-    did not apply.
+    did not apply. What was sampled for the batch and is not in it is counted as dropped.
     """
 
     questions: list[str] = field(default_factory=list)
@@ -20,6 +22,8 @@ class Batch:
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    dropped_completions: int = 0
+    dropped_tokens: int = 0
 
     def totals(self) -> list[float]:
         """Return each completion's summed reward."""
@@ -54,3 +58,25 @@ class Batch:
             }
             for index in range(len(self.completions))
         ]
+
+
+def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
+    """Return the rows `kept` of batches laid one after another; the others count as dropped."""
+
+    def pick(lists: list[list[Any]]) -> list[Any]:
+        rows = list(chain(*lists))
+        return [rows[index] for index in kept]
+
+    joined = Batch(
+        questions=pick([batch.questions for batch in batches]),
+        answers=pick([batch.answers for batch in batches]),
+        completions=pick([batch.completions for batch in batches]),
+        tokens=pick([batch.tokens for batch in batches]),
+        truncated=pick([batch.truncated for batch in batches]),
+        rewards={
+            name: pick([batch.rewards[name] for batch in batches]) for name in batches[0].rewards
+        },
+    )
+    joined.dropped_completions = sum(len(batch.tokens) for batch in batches) - len(kept)
+    joined.dropped_tokens = sum(sum(batch.tokens) for batch in batches) - sum(joined.tokens)
+    return joined

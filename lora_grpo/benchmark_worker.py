@@ -188,7 +188,7 @@ def run_steps(spec: Spec) -> dict[str, Any]:
         raise RuntimeError(f"{GOOD_ENOUGH} was not reached in {len(clock.rows)} steps")
     batch = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
     rows = clock.rows[warmup:]
-    return {"steps": rows, "peak_bytes": peak.bytes(), "micro_batches": batch, **found}
+    return {"rows": rows, "peak_bytes": peak.bytes(), "micro_batches": batch, **found}
 
 
 def stop_when_good(trainer: "GRPOTrainer", plan: "Plan", policy: "Policy") -> list[float]:
@@ -242,7 +242,7 @@ def run_merge(spec: Spec) -> dict[str, Any]:
         merge = {PROJECT: merge_by_project, PEFT: merge_by_peft, PROVEN: merge_and_prove}
         merge[spec["side"]](model, Path(spec["adapter"]), Path(folder) / "merged")
         seconds = time.perf_counter() - started
-    return {"steps": [{"seconds": seconds}], "peak_bytes": peak.bytes()}
+    return {"rows": [{"seconds": seconds}], "peak_bytes": peak.bytes()}
 
 
 def merge_by_project(model: str, adapter: Path, target: Path) -> None:

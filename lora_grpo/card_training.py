@@ -21,6 +21,7 @@ SETTINGS = {
     "{max_completion_length} tokens, temperature {temperature:g}, top-p {top_p:g}",
     "loss": "{loss_type}, clipped at {epsilon:g} below",
     "clipped above at": "{epsilon_high:g}",
+    "groups without a signal": "{replaced}",
     "KL weight": "{beta:g}",
     "advantages divided by the spread of": "{scale_rewards}",
     "updates a batch": "{num_iterations}",
@@ -66,6 +67,7 @@ def derive(trained: dict[str, Any]) -> dict[str, Any]:
     held_in = "4-bit NF4" if trained.get("load_in_4bit") else trained.get("dtype")
     versions = trained.get("versions", {})
     weights = trained.get("reward_weight") or []
+    rounds = trained.get("dynamic_sampling_rounds") if trained.get("dynamic_sampling") else None
     named = [trained.get("reward_set"), *map(hide_folder, trained.get("reward") or []), *weights]
     return {
         "adapted": ", ".join(trained.get("target_modules", [])) or None,
@@ -73,6 +75,9 @@ def derive(trained: dict[str, Any]) -> dict[str, Any]:
         "held_in": held_in,
         "packages": ", ".join(f"{name} {found}" for name, found in versions.items() if found)
         or None,
+        "replaced": f"replaced by other prompts in up to {rounds} rounds a step"
+        if rounds
+        else None,
         "rewards": ", ".join(name for name in named if name) or None,
     }
 

@@ -127,6 +127,10 @@ class TrainConfig:
     """Divide advantages by the spread of the group, of the batch, or not at all."""
     num_iterations: int = 1
     """Updates on one batch of completions: 1 keeps every update on-policy."""
+    dynamic_sampling: bool = False
+    """Replace groups whose completions all earned the same (DAPO): more signal, more sampling."""
+    dynamic_sampling_rounds: int = 3
+    """Most rounds a step in which --dynamic-sampling draws; what then lacks a signal stays in."""
     mask_truncated_completions: bool = False
     """Leave truncated completions out of the loss instead of letting their low reward count."""
 
@@ -221,6 +225,11 @@ class TrainConfig:
                 "depend on the micro-batch: use dapo, or --gradient-accumulation-steps 1 (got "
                 f"{self.gradient_accumulation_steps})"
             )
+        if self.dynamic_sampling and self.scale_rewards == "batch":
+            raise ValueError(
+                "--dynamic-sampling with --scale-rewards batch would divide by the spread of "
+                "completions that are not learnt from: use group or none"
+            )
         banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
         if banned or not self.target_modules:
             raise ValueError(
@@ -253,6 +262,7 @@ AT_LEAST = {
         "max_completion_length",
         "max_prompt_length",
         "num_iterations",
+        "dynamic_sampling_rounds",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_steps",

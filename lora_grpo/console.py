@@ -96,12 +96,14 @@ class Display:
     def step_line(self, row: dict[str, Any], batch: "Batch", total: int) -> str:
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
-        speed = sum(batch.tokens) / max(row["seconds_generate"], 1e-9)
+        speed = row["tokens_per_second_generate"] or 0.0
+        drawn = f" ({row['drawn_groups']} groups drawn)" if batch.dropped_completions else ""
         return (
             f"step {row['step']:>{len(str(total))}}/{total}  reward {row['reward']:.3f}  "
             f"correct {percent(row['correct']):>7}  format {percent(row['format']):>7}  "
             f"length {row['completion_length']:5.1f}  clipped {percent(row['clipped_ratio']):>6}  "
-            f"dead groups {percent(row['frac_reward_zero_std']):>7}  {speed:5.0f} tokens/s  "
+            f"dead groups {percent(row['frac_reward_zero_std']):>7}{drawn}  "
+            f"{speed:5.0f} tokens/s  "
             f"{row['seconds']:.1f} s  {format_seconds(left)} left"
         )
 

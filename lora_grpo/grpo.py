@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -27,6 +28,18 @@ def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[P
     return ordered[:count]
 
 
+def dataset_rows(problems: Sequence[Problem], style: PromptStyle) -> list[dict[str, Any]]:
+    """Return the problems as TRL and the rewards see them, a row each."""
+    return [
+        {
+            "prompt": build_messages(problem.question, style),
+            "question": problem.question,
+            "answer": problem.answer,
+        }
+        for problem in problems
+    ]
+
+
 def build_dataset(
     config: TrainConfig, problems: Sequence[Problem], style: PromptStyle, steps: int
 ) -> Dataset:
@@ -37,16 +50,7 @@ def build_dataset(
     """
     batches = math.ceil(steps / config.num_iterations)
     ordered = order_problems(problems, batches * config.prompts_per_step, config.seed)
-    return Dataset.from_list(
-        [
-            {
-                "prompt": build_messages(p.question, style),
-                "question": p.question,
-                "answer": p.answer,
-            }
-            for p in ordered
-        ]
-    )
+    return Dataset.from_list(dataset_rows(ordered, style))
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:

@@ -248,6 +248,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         f"{config.lr_scheduler_type}"
     )
     rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
+    replaced = f"replaced by other prompts in up to {config.dynamic_sampling_rounds} rounds a step"
     return [
         ("settings", why),
         ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
@@ -279,6 +280,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
             "completions of up to "
             f"{config.max_completion_length} tokens",
         ),
+        *([("dead groups", replaced)] if config.dynamic_sampling else []),
         ("update", update),
         *(describe_memory(plan.memory) if plan.memory else []),
         ("writes", str(plan.run_dir)),

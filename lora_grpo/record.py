@@ -44,17 +44,20 @@ def cut_back(run_dir: Path, step: int) -> None:
 def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float]:
     """Return where a step's seconds went, and how much was made of them.
 
-    Tokens per second are those of the completions; `tokens_update` is what went through the model
-    in the update, prompts and all, and `padding_share` what of TRL's micro-batches is padding.
+    Tokens per second are those of the completions, in generation with those that were dropped;
+    `tokens_update` is what went through the model in the update, prompts and all, and
+    `padding_share` what of TRL's micro-batches is padding.
     """
-    seconds, tokens = trainer.seconds, sum(trainer.batch.tokens)
+    seconds, batch = trainer.seconds, trainer.batch
+    learnt = sum(batch.tokens)
+    tokens = {"generate": learnt + batch.dropped_tokens, "update": learnt}
     return {
         "seconds": step_seconds,
         **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
         "seconds_other": step_seconds - sum(seconds.values()),
         **{
-            f"tokens_per_second_{phase}": tokens / seconds[phase] if seconds[phase] else None
-            for phase in ("generate", "update")
+            f"tokens_per_second_{phase}": count / seconds[phase] if seconds[phase] else None
+            for phase, count in tokens.items()
         },
         "tokens_update": trainer.tokens_computed if trainer.packed else None,
         "padding_share": trainer.padding_share(),
@@ -74,6 +77,8 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
         "completion_length": sum(batch.tokens) / count,
         "clipped_ratio": sum(batch.truncated) / count,
         "frac_reward_zero_std": sum(dead) / len(dead),
+        "drawn_groups": len(dead) + batch.dropped_completions // num_generations,
+        "dropped_tokens": batch.dropped_tokens,
         **{
             name: logs[name] if math.isfinite(logs[name]) else None
             for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")

@@ -18,7 +18,7 @@ SEAMS: dict[str, tuple[tuple[str, ...], str]] = {
         ("inputs", "prompts", "completions", "completion_ids_list"),
         "what was sampled and earned",
     ),
-    "_generate_and_score_completions": (("inputs",), "dead groups"),
+    "_generate_and_score_completions": (("inputs",), "dead groups silenced, or replaced"),
     "_prepare_inputs": (("generation_batch",), "rows in the order of their prompts and lengths"),
     "compute_loss": (
         ("model", "inputs", "return_outputs", "num_items_in_batch"),

@@ -21,8 +21,9 @@ from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jso
 from lora_grpo.card import write_adapter_card
 from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
+from lora_grpo.dynamic_sampling import Replacements
 from lora_grpo.evaluate import evaluate_model
-from lora_grpo.grpo import build_dataset, grpo_config, lora_config
+from lora_grpo.grpo import build_dataset, dataset_rows, grpo_config, lora_config
 from lora_grpo.peak_memory import PeakMemory, watch_memory
 from lora_grpo.plan import Plan
 from lora_grpo.policy import Policy, open_policy
@@ -124,6 +125,16 @@ def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
     )
 
 
+def find_replacements(plan: Plan) -> Replacements | None:
+    """Return what may stand in for groups without a signal: all training problems, whatever the
+    length of the run, so that a prolonged one has the same."""
+    config = plan.config
+    if not config.dynamic_sampling:
+        return None
+    rows = dataset_rows(plan.data.train, plan.data.style)
+    return Replacements(rows, config.dynamic_sampling_rounds, config.seed)
+
+
 def build_trainer(
     plan: Plan, policy: Policy, record: dict[str, Any], display: Display
 ) -> LoraGRPOTrainer:
@@ -142,6 +153,7 @@ def build_trainer(
         chunked_logprobs=plan.config.chunked_logprobs,
         say=display.say_always,
         shared_prefix=plan.config.shared_prefix,
+        replacements=find_replacements(plan),
     )
     trainer.remove_callback(PrinterCallback)
     policy.follow(trainer)

@@ -22,6 +22,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from lora_grpo.allocator import giving_back
 from lora_grpo.batch import Batch
+from lora_grpo.dynamic_sampling import Draw, Replacements, fill_with_signal
 from lora_grpo.lora_layers import one_matrix
 from lora_grpo.memory_error import RowLimit, release_memory
 from lora_grpo.packed_trainer import PackedGRPOTrainer
@@ -50,6 +51,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         chunked_logprobs: bool = False,
         say: Callable[[str], None] = print,
         shared_prefix: bool = True,
+        replacements: Replacements | None = None,
     ) -> None:
         if not BY_UNSLOTH:
             check_seams(GRPOTrainer)
@@ -62,6 +64,12 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
             processing_class=tokenizer,
             peft_config=peft_config,
         )
+        if replacements and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"--dynamic-sampling: {self.accelerator.num_processes} processes train together, "
+                "and each would draw for itself: train in one, or leave the flag out"
+            )
+        self.replacements = replacements
         self.reward_func_names = [reward.name for reward in rewards]
         self.batch = Batch()
         self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0, "update": 0.0}
@@ -144,6 +152,27 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         )
         self.seconds["reward"] += time.perf_counter() - started
         return scores
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        def sample(rows: list[dict[str, Any]]) -> Draw:
+            output = super(LoraGRPOTrainer, self)._generate_and_score_completions(rows)
+            return Draw(output, self.batch)
+
+        drawn = sample(inputs)
+        if self.replacements:
+            drawn = fill_with_signal(
+                drawn,
+                sample,
+                self.replacements,
+                self.state.global_step,
+                self.num_generations,
+                self._tokenizer.pad_token_id,
+            )
+            self.batch = drawn.batch
+            for name, found in self._metrics["train"].items():
+                if name.endswith("/max"):  # TRL would log the mean of the draws' maxima
+                    found[:] = [max(found)]
+        return drawn.output
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -29,7 +29,7 @@ def sequence_length(config: TrainConfig) -> int:
 
 
 def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
-    """Raise a ValueError for a knob that Unsloth would override without a word."""
+    """Raise a ValueError for a knob that Unsloth would override without a word or cannot do."""
     from transformers import AutoConfig
 
     if config.dtype == "float32":
@@ -46,6 +46,11 @@ def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
         raise ValueError(
             "--init-lora-weights orthogonal: Unsloth does not know it: use --backend transformers, "
             "or leave the flag out"
+        )
+    if config.dynamic_sampling:
+        raise ValueError(
+            "--dynamic-sampling: Unsloth lays its log-probs out by the prompts of one draw, so "
+            "that several cannot be joined: use --backend transformers, or leave the flag out"
         )
     positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
     if sequence_length(config) > positions:

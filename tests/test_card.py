@@ -133,6 +133,13 @@ def test_the_text_states_protocol_and_pairs(run: Path) -> None:
         assert said in text, said
 
 
+def test_dynamic_sampling_is_said_where_it_was_on(run: Path) -> None:
+    said = "| groups without a signal | replaced by other prompts in up to 3 rounds a step |"
+    assert said not in card_of(run).text
+    record_run(run, dynamic_sampling=True)
+    assert said in card_of(run).text
+
+
 def test_a_gain_by_format_is_called_that(run: Path) -> None:
     assert "by +50.0 points and lenient by +0.0: most of the gain" in card_of(run).text
 
@@ -247,6 +254,8 @@ CHANGED = {
     "target_modules": ("q_proj", "v_proj"),
     "init_lora_weights": "gaussian",
     "epsilon_high": None,
+    "dynamic_sampling": True,
+    "dynamic_sampling_rounds": 5,
     "learning_rate": 1.5e-7,
     "max_steps": None,
     "reward": ("mine.py:short=0.5", "my other.py:long=1"),

@@ -20,6 +20,7 @@ COUNTS = [
     *("r", "lora_alpha", "max_completion_length", "max_prompt_length", "num_iterations"),
     *("max_steps", "num_eval_items", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("eval_steps", "eval_batch_size", "save_steps", "log_completions_steps"),
+    "dynamic_sampling_rounds",
 ]
 KINDS = typing.get_type_hints(TrainConfig)
 
@@ -142,6 +143,10 @@ def test_a_step_s_size_is_derived() -> None:
         ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "--seed must be from 0 to 4294967295, got 4294967296"),
         ({"loss_type": "bnpo"}, "--loss-type bnpo divides by each micro-batch's tokens"),
+        (
+            {"dynamic_sampling": True, "scale_rewards": "batch"},
+            "--dynamic-sampling with --scale-rewards batch would divide by the spread of",
+        ),
         ({"target_modules": ()}, "--target-modules must name linear layers such as q_proj"),
         ({"target_modules": ("q_proj", "lm_head")}, "got q_proj lm_head: tied embeddings cannot"),
         ({"target_modules": ("embed_tokens",)}, "got embed_tokens: tied embeddings cannot"),
@@ -434,6 +439,7 @@ def test_resume_takes_the_saved_knobs(run: Path) -> None:
         (["--preset", "smollm2-135m"], "--preset was tiny, now smollm2-135m"),
         (["--no-load-in-4bit"], "--load-in-4bit was True, now False"),
         (["--run-name", "other"], "--run-name was tiny, now other"),
+        (["--dynamic-sampling"], "--dynamic-sampling was False, now True"),
         (["--dataset", "elsewhere.jsonl"], "--dataset was arithmetic, now elsewhere.jsonl"),
         (["--reward-weight", "format=1"], "was ('format=0.5',), now ('format=1',)"),
         (["--reward", "mine.py:f"], "--reward was (), now ('mine.py:f',)"),

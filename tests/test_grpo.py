@@ -13,12 +13,13 @@ from trl import GRPOTrainer
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import load_problems
+from lora_grpo.dynamic_sampling import Replacements
 from lora_grpo.grpo import build_dataset, grpo_config, lora_config, order_problems
 from lora_grpo.model import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
 from lora_grpo.plan import count_steps
 from lora_grpo.presets import PRESETS
 from lora_grpo.prompt import PLAIN
-from lora_grpo.rewards import build_rewards
+from lora_grpo.rewards import Reward, build_rewards
 from lora_grpo.shared_sampling import draw
 from lora_grpo.trainer import LoraGRPOTrainer
 
@@ -37,10 +38,13 @@ def make_trainer(
     tmp_path: Path,
     trainer_class: type = LoraGRPOTrainer,
     say: Callable[[str], None] = print,
+    rewards: list[Reward] | None = None,
+    replacements: Replacements | None = None,
     **knobs,
 ) -> GRPOTrainer:
     config = TrainConfig(**{**SMALL, **knobs})
-    rewards = build_rewards("default", max_completion_length=config.max_completion_length)
+    limit = config.max_completion_length
+    rewards = rewards or build_rewards("default", max_completion_length=limit)
     model = load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, double_quant=False)
     problems = load_problems("arithmetic")[:64]
     args = grpo_config(config, tmp_path, CPU, config.max_steps, 0, rewards)
@@ -57,6 +61,7 @@ def make_trainer(
             config.chunked_logprobs,
             say,
             config.shared_prefix,
+            replacements,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -28,7 +28,7 @@ ORDER = [
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
     *("adapter", "grpo", "batch", "engine_settings", "vllm_engine"),
-    *("seams", "tiled_logprobs", "shared_prefix", "live_rows"),
+    *("seams", "tiled_logprobs", "shared_prefix", "live_rows", "dynamic_sampling"),
     *("shared_sampling", "packed_trainer", "trainer"),
     *(
         "vllm_rollout",
@@ -51,6 +51,8 @@ ORDER = [
     *("safetensors_stream", "lora_delta", "logit_distance"),
     *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
     *("merge_proof", "merge_report", "merge"),
+    # how fast update and merge are
+    *("own_process", "benchmark_cases", "benchmark_worker", "benchmark_report", "benchmark"),
     # -> export
     *("export_config", "export_source", "export_reference", "export_report"),
     *("gguf_tokenizer", "gguf_quants", "gguf_model", "gguf_write", "llamacpp", "llamacpp_proof"),

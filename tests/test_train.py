@@ -188,6 +188,18 @@ def test_two_updates_a_batch_resume_at_a_batch(children, tmp_path: Path) -> None
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
+def test_dynamic_sampling_draws_the_same_again(children, tmp_path: Path) -> None:
+    """Stopped after its first checkpoint and prolonged, a run ends up as one that was not."""
+    knobs = {**SMALL, "num_generations": 2, "dynamic_sampling": True, "run_name": "run"}
+    whole, parts, outcome = tmp_path / "whole", tmp_path / "parts", tmp_path / "outcome"
+    finish(children, outcome, **knobs, adapters_dir=whole)
+    finish(children, outcome, **{**knobs, "max_steps": 2}, adapters_dir=parts)
+    finish(children, outcome, resume=parts / "run", max_steps=6)
+    assert contents(parts / "run") == contents(whole / "run")
+    drawn = [row["drawn_groups"] for row in read_rows(whole / "run/metrics.jsonl")]
+    assert max(drawn[2:]) > 4, "groups were replaced after the resume"
+
+
 def test_the_directory_holds_the_contract(whole_run: Path) -> None:
     names = {path.name for path in whole_run.iterdir()}
     assert names >= {
@@ -216,6 +228,8 @@ def test_the_directory_holds_the_contract(whole_run: Path) -> None:
         "completion_length",
         "clipped_ratio",
         "frac_reward_zero_std",
+        "drawn_groups",
+        "dropped_tokens",
         "loss",
         "grad_norm",
         "learning_rate",

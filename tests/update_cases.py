@@ -93,11 +93,16 @@ def update(
     change(trainer)
     batch = crafted_batch(trainer, dead, truncated, old, beta)
     trainer._generate_and_score_completions = lambda inputs: batch
+    return *learn(trainer, accumulation), trainer
+
+
+def learn(trainer: GRPOTrainer, accumulation: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss and the gradients of one step's backward passes."""
     trainer.current_gradient_accumulation_steps = accumulation
     trainer.accelerator.gradient_accumulation_steps = 1
     loss = sum(trainer.training_step(trainer.model, [], None).item() for _ in range(accumulation))
     gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-    return loss, gradients, trainer
+    return loss, gradients
 
 
 def worst_difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
