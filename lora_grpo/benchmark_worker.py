@@ -188,6 +188,8 @@ def run_steps(spec: Spec) -> dict[str, Any]:
         raise RuntimeError(f"{GOOD_ENOUGH} was not reached in {len(clock.rows)} steps")
     batch = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
     rows = clock.rows[warmup:]
+    logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+    found["grad_norms"] = [row["grad_norm"] for row in logged]
     return {"rows": rows, "peak_bytes": peak.bytes(), "micro_batches": batch, **found}
 
 

@@ -144,6 +144,7 @@ class GatedProduct(torch.autograd.Function):
         by_hidden, by_a, by_b = backward_product(
             gradient.flatten(0, -2), hidden, low, ctx.layer, wanted=True
         )
+        del hidden
         by_hidden = by_hidden.view(gate.shape)
         by_up = opened.mul_(by_hidden)
         by_gate = torch.ops.aten.silu_backward(by_hidden.mul_(up), gate)

@@ -146,17 +146,20 @@ def test_only_the_adapter_is_trained_and_in_float32_on_a_4bit_base(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("knobs", [{}, {"num_iterations": 2}, {"num_iterations": 2, "beta": 0.1}])
 def test_steps_equal_plain_trl(
-    tmp_path: Path, shared_prefix: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shared_prefix: bool, knobs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The same completions are sampled, and updated on, step after step."""
     monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: draw(p)[:, None])
-    ours = make_trainer(tmp_path, max_steps=3, shared_prefix=shared_prefix)
-    plain = make_trainer(tmp_path, GRPOTrainer, max_steps=3)
+    knobs = {"max_steps": 4, "save_steps": 2, **knobs}
+    ours = make_trainer(tmp_path, shared_prefix=shared_prefix, **knobs)
+    plain = make_trainer(tmp_path, GRPOTrainer, **knobs)
     for trainer in (ours, plain):
         set_seed(7)
         trainer.train()
     names = ("reward", "completions/mean_length", "frac_reward_zero_std")
-    for mine, theirs in zip(ours.state.log_history[:3], plain.state.log_history[:3], strict=True):
+    for mine, theirs in zip(ours.state.log_history[:4], plain.state.log_history[:4], strict=True):
         assert [mine[name] for name in names] == [theirs[name] for name in names]
         error = 1e-4 if shared_prefix else 0
         for name in ("loss", "grad_norm"):

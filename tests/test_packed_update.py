@@ -1,23 +1,26 @@
 """The update without repeated work equals plain TRL's: log-probs, loss and every gradient."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from trl import GRPOTrainer
 from update_cases import PROMPTS, G, compare, crafted_batch, prepare, update, worst_difference
 
+from lora_grpo.config import LINEAR_LAYERS
+from lora_grpo.lora_layers import fused
 from lora_grpo.shared_prefix import attention_in_groups, pack, why_not_packed
+from lora_grpo.tiled_logprobs import TiledLogProbs
 from lora_grpo.trainer import LoraGRPOTrainer
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
 DEAD, TRUNCATED = (1,), (2, 9)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 12])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize(("loss_type", "micro_batch"), [*product(LOSSES, (1, 2, 12)), ("bnpo", 12)])
 def test_every_loss_in_every_micro_batch(tmp_path: Path, loss_type: str, micro_batch: int) -> None:
     compare(tmp_path, micro_batch, loss_type=loss_type, dead=DEAD, truncated=TRUNCATED)
 
@@ -100,12 +103,19 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**SHAPE), Qwen3Config(**SHAPE, head_dim=8)])
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(**SHAPE), Qwen2Config(**SHAPE), Qwen3Config(**SHAPE, head_dim=8)],
+    ids=lambda config: config.model_type,
+)
 def test_other_architectures(config) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     assert why_not_packed(model) is None
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=list(LINEAR_LAYERS)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            parameter.data.normal_()
     ids = torch.randint(3, 97, (4, 9))
     ids[1:3, :5] = ids[0, :5]
     mask = torch.ones_like(ids)
@@ -114,17 +124,22 @@ def test_other_architectures(config) -> None:
     expected = whole[:, 4:-1].gather(2, ids[:, 5:, None])[..., 0]
     packed = pack(ids, mask, 4, [0, 1, 2, 3])
     assert len(packed.groups) == 2 and packed.input_ids.numel() == 3 + 5 + 3 + 1 + 3 + 3
-    with attention_in_groups(model.get_base_model()):
-        hidden = (
-            model.get_base_model()
-            .base_model(
-                input_ids=packed.input_ids, position_ids=packed.position_ids, groups=packed.groups
-            )
-            .last_hidden_state[0, packed.predictors]
-        )
-    found = model.get_output_embeddings()(hidden).log_softmax(-1)
-    found = found.gather(1, packed.targets[:, None])[:, 0]
-    torch.testing.assert_close(found, expected[packed.rows, packed.columns], rtol=1e-4, atol=1e-5)
+    expected = expected[packed.rows, packed.columns]
+    weights = torch.randn(len(expected))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    slow = torch.autograd.grad((expected * weights).sum(), trained)
+    inner = model.get_base_model()
+    with attention_in_groups(inner), fused(inner):
+        hidden = inner.base_model(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, groups=packed.groups
+        ).last_hidden_state[0, packed.predictors]
+        head = model.get_output_embeddings().weight
+        found, _ = TiledLogProbs.apply(hidden, head, packed.targets, 1.0)
+        fast = torch.autograd.grad((found * weights).sum(), trained)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(slow) == 2 * 7 * SHAPE["num_hidden_layers"]
+    for mine, theirs in zip(fast, slow, strict=True):
+        assert (mine - theirs).norm() < 1e-4 * theirs.norm()
     assert config._attn_implementation == "sdpa"
 
 
