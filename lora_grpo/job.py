@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
-from lora_grpo.config import TrainConfig, flag
+from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
 from lora_grpo.memory_report import describe_memory
@@ -29,11 +29,11 @@ def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
     config, sampling = plan.config, "generation" in str(error)
     lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
-    flags = [
-        flag(name)
-        for name in ("gradient_checkpointing", "chunked_logprobs")
-        if not (sampling or getattr(config, name))
-    ]
+    flags = []
+    if not (sampling or config.gradient_checkpointing):
+        flags.append("--gradient-checkpointing")
+    if not sampling and plan.memory and plan.memory.job.holds_logits:
+        flags.append("--chunked-logprobs")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
     if flags:
