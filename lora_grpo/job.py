@@ -27,12 +27,14 @@ def preview(plan: Plan, display: Display) -> None:
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
-    config, sampling = plan.config, "generation" in str(error)
+    config, text = plan.config, str(error)
+    updates = "in the update" in text
     lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
     flags = []
-    if not (sampling or config.gradient_checkpointing):
+    if updates and not config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
-    if not sampling and plan.memory and plan.memory.job.holds_logits:
+    has_logits = plan.memory is not None and plan.memory.job.holds_logits
+    if has_logits and (updates or "in scoring" in text):
         flags.append("--chunked-logprobs")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")

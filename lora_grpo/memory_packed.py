@@ -110,15 +110,22 @@ def packed_block_term(job: Job) -> Term:
     return Term("a block's backward", block, why)
 
 
-def packed_phases(job: Job) -> tuple[Phase, Phase]:
-    """Return the two fullest moments of a packed update: at the loss, and in a block's backward."""
-    rows, tokens = job.config.per_device_train_batch_size, packed_tokens(job)
-    each = packed_saved_per_token(job)
+def packed_activations(job: Job) -> tuple[Term, ...]:
+    """Return what the forward pass leaves for the backward pass."""
+    prompts, rows = prompts_at_once(job), job.config.per_device_train_batch_size
     what = (
-        f"({prompts_at_once(job)} prompts x {job.prompt_length} + {rows} completions x "
+        f"({prompts} prompts x {job.prompt_length} + {rows} completions x "
         f"{completion_tokens(job)} tokens)"
     )
-    held = (gradient_term(job), *saved_terms(job, tokens, each, what))
-    loss = Phase("update, at the loss", (*held, tiles_term(job)))
-    backward = Phase("update, backward", (*held, packed_block_term(job), *dequantised_layer(job)))
-    return with_fragments(job, loss, tokens * each), with_fragments(job, backward, tokens * each)
+    return saved_terms(job, packed_tokens(job), packed_saved_per_token(job), what)
+
+
+def packed_phases(job: Job) -> tuple[Phase, Phase]:
+    """Return the two fullest moments of a packed update: at the loss, and in a block's backward."""
+    held = (gradient_term(job), *packed_activations(job))
+    backward = (packed_block_term(job), *dequantised_layer(job))
+    block = packed_tokens(job) * packed_saved_per_token(job)
+    return (
+        with_fragments(job, Phase("update, at the loss", (*held, tiles_term(job))), block),
+        with_fragments(job, Phase("update, backward", (*held, *backward)), block),
+    )
