@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
-from lora_grpo.config import TrainConfig, flag
+from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
 from lora_grpo.memory_report import describe_memory
@@ -27,13 +27,15 @@ def preview(plan: Plan, display: Display) -> None:
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
-    config, sampling = plan.config, "generation" in str(error)
+    config, text = plan.config, str(error)
+    updates = "in the update" in text
     lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
-    flags = [
-        flag(name)
-        for name in ("gradient_checkpointing", "chunked_logprobs")
-        if not (sampling or getattr(config, name))
-    ]
+    flags = []
+    if updates and not config.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    has_logits = plan.memory is not None and plan.memory.job.holds_logits
+    if has_logits and (updates or "in scoring" in text):
+        flags.append("--chunked-logprobs")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
     if flags:

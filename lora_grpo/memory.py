@@ -107,6 +107,17 @@ class Job:
         return self.shape.lora_parameters(self.config.r, self.config.target_modules)
 
     @property
+    def packs(self) -> bool:
+        """The update and sampling compute each prompt once (see `packed_trainer`)."""
+        plain = self.backend == "transformers" and self.shape.plain_attention
+        return plain and self.config.shared_prefix
+
+    @property
+    def holds_logits(self) -> bool:
+        """The update is TRL's own and holds a micro-batch's logits; Unsloth's has its chunks."""
+        return not (self.packs or self.backend == "unsloth" or self.config.chunked_logprobs)
+
+    @property
     def has_vllm(self) -> bool:
         """Completions come from vLLM."""
         return self.rollout == "vllm"

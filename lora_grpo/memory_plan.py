@@ -74,7 +74,7 @@ def arithmetic_shares(shape: ModelShape) -> tuple[float, float]:
 
 def chunk_logprobs(job: Job, given: TrainConfig) -> Offer:
     """Compute log-probs in chunks, and their logits again in the backward pass."""
-    if job.config.chunked_logprobs:
+    if not job.holds_logits:
         return None
     more = arithmetic_shares(job.shape)[1]
     sentence = f"log-probs in chunks: the same numbers, {more:.0%} more arithmetic in an update"

@@ -11,9 +11,11 @@ from lora_grpo.memory import (
     always_terms,
     weight_terms,
 )
+from lora_grpo.memory_packed import packed_phases
 from lora_grpo.memory_update import FLOAT32, update_phases
 
 SAMPLING_COPIES = 4  # logits, processed scores, probabilities, and the draw
+SCORE_COPIES = 4  # of the prompt, joined with the completion's own, scaled, and their softmax
 SORTING_COPIES = 4  # top_p also sorts: values, 8-byte positions, their sum
 VLLM_BATCH_TOKENS = 8192  # vLLM profiles its activations with so many tokens at once
 VLLM_GRAPHS = 2 * GIB // 5
@@ -88,15 +90,19 @@ def vllm_terms(job: Job) -> tuple[Term, ...]:
     return (*vllm_own_terms(job), cache)
 
 
-def generate_terms(job: Job, sequences: int) -> tuple[Term, ...]:
-    """Return what transformers' `generate` holds at the end of its longest completion."""
+def sampling_terms(job: Job, prompts: int, sequences: int, decoding: int) -> tuple[Term, ...]:
+    """Return what sampling by the model itself holds at the end of its longest completion.
+
+    So many different prompts are held once each; a layer needs `decoding` bytes for one token more.
+    """
     shape, width = job.shape, job.width
-    tokens = sequences * job.sequence_length
+    tokens = prompts * job.prompt_length + sequences * job.config.max_completion_length
     each = shape.cache_per_token(width)
-    why = f"{sequences} sequences x {job.sequence_length} tokens x {each:,} bytes"
-    repeated = 2 * shape.q_dim * (shape.kv_heads < shape.heads)
-    decoding = tokens * (shape.kv_dim + repeated) * width
-    reading = sequences * job.prompt_length * (5 * shape.intermediate_size) * width
+    why = (
+        f"({prompts} x {job.prompt_length} + {sequences} x {job.config.max_completion_length} "
+        f"tokens) x {each:,} bytes"
+    )
+    reading = prompts * job.prompt_length * (5 * shape.intermediate_size) * width
     drawing = sequences * shape.vocab_size * FLOAT32 * sampling_copies(job)
     terms = (
         Term("KV cache", tokens * each, why),
@@ -109,13 +115,29 @@ def generate_terms(job: Job, sequences: int) -> tuple[Term, ...]:
     return (whole, *terms)
 
 
+def generate_terms(job: Job, sequences: int) -> tuple[Term, ...]:
+    """Return what transformers' `generate` holds: it copies a layer's keys at every token."""
+    shape = job.shape
+    repeated = 2 * shape.q_dim * (shape.kv_heads < shape.heads)
+    decoding = sequences * job.sequence_length * (shape.kv_dim + repeated) * job.width
+    return sampling_terms(job, sequences, sequences, decoding)
+
+
+def shared_terms(job: Job) -> tuple[Term, ...]:
+    """Return what `shared_sampling` holds: copies of each query's scores, and no key twice."""
+    config, sequences = job.config, job.config.completions_per_step
+    scores = sequences * job.sequence_length * job.shape.heads * FLOAT32 * SCORE_COPIES
+    return sampling_terms(job, config.prompts_per_step, sequences, scores)
+
+
 def rollout_phases(job: Job) -> tuple[Phase, ...]:
     """Return the phases in which completions are written, for training and for evaluation."""
     if job.has_vllm:
         return (Phase("generation", vllm_terms(job)),)
     answered = min(job.config.eval_batch_size, job.config.num_eval_items or 10**9)
+    sampled = generate_terms(job, job.config.completions_per_step)
     return (
-        Phase("generation", generate_terms(job, job.config.completions_per_step)),
+        Phase("generation", shared_terms(job) if job.packs else sampled),
         Phase("evaluation", generate_terms(job, answered)),
     )
 
@@ -140,7 +162,7 @@ def resident_vllm(job: Job) -> tuple[Term, ...]:
 def predict(job: Job) -> Prediction:
     """Return what a run holds, phase by phase."""
     always = (*always_terms(job), *resident_vllm(job))
-    phases: tuple[Phase, ...] = update_phases(job)
+    phases: tuple[Phase, ...] = packed_phases(job) if job.packs else update_phases(job)
     if job.device == "cpu":
         phases = (*phases, loading_phase(job))
     if not (job.has_vllm and job.device == "cpu"):

@@ -1,7 +1,8 @@
-"""The memory of the GRPO update: what autograd saves, what one block recomputes, and the logits.
+"""The memory of TRL's own GRPO update, of Unsloth's, and what the packed one has in common with it.
 
-Counted on transformers' decoder blocks with PEFT's LoRA layers and sdpa attention; the tests
-compare with what `torch.autograd.graph.saved_tensors_hooks` sees.
+What autograd saves, what one block recomputes, and the logits: counted on transformers' decoder
+blocks with PEFT's LoRA layers and sdpa attention; the tests compare with what
+`torch.autograd.graph.saved_tensors_hooks` sees.
 """
 
 from lora_grpo.allocator import NARROW
@@ -15,37 +16,64 @@ CHUNK_COPIES = 6
 LOGIT_COPIES_BACKWARD = 3
 CUDA_FRAGMENTS, HEAP_FRAGMENTS = 0.05, 1.0
 NARROW_BLOCKS = 2.5  # fitted to four runs of the embedded model of 8 steps
+# The linear layers of a block's two halves, those that read the same tensor together.
+ATTENTION_READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
+MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
-def lora_inputs(job: Job) -> int:
-    """Return the bytes a token that the adapters of one block save: their inputs, once each.
+def copies_inputs(job: Job) -> bool:
+    """Tell whether each adapter has a copy of its input: PEFT casts it to the adapter's float32 and
+    autocast back, but for 4-bit layers on a GPU."""
+    quantised = job.config.load_in_4bit and job.device == "cuda"
+    return job.width < FLOAT32 and job.backend == "transformers" and not quantised
 
-    Layers that read the same tensor share it, unless dropout makes a copy and a mask for each; the
-    mask is a byte on a GPU and a number on a CPU.
+
+def lora_saved(job: Job, readers: tuple[tuple[str, ...], ...]) -> int:
+    """Return the bytes a token that the adapters of these layers save: inputs and r-wide middles.
+
+    Layers that read the same tensor share it, unless each has a copy; dropout makes a copy and a
+    mask for each, a byte on a GPU and a number on a CPU.
     """
-    layers, targets = job.shape.linear_layers, job.config.target_modules
-    if job.config.lora_dropout:
-        mask = 1 if job.device == "cuda" else job.width
-        return sum(layers[name][0] * (job.width + mask) for name in targets)
-    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
-    read = [group[0] for group in groups if set(group) & set(targets)]
-    return sum(layers[name][0] for name in read) * job.width
+    layers, config, width = job.shape.linear_layers, job.config, job.width
+    adapted = [[name for name in group if name in config.target_modules] for group in readers]
+    names = [name for group in adapted for name in group]
+    middles = width * config.r * len(names)
+    if config.lora_dropout:
+        mask = 1 if job.device == "cuda" else width
+        return middles + sum(layers[name][0] * (width + mask) for name in names)
+    if not copies_inputs(job):
+        names = [group[0] for group in adapted if group]
+    return middles + sum(layers[name][0] for name in names) * width
+
+
+def norm_saved(job: Job) -> int:
+    """Return the bytes a token that a norm of hidden states saves: its input, in float32."""
+    return FLOAT32 * (job.shape.hidden_size + 1)
+
+
+def attention_saved(job: Job, core: int) -> int:
+    """Return the bytes a token of a block's first half; `core` are those of the attention alone."""
+    shape = job.shape
+    heads = FLOAT32 * (shape.q_dim + shape.kv_dim + shape.heads + shape.kv_heads)
+    norms = norm_saved(job) + heads * shape.has_qk_norm
+    return norms + core + lora_saved(job, ATTENTION_READERS)
+
+
+def mlp_saved(job: Job) -> int:
+    """Return the bytes a token of a block's second half: gate, activation, up, the adapters'."""
+    product = job.width * 3 * job.shape.intermediate_size
+    return norm_saved(job) + product + lora_saved(job, MLP_READERS)
 
 
 def saved_per_token(job: Job) -> int:
     """Return the bytes a token that one block saves for its backward pass.
 
-    The inputs of both norms in float32; queries, repeated keys and values, the attention's output
-    and its mask's row; gate, its activation and up; the adapters' inputs and their r-wide middles.
+    Its attention saves queries, repeated keys and values, its output and its mask's row.
     """
-    shape, config, width = job.shape, job.config, job.width
-    norms = FLOAT32 * (2 * shape.hidden_size + 2)
-    if shape.has_qk_norm:
-        norms += FLOAT32 * (shape.q_dim + shape.kv_dim + shape.heads + shape.kv_heads)
-    attention = width * (4 * shape.q_dim + job.sequence_length) + FLOAT32 * shape.heads
-    mlp = width * 3 * shape.intermediate_size
-    middles = width * config.r * len(config.target_modules)
-    return norms + attention + mlp + lora_inputs(job) + middles
+    shape, copied = job.shape, job.config.lora_dropout or copies_inputs(job)
+    shared = "o_proj" in job.config.target_modules and not copied  # the output is its input
+    core = job.width * ((4 - shared) * shape.q_dim + job.sequence_length) + FLOAT32 * shape.heads
+    return attention_saved(job, core) + mlp_saved(job)
 
 
 def gradient_per_token(job: Job) -> int:
@@ -53,20 +81,23 @@ def gradient_per_token(job: Job) -> int:
     return job.width * (2 * job.shape.intermediate_size + 2 * job.shape.hidden_size)
 
 
+def saved_terms(job: Job, tokens: int, each: int, what: str) -> tuple[Term, ...]:
+    """Return what a forward pass of so many tokens leaves, `each` of them so many bytes a block."""
+    layers, hidden, width = job.shape.layers, job.shape.hidden_size, job.width
+    copies = 0 if width == FLOAT32 else width * job.lora_parameters
+    cast = (Term("LoRA in the compute type", copies, "autocast's copy"),) if copies else ()
+    why = f"{what} x {layers} blocks x {each:,} bytes saved for the backward pass"
+    if job.config.gradient_checkpointing:
+        each = hidden * width
+        why = f"{what} x {layers} block inputs: all else is recomputed"
+    size = tokens * (layers * each + norm_saved(job))
+    return (Term("activations", size, why), *cast)
+
+
 def activation_terms(job: Job) -> tuple[Term, ...]:
     """Return what the forward pass leaves for the backward pass."""
-    tokens, layers = job.micro_batch_tokens, job.shape.layers
-    sizes = f"{job.config.per_device_train_batch_size} x {job.sequence_length} tokens"
-    final = tokens * FLOAT32 * job.shape.hidden_size
-    copies = 0 if job.width == FLOAT32 else job.width * job.lora_parameters
-    cast = (Term("LoRA in the compute type", copies, "autocast's copy"),) if copies else ()
-    if job.config.gradient_checkpointing:
-        size = tokens * layers * job.shape.hidden_size * job.width
-        why = f"{sizes} x {layers} block inputs: all else is recomputed"
-        return (Term("activations", size + final, why), *cast)
-    each = saved_per_token(job)
-    why = f"{sizes} x {layers} blocks x {each:,} bytes saved for the backward pass"
-    return (Term("activations", tokens * layers * each + final, why), *cast)
+    what = f"{job.config.per_device_train_batch_size} x {job.sequence_length} tokens"
+    return saved_terms(job, job.micro_batch_tokens, saved_per_token(job), what)
 
 
 def dequantised_layer(job: Job) -> tuple[Term, ...]:
@@ -92,7 +123,7 @@ def logits_term(job: Job) -> Term:
     """Return the most that the logits of a micro-batch take, whole or in chunks."""
     config, vocabulary = job.config, job.shape.vocab_size
     rows = config.per_device_train_batch_size * config.max_completion_length
-    if config.chunked_logprobs:
+    if not job.holds_logits:
         tile = min(rows, CHUNK_TOKENS) * min(vocabulary, CHUNK_VOCABULARY) * FLOAT32
         hidden = rows * job.shape.hidden_size * (FLOAT32 + 2 * job.width)
         why = f"{CHUNK_COPIES} tiles of {min(rows, CHUNK_TOKENS)} x {CHUNK_VOCABULARY}"
@@ -108,15 +139,21 @@ def logits_term(job: Job) -> Term:
     return Term("logits", size, why + (", one more for the temperature" if scaled else ""))
 
 
-def with_fragments(job: Job, phase: Phase) -> Phase:
-    """Return a phase with what the allocator loses to holes."""
+def gradient_term(job: Job) -> Term:
+    """Return the adapter's gradients: the sum of the micro-batches before."""
+    count = job.lora_parameters
+    return Term("LoRA gradients", FLOAT32 * count, f"{count:,} x 4 bytes: float32")
+
+
+def with_fragments(job: Job, phase: Phase, block_bytes: int) -> Phase:
+    """Return a phase with what the allocator loses to holes; one block saves `block_bytes`."""
     if job.device == "cuda":
         lost = int(CUDA_FRAGMENTS * phase.bytes)
         why = f"{CUDA_FRAGMENTS:.0%} of the update's tensors: estimate; not yet measured"
     elif job.gives_back:
         return phase
     elif job.shape.hidden_size < NARROW:
-        lost = int(NARROW_BLOCKS * job.micro_batch_tokens * saved_per_token(job))
+        lost = int(NARROW_BLOCKS * block_bytes)
         why = f"measured: holes in the C library's heap, what {NARROW_BLOCKS} blocks save"
     else:
         lost = int(HEAP_FRAGMENTS * phase.bytes)
@@ -126,10 +163,9 @@ def with_fragments(job: Job, phase: Phase) -> Phase:
 
 def update_phases(job: Job) -> tuple[Phase, Phase]:
     """Return the two fullest moments of an update: at the loss, and in a block's backward pass."""
-    count = job.lora_parameters
-    gradients = Term("LoRA gradients", FLOAT32 * count, f"{count:,} x 4 bytes: float32")
-    held = (gradients, *activation_terms(job))
+    held = (gradient_term(job), *activation_terms(job))
+    block = job.micro_batch_tokens * saved_per_token(job)
     return (
-        with_fragments(job, Phase("update, at the loss", (*held, logits_term(job)))),
-        with_fragments(job, Phase("update, backward", (*held, *block_terms(job)))),
+        with_fragments(job, Phase("update, at the loss", (*held, logits_term(job))), block),
+        with_fragments(job, Phase("update, backward", (*held, *block_terms(job))), block),
     )

@@ -54,6 +54,7 @@ class ModelShape:
     o_bias: bool
     mlp_bias: bool
     stored_bytes: int = 2
+    plain_attention: bool = True
 
     @property
     def q_dim(self) -> int:
@@ -139,6 +140,14 @@ class ModelShape:
         return 2 * self.layers * self.kv_dim * width
 
 
+def has_plain_attention(values: dict[str, Any]) -> bool:
+    """Tell whether every layer attends to all that came before, without windows or dropout."""
+    uses_windows = values.get("use_sliding_window", values["model_type"] == "llama")
+    windows = values.get("sliding_window") and uses_windows
+    kinds = set(values.get("layer_types") or ["full_attention"])
+    return kinds == {"full_attention"} and not windows and not values.get("attention_dropout")
+
+
 def build_shape(values: dict[str, Any], source: str) -> ModelShape:
     """Return the shape that a config.json's values describe.
 
@@ -173,6 +182,7 @@ def build_shape(values: dict[str, Any], source: str) -> ModelShape:
         o_bias=bias,
         mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
         stored_bytes=4 if stored == "float32" else 2,
+        plain_attention=has_plain_attention(values),
     )
 
 

@@ -147,9 +147,10 @@ class PackedAttention(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        saved = ctx.saved_tensors  # gradient checkpointing gives them out once
         found = []
         for group in ctx.groups:
-            parts = [part.detach().requires_grad_() for part in cut(group, *ctx.saved_tensors)]
+            parts = [part.detach().requires_grad_() for part in cut(group, *saved)]
             with torch.enable_grad():
                 output = attend(group, *parts, ctx.scale)
             (own,) = cut(group, gradient)

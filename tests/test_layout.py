@@ -24,7 +24,15 @@ ORDER = [
     *("pretrain", "tiny_card"),
     "prepare",
     # -> what a run holds in memory
-    *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
+    *(
+        "allocator",
+        "model_shape",
+        "memory",
+        "memory_update",
+        "memory_packed",
+        "memory_rollout",
+        "memory_plan",
+    ),
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
     # -> GRPO update -> adapter -> evaluate
     *("adapter", "grpo", "batch", "engine_settings", "vllm_engine"),
@@ -74,7 +82,15 @@ WITHOUT_TORCH = [
     *("model", "rollout", "unsloth_model", "unsloth_policy"),
     *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     "prepare",
-    *("allocator", "model_shape", "memory", "memory_update", "memory_rollout", "memory_plan"),
+    *(
+        "allocator",
+        "model_shape",
+        "memory",
+        "memory_update",
+        "memory_packed",
+        "memory_rollout",
+        "memory_plan",
+    ),
     *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
 ]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,23 @@ def job_of(folder: Path, config: TrainConfig, **more: Any) -> Job:
 
 
 def small_config(**changed: Any) -> TrainConfig:
-    sizes = {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 2}
+    sizes = {"num_generations": 4, "per_device_train_batch_size": ROWS}
+    sizes["gradient_accumulation_steps"] = 2
     lengths = {"max_prompt_length": 16, "max_completion_length": TOKENS - 16}
-    return TrainConfig(model="tiny", num_generations=4, **sizes | lengths | changed)
+    return TrainConfig(model="tiny", **sizes | lengths | changed)
 
 
-def load(folder: Path, four_bit: bool, double_quant: bool = True) -> torch.nn.Module:
+def load(
+    folder: Path, four_bit: bool, double_quant: bool = True, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     quantised = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=quantised if four_bit else None
+        folder, dtype=dtype, quantization_config=quantised if four_bit else None
     )
 
 
@@ -102,7 +106,14 @@ def test_state_by_optimiser(optim: str, each: int) -> None:
     assert optimiser_bytes(optim) == each
 
 
-def saved_bytes(model: torch.nn.Module, padded: bool = True) -> int:
+def padded_forward(model: torch.nn.Module) -> None:
+    ids = torch.randint(3, 100, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+
+
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object] | None = None) -> int:
     """Bytes of the distinct storages that a forward pass saves, parameters left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, tuple[int, torch.Tensor]] = {}
@@ -113,11 +124,8 @@ def saved_bytes(model: torch.nn.Module, padded: bool = True) -> int:
             seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
-    ids = torch.randint(3, 100, (ROWS, TOKENS))
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 1 - padded
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+        forward() if forward else padded_forward(model)
     return sum(size for size, _ in seen.values())
 
 

@@ -317,9 +317,9 @@ def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys)
     error, advice = printed.err.strip().splitlines()
     assert error.startswith("error: out of memory in the update, one at a time: CUDA out of memory")
     assert advice.startswith("the plan was: fits: peak")
-    assert "add --gradient-checkpointing or --chunked-logprobs; then go on by: python" in advice
+    assert "add --gradient-checkpointing; then go on by: python" in advice
     run = tmp_path / "run"
-    resume = ["--resume", str(run), "--gradient-checkpointing", "--chunked-logprobs"]
+    resume = ["--resume", str(run), "--gradient-checkpointing"]
     resume += ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
     assert run_job(*resume) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
@@ -334,6 +334,30 @@ def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys)
         assert mine["reward"] == theirs["reward"]
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         assert mine["peak_memory_bytes"] > 2**28 and mine["predicted_memory_bytes"] > 2**28
+
+
+@pytest.mark.parametrize(
+    ("work", "flags", "advice"),
+    [
+        ("the update", (), "add --gradient-checkpointing"),
+        ("the update", ("--gradient-checkpointing",), "nothing is left to save"),
+        ("scoring", (), "nothing is left to save"),
+        ("scoring", ("--no-shared-prefix",), "add --chunked-logprobs"),
+        ("the update", ("--no-shared-prefix",), "-checkpointing or --chunked-logprobs"),
+        ("evaluation", ("--no-shared-prefix",), "nothing is left to save"),
+    ],
+)
+def test_only_what_helps_is_advised(
+    tmp_path: Path, work: str, flags: tuple[str, ...], advice: str
+) -> None:
+    from lora_grpo.job import advise_on_memory
+    from lora_grpo.plan import make_plan
+    from lora_grpo.presets import parse_train_config
+
+    arguments = ["--preset", "tiny", "--adapters-dir", str(tmp_path), *flags]
+    plan = make_plan(parse_train_config(arguments)[0])
+    error = MemoryExhaustedError(f"out of memory in {work}, one at a time: {CPU_MESSAGE}")
+    assert advice in advise_on_memory(plan, error)
 
 
 def test_a_resume_keeps_the_completions_of_a_step(tmp_path: Path, capsys) -> None:

@@ -25,6 +25,7 @@ CONFIGS = st.builds(
     max_completion_length=st.sampled_from([128, 512, 2048]),
     gradient_checkpointing=st.booleans(),
     chunked_logprobs=st.booleans(),
+    shared_prefix=st.booleans(),
     load_in_4bit=st.booleans(),
     vllm_max_num_seqs=st.sampled_from([None, 32]),
 )
@@ -52,6 +53,8 @@ def test_a_plan_keeps_the_batch_and_is_a_valid_configuration(
     assert planned.per_device_train_batch_size <= config.per_device_train_batch_size
     assert found.fits == (found.peak_bytes <= budget)
     assert bool(found.advice) == (not found.fits)
+    if choice is UNSLOTH or config.shared_prefix:
+        assert "chunked_logprobs" not in found.settings, "it would change nothing there"
 
 
 @settings(max_examples=25, deadline=None)
@@ -87,18 +90,24 @@ def test_what_the_advice_names_does_fit(config: TrainConfig, size: float) -> Non
 
 
 def test_the_cheapest_change_comes_first_and_says_its_price() -> None:
-    config = TrainConfig()
-    peak = plan(config, None).peak_bytes
-    found = plan(config, peak - 1)
-    assert found.settings.keys() == {
-        "chunked_logprobs",
-        "vllm_gpu_memory_utilization",
-        "vllm_max_num_seqs",
-    }
+    config = TrainConfig(shared_prefix=False)
+    peak = plan(config, None, choice=GENERATE).peak_bytes
+    found = plan(config, peak - 1, choice=GENERATE)
+    assert found.settings == {"chunked_logprobs": True}
     assert "more arithmetic in an update; saves" in found.choices[0]
-    tight = plan(config, 4 * GIB)
+    tight = plan(config, 5 * GIB, choice=GENERATE)
     assert tight.fits
     assert tight.settings["gradient_checkpointing"]
+
+
+def test_a_packed_update_is_made_smaller_by_checkpointing_first() -> None:
+    config = TrainConfig(max_completion_length=2048)
+    peak = plan(config, None, choice=GENERATE).peak_bytes
+    found = plan(config, peak - 1, choice=GENERATE)
+    assert found.settings == {"gradient_checkpointing": True}
+    assert found.choices[0].startswith("gradient checkpointing: the same gradient")
+    own = plan(dataclasses.replace(config, shared_prefix=False), None, choice=GENERATE)
+    assert peak < own.peak_bytes
 
 
 def test_a_micro_batch_is_changed_for_its_part_alone() -> None:

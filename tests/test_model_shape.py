@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_grpo.config import LINEAR_LAYERS, TrainConfig
 from lora_grpo.model_shape import PUBLISHED, build_shape, find_shape, read_shape
 from lora_grpo.presets import PRESETS
+from lora_grpo.shared_prefix import why_not_packed
 
 SMALL = {
     "hidden_size": 48,
@@ -113,3 +114,20 @@ def test_the_published_shape_is_taken_where_the_hub_is_silent(
     assert source.startswith("shape of Qwen/Qwen2.5-0.5B-Instruct as published")
     with pytest.raises(FileNotFoundError, match="no network"):
         find_shape(TrainConfig(model="owner/unknown"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("llama", {}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
+        ("llama", {"attention_dropout": 0.1}),
+    ],
+)
+def test_plain_attention_is_what_can_be_packed(
+    family: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
+    model = meta_model({"model_type": family, **SMALL, **changed}, tmp_path)
+    assert read_shape(tmp_path).plain_attention == (why_not_packed(model) is None)

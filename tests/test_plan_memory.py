@@ -50,7 +50,7 @@ def test_the_table_has_every_term_that_was_promised(capsys: pytest.CaptureFixtur
         "CUDA context",
         "CUDA graphs",
         "activations",
-        "logits in chunks",
+        "log-probs in tiles",
         "1 GB = 2**30 bytes",
         "fits: peak",
     ):
@@ -113,3 +113,18 @@ def test_a_measured_run_is_the_same_run_made_short() -> None:
     narrow = shortened(["--preset", "tiny"], 128)
     assert narrow[narrow.index("--max-steps") + 1] == "8"
     assert flags[flags.index("--num-validation-items") + 1] == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the plan knows glibc's allocator")
+def test_the_embedded_model_holds_what_was_predicted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At temperature 8 completions run to their limit, and no group is without a signal."""
+    varied = ROOT / "tests" / "gpu" / "varied_reward.py"
+    flags = ["--preset", "tiny", "--temperature", "8", "--reward", f"{varied}:varied=1"]
+    flags += ["--per-device-train-batch-size", "64", "--measure", "--json"]
+    assert run(flags) == 0
+    found = json.loads(capsys.readouterr().out)
+    update = sum(t["bytes"] for t in found["terms"] if t["phase"] == "update, backward")
+    assert update > 0.3 * found["measured_bytes"], "or the libraries alone would do"
+    assert found["peak_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15)

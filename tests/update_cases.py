@@ -90,6 +90,8 @@ def update(
     """Return the loss and the gradients of one step's backward passes, and the trainer."""
     trainer, accumulation = prepare(tmp_path, kind, micro_batch, beta, **knobs)
     trainer.model.train()
+    if trainer.args.gradient_checkpointing:  # as `train` does at its start
+        trainer.model.gradient_checkpointing_enable()
     change(trainer)
     batch = crafted_batch(trainer, dead, truncated, old, beta)
     trainer._generate_and_score_completions = lambda inputs: batch
