@@ -5,10 +5,12 @@ signal, and every completion its full length."""
 from lora_grpo.memory import Job, Phase, Term
 from lora_grpo.memory_update import (
     FLOAT32,
+    MLP_READERS,
     attention_saved,
     copies_inputs,
     dequantised_layer,
     gradient_term,
+    lora_saved,
     mlp_saved,
     norm_saved,
     saved_terms,
@@ -47,10 +49,24 @@ def packed_tokens(job: Job) -> int:
     return prompts_at_once(job) * job.prompt_length + rows * completion_tokens(job)
 
 
+def is_fused(job: Job) -> bool:
+    """Tell whether `lora_layers` computes the adapted layers."""
+    return job.width == FLOAT32 and not job.config.lora_dropout
+
+
+def packed_mlp_saved(job: Job) -> int:
+    """Return the bytes a token of a block's second half: fused, its product is not kept."""
+    config, width = job.config, job.width
+    if not (is_fused(job) and "down_proj" in config.target_modules):
+        return mlp_saved(job)
+    kept = 2 * job.shape.intermediate_size + config.r
+    return norm_saved(job) + width * kept + lora_saved(job, MLP_READERS[:1])
+
+
 def packed_saved_per_token(job: Job) -> int:
     """Return the bytes a token that one block saves; its attention, queries, keys and values."""
     core = job.width * (job.shape.q_dim + 2 * job.shape.kv_dim)
-    return attention_saved(job, core) + mlp_saved(job)
+    return attention_saved(job, core) + packed_mlp_saved(job)
 
 
 def attention_bytes(job: Job) -> int:
@@ -82,10 +98,10 @@ def tiles_term(job: Job) -> Term:
 
 
 def mlp_work(job: Job) -> int:
-    """Return the bytes a token that the MLP at work adds: two gradients of its product, or where
-    PEFT casts that product, the float32 copy and itself."""
+    """Return the bytes a token that the MLP at work adds: two gradients of its product, fused the
+    activation or the product too, or where PEFT casts that product, the float32 copy and itself."""
     inner, hidden, width = job.shape.intermediate_size, job.shape.hidden_size, job.width
-    gradients = width * (2 * inner + hidden)
+    gradients = width * ((2 + is_fused(job)) * inner + hidden)
     casts = (FLOAT32 + width) * inner + 6 * width * hidden
     return max(gradients, casts) if copies_inputs(job) else gradients
 
@@ -97,7 +113,7 @@ def packed_block_term(job: Job) -> Term:
     """
     tokens, hidden, last = packed_tokens(job), job.shape.hidden_size, norm_saved(job)
     mlp = tokens * mlp_work(job)
-    attention = attention_bytes(job) + tokens * (2 * job.width * hidden - mlp_saved(job))
+    attention = attention_bytes(job) + tokens * (2 * job.width * hidden - packed_mlp_saved(job))
     block = max(mlp, attention) - tokens * last
     why = "gradients inside one MLP" if mlp > attention else "a group's attention again"
     if job.config.gradient_checkpointing:

@@ -1,5 +1,6 @@
 """The memory of loading and of sampling, by vLLM or `generate`, and a whole run's prediction."""
 
+import math
 from dataclasses import replace
 
 from lora_grpo.memory import (
@@ -14,7 +15,7 @@ from lora_grpo.memory import (
 from lora_grpo.memory_packed import packed_phases
 from lora_grpo.memory_update import FLOAT32, update_phases
 
-SAMPLING_COPIES = 4  # logits, processed scores, probabilities, and the draw
+SAMPLING_COPIES = 5  # logits, processed scores, probabilities, their sum in float64
 SCORE_COPIES = 4  # of the prompt, joined with the completion's own, scaled, and their softmax
 SORTING_COPIES = 4  # top_p also sorts: values, 8-byte positions, their sum
 VLLM_BATCH_TOKENS = 8192  # vLLM profiles its activations with so many tokens at once
@@ -109,10 +110,18 @@ def sampling_terms(job: Job, prompts: int, sequences: int, decoding: int) -> tup
         Term("one layer at work", max(decoding, reading), "reading the prompts, or one token more"),
         Term("drawing a token", drawing, f"{sampling_copies(job)} x {sequences} rows of logits"),
     )
-    if not (job.config.load_in_4bit and job.device == "cpu"):
-        return terms
-    whole = Term("dequantised base", shape.linear_parameters * width, "4-bit is slow on a CPU")
-    return (whole, *terms)
+    matrices = one_matrix_term(job)
+    return (matrices, *terms) if matrices.bytes else terms
+
+
+def one_matrix_term(job: Job) -> Term:
+    """Return the copies of layers that are one matrix each while a CPU answers (`lora_layers`)."""
+    shape, config = job.shape, job.config
+    names = config.target_modules if job.width == FLOAT32 else ()
+    names = shape.linear_layers if config.load_in_4bit else names
+    sizes = [math.prod(shape.linear_layers[name]) for name in names]
+    size = shape.layers * sum(sizes) * job.width * (job.device == "cpu")
+    return Term("one matrix a layer", size, "base and adapter added up while a CPU answers")
 
 
 def generate_terms(job: Job, sequences: int) -> tuple[Term, ...]:

@@ -12,6 +12,7 @@ from test_memory import TOKENS, job_of, load, saved_bytes, small_config
 from torch.profiler import ProfilerActivity, profile
 
 from lora_grpo.config import LINEAR_LAYERS
+from lora_grpo.lora_layers import fused
 from lora_grpo.memory import Job
 from lora_grpo.memory_packed import packed_activations, packed_phases, packed_tokens
 from lora_grpo.memory_rollout import predict
@@ -98,7 +99,11 @@ def test_a_block_saves_what_is_predicted(
     ids = torch.cat([prompts, torch.randint(3, 500, (G, length))], 1)
     packed = pack(ids, torch.ones_like(ids), length, range(G))
     row = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    with attention_in_groups(inner), torch.autocast("cpu", dtype, dtype != torch.float32):
+    with (
+        attention_in_groups(inner),
+        fused(inner),
+        torch.autocast("cpu", dtype, dtype != torch.float32),
+    ):
         found = saved_bytes(model, lambda: inner.base_model(**row, groups=packed.groups))
     config = small_config(
         max_completion_length=length, load_in_4bit=four_bit, target_modules=targets
