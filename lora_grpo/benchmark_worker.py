@@ -79,11 +79,13 @@ def build_project(plan: "Plan", folder: Path, policy: "Policy") -> "GRPOTrainer"
 
 def build_trl(plan: "Plan", folder: Path, policy: "Policy") -> "GRPOTrainer":
     """Return TRL's own trainer, told the same."""
+    import torch
     from transformers import PrinterCallback
     from trl import GRPOTrainer
 
     from lora_grpo.grpo import build_dataset, grpo_config, lora_config
 
+    torch.manual_seed(plan.config.seed)  # the adapter's first weights
     trainer = GRPOTrainer(
         model=policy.model,
         reward_funcs=[reward.function for reward in plan.rewards],
@@ -104,7 +106,9 @@ def fix_tokens(trainer: "GRPOTrainer", prompt: int, completion: int, vocabulary:
     draw = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(100, vocabulary - 1000, (count,), generator=draw).tolist()
+        # The ends of a vocabulary are its special tokens.
+        few, most = vocabulary // 10, vocabulary * 9 // 10
+        return torch.randint(few, most, (count,), generator=draw).tolist()
 
     question = tokens(prompt)
     trainer._tokenize_prompts = lambda prompts: ([question] * len(prompts), None, {})

@@ -15,7 +15,7 @@ from lora_grpo.memory import (
 from lora_grpo.memory_packed import packed_phases
 from lora_grpo.memory_update import FLOAT32, update_phases
 
-SAMPLING_COPIES = 5  # logits, processed scores, probabilities, their sum in float64
+SAMPLING_COPIES = 4  # logits, processed scores, probabilities, and the draw
 SCORE_COPIES = 4  # of the prompt, joined with the completion's own, scaled, and their softmax
 SORTING_COPIES = 4  # top_p also sorts: values, 8-byte positions, their sum
 VLLM_BATCH_TOKENS = 8192  # vLLM profiles its activations with so many tokens at once

@@ -15,7 +15,7 @@ CHUNK_TOKENS, CHUNK_VOCABULARY = 2048, 8192  # TRL's _ChunkedLogProbFunction
 CHUNK_COPIES = 6
 LOGIT_COPIES_BACKWARD = 3
 CUDA_FRAGMENTS, HEAP_FRAGMENTS = 0.05, 1.0
-NARROW_BLOCKS = 2.5  # fitted to four runs of the embedded model of 8 steps
+NARROW_BLOCKS = 1.5  # fitted to four runs of the embedded model of 8 steps
 # The linear layers of a block's two halves, those that read the same tensor together.
 ATTENTION_READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))

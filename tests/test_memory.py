@@ -226,10 +226,10 @@ def test_freed_tensors_leave_a_wide_models_update(hidden_size: int, expected: bo
 import os, torch
 from lora_grpo.allocator import giving_back, prepare_allocator
 prepare_allocator()
-large = torch.ones(2**22)
+large = torch.ones(2**23 - 2**12)
 del large  # from now on glibc keeps what is smaller in its heap
 with torch.no_grad(), giving_back({hidden_size}) as given:
-    rows = [torch.ones(2**19) for _ in range(200)]
+    rows = [torch.ones(2**21) for _ in range(50)]
     page = os.sysconf("SC_PAGE_SIZE")
     resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
     before = resident()

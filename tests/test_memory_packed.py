@@ -81,7 +81,7 @@ def test_an_update_holds_what_is_predicted(
     )
     job = job_of(tiny_model_folder, config, prompt_length=prompt)
     predicted = max(phase.bytes for phase in packed_phases(job))
-    assert predicted == pytest.approx(measured_update(tmp_path, job), rel=0.06)
+    assert predicted == pytest.approx(measured_update(tmp_path, job), rel=0.07)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])

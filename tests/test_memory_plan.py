@@ -95,7 +95,7 @@ def test_the_cheapest_change_comes_first_and_says_its_price() -> None:
     found = plan(config, peak - 1, choice=GENERATE)
     assert found.settings == {"chunked_logprobs": True}
     assert "more arithmetic in an update; saves" in found.choices[0]
-    tight = plan(config, 5 * GIB, choice=GENERATE)
+    tight = plan(config, 7 * GIB, choice=GENERATE)
     assert tight.fits
     assert tight.settings["gradient_checkpointing"]
 
@@ -165,7 +165,7 @@ def test_a_cpu_is_planned_too() -> None:
     config = TrainConfig(load_in_4bit=False)
     roomy = plan(config, None, "HuggingFaceTB/SmolLM2-135M-Instruct", GENERATE, "cpu")
     assert not roomy.settings
-    budget = roomy.peak_bytes // 2
+    budget = roomy.peak_bytes * 3 // 4
     tight = plan(config, budget, "HuggingFaceTB/SmolLM2-135M-Instruct", GENERATE, "cpu")
     assert tight.fits
     assert "vllm_max_num_seqs" not in tight.settings

@@ -122,7 +122,7 @@ def test_the_embedded_model_holds_what_was_predicted(
     """At temperature 8 completions run to their limit, and no group is without a signal."""
     varied = ROOT / "tests" / "gpu" / "varied_reward.py"
     flags = ["--preset", "tiny", "--temperature", "8", "--reward", f"{varied}:varied=1"]
-    flags += ["--per-device-train-batch-size", "64", "--measure", "--json"]
+    flags += ["--measure", "--json"]
     assert run(flags) == 0
     found = json.loads(capsys.readouterr().out)
     update = sum(t["bytes"] for t in found["terms"] if t["phase"] == "update, backward")
