@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from run_directory import contents, read_rows
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.config_file import read_run
@@ -29,11 +30,6 @@ SMALL = {
     "save_steps": 2,
     "log_completions_steps": 1,
 }
-MEASURED = (
-    *("seconds", "seconds_generate", "seconds_sync", "seconds_reward", "seconds_update"),
-    *("seconds_other", "tokens_per_second_generate", "tokens_per_second_update"),
-    *("peak_memory_bytes", "predicted_memory_bytes"),
-)
 
 
 def train_in_process(knobs: dict, outcome: Path) -> None:
@@ -77,25 +73,6 @@ def finish(children, outcome: Path, **knobs) -> None:
     process = start(children, outcome, **knobs)
     process.join(240)
     assert process.exitcode == 0 and outcome.read_text() == "done"
-
-
-def read_rows(path: Path) -> list[dict]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
-
-
-def contents(run_dir: Path) -> dict:
-    """Return all that a run must end up with, whatever happened on the way."""
-    names = ("metrics.jsonl", "completions.jsonl", "validation.jsonl", "eval_items.jsonl")
-    weights = ("adapter_model.safetensors", "last/adapter_model.safetensors")
-    return {
-        **{name: read_rows(run_dir / name) for name in names},
-        **{name: (run_dir / name).read_bytes() for name in weights},
-        "eval.json": json.loads((run_dir / "eval.json").read_text()),
-        "card": (run_dir / "README.md").read_text(),
-        "leftovers": sorted(path.name for path in run_dir.glob(".*")),
-        "checkpoints": sorted(path.name for path in run_dir.glob("checkpoint-*")),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="llama-cpp-python is not installed here; make test-llamacpp installs it",
 )
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = Path.home() / ".cache" / "real-models" / "smollm2-135m-instruct"
-MODELS = {"tiny": EMBEDDED_FOLDER, "smollm2-135m": SMOLLM2}
+MODELS = ("tiny", "smollm2-135m")
 FEW = ("--preset", "tiny", "--max-steps", "4", "--num-eval-items", "32")
 FEW += ("--num-validation-items", "8", "--max-completion-length", "64")
 
@@ -31,14 +31,14 @@ def run(script: str, *arguments: object, cwd: Path = ROOT) -> str:
     return done.stdout
 
 
-def folder_of(name: str) -> Path:
-    if not (MODELS[name] / "config.json").is_file():
-        pytest.skip(f"no {name}: shared/tools/real_models.py smollm2 builds it")
-    return MODELS[name]
+@pytest.fixture(scope="module")
+def folder_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Return a function that finds a model's folder, or skips."""
+    return lambda name: EMBEDDED_FOLDER if name == "tiny" else request.getfixturevalue("smollm2")
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory):
+def exports(tmp_path_factory: pytest.TempPathFactory, folder_of):
     """Return a function that exports a model's f16 and K-quant files, once."""
     made: dict[str, Path] = {}
 
@@ -65,7 +65,7 @@ def test_every_type_passes_its_proof_in_llamacpp(name: str, exports) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_answers_are_the_merged_models(name: str, exports) -> None:
+def test_greedy_answers_are_the_merged_models(name: str, exports, folder_of) -> None:
     """Not by the library's own loop: llama.cpp's chat completion against transformers' generate."""
     import llama_cpp
 
