@@ -4,7 +4,7 @@ A dataset's name and a split go in; its rows become `Problem`s, by columns that 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from numbers import Number
 from typing import Any
 
@@ -20,12 +20,21 @@ HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 @dataclass(frozen=True)
 class Problem:
     """One question and its gold answer; `row` counts the dataset's rows from 1, `solution` is the
-    worked text if any."""
+    worked text if any, `columns` the row as it was read."""
 
     row: int
     question: str
     answer: str
     solution: str | None = None
+    columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what files keep of the problem: all but the columns, which may hold anything."""
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.name != "columns"
+        }
 
 
 def find_column(
@@ -90,10 +99,10 @@ def to_problems(
     problems, blank = [], []
     for number, row in enumerate(rows, start=1):
         question = as_text(row.get(question_column), number, question_column)
-        field = as_text(row.get(answer_column), number, answer_column)
-        if question and field:
-            solution = field.rpartition("####")[0].strip() or None
-            problems.append(Problem(number, question, extract_gold(field), solution))
+        text = as_text(row.get(answer_column), number, answer_column)
+        if question and text:
+            solution = text.rpartition("####")[0].strip() or None
+            problems.append(Problem(number, question, extract_gold(text), solution, row))
         else:
             blank.append(number)
     if not problems:

@@ -29,12 +29,14 @@ def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[P
 
 
 def dataset_rows(problems: Sequence[Problem], style: PromptStyle) -> list[dict[str, Any]]:
-    """Return the problems as TRL and the rewards see them, a row each."""
+    """Return what TRL's data set holds of each problem; `row` leads to its other columns, which
+    Arrow might not hold together and TRL might take for its own."""
     return [
         {
             "prompt": build_messages(problem.question, style),
             "question": problem.question,
             "answer": problem.answer,
+            "row": problem.row,
         }
         for problem in problems
     ]

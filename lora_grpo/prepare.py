@@ -10,14 +10,14 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import BUILT_IN, Problem, read_problems
 from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, read_system_prompt, render
-from lora_grpo.rewards import Reward, check_gold
+from lora_grpo.rewards import Reward, check_columns, check_gold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ class Data:
     def sha256(self) -> str:
         """Return the hash of every problem that the run uses, split by split."""
         rows = [
-            [asdict(problem) for problem in part]
+            [problem.as_record() for problem in part]
             for part in (self.train, self.validation, self.test)
         ]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
@@ -115,8 +115,7 @@ def drop_bad_gold(
     failing = check_gold(
         [problem.answer for problem in problems],
         list(rewards),
-        prompts=[build_messages(problem.question) for problem in problems],
-        question=[problem.question for problem in problems],
+        **check_columns(problems),
     )
     bad = [problems[position] for position in failing]
     shown = f", such as {bad[0].answer!r:.40}" if bad else ""

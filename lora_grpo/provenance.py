@@ -62,7 +62,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
         "dataset_sha256": plan.data.sha256(),
         "system_prompt": style.system_prompt,
-        "example": dataclasses.asdict(style.example) if style.example else None,
+        "example": style.example.as_record() if style.example else None,
         "steps": plan.steps,
         "warmup_steps": math.ceil(config.warmup_ratio * plan.steps),
         "versions": installed_versions(),

@@ -12,9 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lora_grpo.prompt import build_messages
 from lora_grpo.reward_corpus import Ranking, rank
-from lora_grpo.rewards import Reward, build_rewards, check_gold, parse_reward_weights
+from lora_grpo.rewards import (
+    Reward,
+    build_rewards,
+    check_columns,
+    check_gold,
+    parse_reward_weights,
+)
 
 if TYPE_CHECKING:
     from lora_grpo.dataset import Problem
@@ -97,8 +102,7 @@ def check_dataset(config: CheckRewardsConfig, rewards: list[Reward]) -> GoldChec
     failing = check_gold(
         [problem.answer for problem in problems],
         rewards,
-        prompts=[build_messages(problem.question) for problem in problems],
-        question=[problem.question for problem in problems],
+        **check_columns(problems),
     )
     return GoldCheck(len(problems), [problems[index] for index in failing])
 

@@ -4,8 +4,8 @@ Completions and gold answers go in, in TRL's signature; one unweighted value a c
 `answers` reads the completion here and in evaluation, so training pays for what is measured.
 """
 
-import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,21 +23,32 @@ from lora_grpo.custom_rewards import (
     parse_weight,
     to_texts,
 )
+from lora_grpo.dataset import Problem
+from lora_grpo.prompt import build_messages
 
 __all__ = [
     "Reward",
     "build_rewards",
+    "check_columns",
     "check_gold",
     "has_format",
     "last_number",
     "parse_answer",
     "parse_reward_weights",
+    "reward_columns",
     "same_number",
     "score",
     "score_with",
 ]
 
 LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+# What TRL passes to a reward by these names is its own: a dataset's column of that name stays out.
+NAMES_OF_TRL = frozenset(
+    {
+        *("prompt", "prompts", "completion", "completions", "completion_ids"),
+        *("trainer_state", "log_extra", "log_metric", "environments"),
+    }
+)
 PERFECT = "<reasoning>\nI work it out.\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
@@ -61,22 +72,24 @@ def format(completions: list[Completion], **columns: Any) -> list[float]:
     return [float(has_format(text)) for text in to_texts(completions)]
 
 
-def length_penalty(
-    completions: list[Completion],
-    *,
-    max_completion_length: int | None = None,
-    completion_ids: list[list[int]] | None = None,
-    **columns: Any,
-) -> list[float]:
-    """Pay 0 up to four fifths of the limit in tokens, then linearly less, -1 at the limit.
+def build_length_penalty(max_completion_length: int | None) -> RewardFunction:
+    """Return the soft overlong punishment of DAPO (arXiv 2503.14476), a fifth of the limit wide:
+    0 up to four fifths of the limit in tokens, then linearly less, -1 at the limit.
 
-    The soft overlong punishment of DAPO (arXiv 2503.14476) with a fifth of the limit as its margin.
     It is 0 where the limit or the token ids are not known.
     """
-    if max_completion_length is None or completion_ids is None:
-        return [0.0] * len(completions)
-    limit = max_completion_length
-    return [min(max((4 * limit - 5 * len(ids)) / limit, -1.0), 0.0) for ids in completion_ids]
+
+    def length_penalty(
+        completions: list[Completion],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        if max_completion_length is None or completion_ids is None:
+            return [0.0] * len(completions)
+        limit = max_completion_length
+        return [min(max((4 * limit - 5 * len(ids)) / limit, -1.0), 0.0) for ids in completion_ids]
+
+    return length_penalty
 
 
 def integer(completions: list[Completion], **columns: Any) -> list[float]:
@@ -123,11 +136,10 @@ CLASSIC = (
 
 
 def build_default(max_completion_length: int | None) -> tuple[Reward, ...]:
-    penalty = functools.partial(length_penalty, max_completion_length=max_completion_length)
     return (
         Reward("correctness", correctness, 1.0),
         Reward("format", format, 0.2),
-        Reward("length_penalty", functools.update_wrapper(penalty, length_penalty), 0.2),
+        Reward("length_penalty", build_length_penalty(max_completion_length), 0.2),
     )
 
 
@@ -190,7 +202,7 @@ def parse_reward_weights(pairs: tuple[str, ...]) -> dict[str, float]:
 
 
 def score_with(
-    rewards: list[Reward], completion: str, answer: str, **columns: Any
+    rewards: list[Reward], completion: str, answer: str, /, **columns: Any
 ) -> dict[str, float]:
     """Return each reward's weighted score of one completion by name, and their sum as `total`.
 
@@ -211,7 +223,30 @@ def score(completion: str, answer: str, reward_set: str = "default") -> dict[str
     return score_with(build_rewards(reward_set), completion, answer)
 
 
-def check_gold(answers: list[str], rewards: list[Reward], **columns: list[Any]) -> list[int]:
+def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
+    """Return by its row what a reward is told of each problem: `question`, `answer` (the gold
+    answer alone), and every other column of the dataset as it was read, None where a row lacks it.
+    """
+    names = {name for problem in problems for name in problem.columns} - NAMES_OF_TRL
+    return {
+        problem.row: {
+            **{name: problem.columns.get(name) for name in sorted(names)},
+            "question": problem.question,
+            "answer": problem.answer,
+        }
+        for problem in problems
+    }
+
+
+def check_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
+    """Return what a reward is passed along with a completion of each problem, less the answers."""
+    rows = list(reward_columns(problems).values())
+    columns = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
+    del columns["answer"]
+    return {**columns, "prompts": [build_messages(problem.question) for problem in problems]}
+
+
+def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any]) -> list[int]:
     """Return the positions of gold answers that `correctness` does not pay in full.
 
     Each is put in a perfect completion; one that fails can never be learned. `columns` holds what

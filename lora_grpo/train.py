@@ -30,6 +30,7 @@ from lora_grpo.policy import Policy, open_policy
 from lora_grpo.prompt import keep_settings
 from lora_grpo.provenance import provenance
 from lora_grpo.record import Recorder, best_step, cut_back
+from lora_grpo.rewards import reward_columns
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
 from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
 
@@ -154,6 +155,7 @@ def build_trainer(
         say=display.say_always,
         shared_prefix=plan.config.shared_prefix,
         replacements=find_replacements(plan),
+        columns=reward_columns(plan.data.train),
     )
     trainer.remove_callback(PrinterCallback)
     policy.follow(trainer)

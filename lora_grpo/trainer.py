@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         say: Callable[[str], None] = print,
         shared_prefix: bool = True,
         replacements: Replacements | None = None,
+        columns: Mapping[int, dict[str, Any]] | None = None,
     ) -> None:
         if not BY_UNSLOTH:
             check_seams(GRPOTrainer)
@@ -70,6 +71,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
                 "and each would draw for itself: train in one, or leave the flag out"
             )
         self.replacements = replacements
+        self.columns = columns
         self.reward_func_names = [reward.name for reward in rewards]
         self.batch = Batch()
         self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0, "update": 0.0}
@@ -134,7 +136,8 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         completion_ids_list: list[list[int]],
     ) -> torch.Tensor:
         started = time.perf_counter()
-        scores = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        told = [self.columns[row["row"]] for row in inputs] if self.columns else inputs
+        scores = super()._calculate_rewards(told, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         own = scores[first : first + len(prompts)]  # (B, rewards); `scores` holds every process's
         weighted = (own * self.reward_weights.to(own.device)).tolist()

@@ -177,6 +177,58 @@ def test_dynamic_sampling_draws_the_same_again(children, tmp_path: Path) -> None
     assert max(drawn[2:]) > 4, "groups were replaced after the resume"
 
 
+COLUMNS_REWARD = """
+def told(completions, question, answer, prompts, mixed, nested, some, row, image, **columns):
+    for index in range(len(completions)):
+        number = int(question[index].split()[-1])
+        wanted = [number, str(number)][number % 2], {"of": [number, "x"]}
+        assert (mixed[index], nested[index]) == wanted and answer[index] == str(number)
+        assert some[index] == (number if number % 3 == 0 else None)
+        assert (row[index], image[index]) == (-number, f"{number}.png")
+        assert prompts[index][-1]["content"] == question[index]
+    assert "prompt" not in columns and columns["max_completion_length"] == [1] * len(completions)
+    assert "trainer_state" not in columns or not isinstance(columns["trainer_state"], list)
+    # Groups of an even answer are dead, so that others are drawn in their place.
+    return [float(index % 2 and int(gold) % 2) for index, gold in enumerate(answer)]
+"""
+
+
+def test_a_reward_gets_every_column_with_dynamic_sampling_and_after_a_resume(
+    children, tmp_path: Path
+) -> None:
+    """Columns that Arrow cannot hold together, and that have names of TRL's own or of ours."""
+    rows = [
+        {
+            "question": f"What is {number}",
+            "answer": f"easy #### {number}",
+            "mixed": [number, str(number)][number % 2],
+            "nested": {"of": [number, "x"]},
+            "row": -number,
+            "image": f"{number}.png",
+            "prompt": "not the question",
+            "max_completion_length": 1,
+            **dict.fromkeys(("completions", "trainer_state", "log_extra", "completion_ids"), "own"),
+            **({"some": number} if number % 3 == 0 else {}),
+        }
+        for number in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text(COLUMNS_REWARD)
+    knobs = {
+        **SMALL,
+        "dataset": str(tmp_path / "rows.jsonl"),
+        "reward": (f"{tmp_path}/mine.py:told",),
+        "num_generations": 2,
+        "dynamic_sampling": True,
+        "max_completion_length": 8,
+    }
+    outcome, run = tmp_path / "outcome", tmp_path / "run"
+    finish(children, outcome, **{**knobs, "max_steps": 2}, adapters_dir=tmp_path, run_name="run")
+    finish(children, outcome, resume=run, max_steps=3)
+    rows = read_rows(run / "metrics.jsonl")
+    assert len(rows) == 3 and any(row["drawn_groups"] > 4 for row in rows)
+
+
 def test_the_directory_holds_the_contract(whole_run: Path) -> None:
     names = {path.name for path in whole_run.iterdir()}
     assert names >= {
