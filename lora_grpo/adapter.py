@@ -6,11 +6,12 @@ nothing else.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_grpo.atomic import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,22 +48,10 @@ def check_adapter(directory: Path) -> Path:
     return directory
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch or write it again") from error
-
-
 def read_train_config(directory: Path) -> dict[str, Any]:
     """Return what `train_config.json` says, or nothing where a plain PEFT directory has none."""
     path = directory / TRAIN_CONFIG
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def hash_weights(folder: Path) -> str:

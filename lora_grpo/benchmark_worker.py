@@ -232,7 +232,9 @@ def make_adapter(model: str, folder: Path) -> None:
     from lora_grpo.model import resolve_model
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(
+        resolve_model(model), dtype="auto", trust_remote_code=False
+    )
     adapted = get_peft_model(base, lora_config(TrainConfig()))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -278,9 +280,9 @@ def merge_by_peft(model: str, adapter: Path, target: Path) -> None:
     from lora_grpo.model import resolve_model
 
     source = resolve_model(model)
-    base = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)
 
 
 def main(spec_path: str, result_path: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_grpo.config import TrainConfig
-from lora_grpo.model import Placement
+from lora_grpo.model import Placement, read_config
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 CPU_BLOCK = 128  # tokens of a page of the cache
@@ -51,9 +51,7 @@ def allowed_rank(r: int) -> int:
 
 def check_positions(config: TrainConfig, folder: Path) -> None:
     """Raise a ValueError where prompt and completion together are longer than the model can see."""
-    from transformers import AutoConfig
-
-    known = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    known = read_config(folder).get_text_config().max_position_embeddings
     needed = config.max_prompt_length + config.max_completion_length
     if needed > known:
         raise ValueError(
@@ -64,9 +62,7 @@ def check_positions(config: TrainConfig, folder: Path) -> None:
 
 def cache_bytes(folder: Path, settings: EngineSettings) -> int:
     """Return the float32 KV cache that every sequence at full length needs, in bytes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    config = read_config(folder).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
     blocks = math.ceil(settings.max_model_len / CPU_BLOCK) * settings.max_num_seqs + 2

@@ -86,7 +86,10 @@ def open_folder(folder: Path, batch_size: int) -> Iterator["Policy"]:
 
     with quiet_transformers(), redirect_stderr(StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map={"": choose_placement().device}
+            folder,
+            dtype="auto",
+            device_map={"": choose_placement().device},
+            trust_remote_code=False,
         ).eval()
     yield TransformersPolicy(model, load_tokenizer(folder), batch_size)
 

@@ -38,7 +38,7 @@ def prove_bnb(source: Source, folder: Path, seen: Reference, double_quant: bool)
     release_memory()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True
+            folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
         keep_4bit_as_stored(model.eval())
         logits = list(collect_logits(model, seen.sequences))

@@ -86,7 +86,9 @@ def check_layers(merged: Path, stored: Stored, rows: list[list[int]]) -> Check:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        merged, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     ids, mask = pad(rows[:NUM_COMPARED])
     ratios: dict[str, float] = {}
 

@@ -17,7 +17,7 @@ from lora_grpo.merge_checks import (
     shares_embeddings,
 )
 from lora_grpo.merge_folder import load_tokenizer
-from lora_grpo.model import declared_end_ids
+from lora_grpo.model import declared_end_ids, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +27,8 @@ OWN_KEYS = {"dtype", "quantization_config", "transformers_version", "_name_or_pa
 
 def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[Check]:
     """Compare what stands around the weights of a loaded folder with the merged one's."""
-    from transformers import AutoConfig
-
     tokenizer = load_tokenizer(merged)
-    tied = bool(AutoConfig.from_pretrained(merged).tie_word_embeddings)
+    tied = bool(read_config(merged).tie_word_embeddings)
     found = model.generation_config.eos_token_id
     ends = [found] if isinstance(found, int) else found
     return [
@@ -44,9 +42,7 @@ def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[C
 
 def check_same_config(merged: Path, folder: Path) -> Check:
     """Compare what both configs come to once loaded, but for type and quantisation."""
-    from transformers import AutoConfig
-
-    found, expected = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, merged))
+    found, expected = (read_config(path).to_dict() for path in (folder, merged))
     keys = sorted(
         key
         for key in (found.keys() | expected.keys()) - OWN_KEYS

@@ -54,8 +54,10 @@ def write_compressed(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_transformers(), redirect_stderr(StringIO()):  # its bars ask nobody
-        model = AutoModelForCausalLM.from_pretrained(source.merged, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(source.merged)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.merged, dtype=torch.bfloat16, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.merged, trust_remote_code=False)
         calibration = None
         if SCHEMES[name].calibrated:
             calibration = find_calibration(source, model, tokenizer)
@@ -106,7 +108,7 @@ def prove_compressed(
     release_memory()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True
+            folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
         linear = list_linear(model)
         logits = list(collect_logits(model.eval(), seen.sequences))

@@ -15,7 +15,7 @@ from lora_grpo.gguf_quants import QUANTS
 from lora_grpo.gguf_tokenizer import Vocabulary, describe_tokenizer
 from lora_grpo.gguf_write import write_model
 from lora_grpo.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
-from lora_grpo.model import declared_end_ids, load_tokenizer
+from lora_grpo.model import declared_end_ids, load_tokenizer, read_config
 
 Report = Callable[[str], None]
 
@@ -23,9 +23,7 @@ Report = Callable[[str], None]
 def check_gguf(request: Request, quants: tuple[str, ...]) -> None:
     """Raise a ValueError for a model that GGUF is not written of here, or a type that llama.cpp
     would have to make and cannot."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(request.model_folder)
+    config = read_config(request.model_folder)
     check_config(config, request.model_folder)
     tokenizer = load_tokenizer(request.tokenizer_folder)
     ends = declared_end_ids(request.model_folder, tokenizer)

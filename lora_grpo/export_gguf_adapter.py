@@ -15,6 +15,7 @@ from lora_grpo.gguf_model import check_config, name_map, permute
 from lora_grpo.gguf_write import write_adapter
 from lora_grpo.lora_delta import CONFIG, Delta, read_deltas
 from lora_grpo.merge_checks import Check
+from lora_grpo.model import read_config
 
 # Two float32 products of the same matrices, in another order of scaling.
 SLACK = 2.0**-18
@@ -28,13 +29,11 @@ def write_gguf_adapter(
     Raises:
         ValueError: it changes a weight that GGUF has no name for.
     """
-    from transformers import AutoConfig
-
     from lora_grpo.llamacpp import is_installed
 
     adapter = read_json(source.adapter_dir / CONFIG)
     deltas = read_deltas(source.adapter_dir, adapter)
-    config = AutoConfig.from_pretrained(source.base)
+    config = read_config(source.base)
     check_config(config, source.base)
     path = folder / f"{source.name}-lora-F32.gguf"
     write_adapter(path, config, deltas, adapter["lora_alpha"], source.name)

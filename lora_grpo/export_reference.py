@@ -46,7 +46,9 @@ def observe_merged(source: Source, num_prompts: int) -> Reference:
     tokenizer = load_tokenizer(source.merged)
     texts = render_prompts(source, tokenizer, num_prompts)
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source.merged, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            source.merged, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         sequences = continue_greedily(model, tokenizer, texts, MAX_NEW_TOKENS)
         logits = list(collect_logits(model, sequences))
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lora_grpo.merge_inputs import read_base
+from lora_grpo.model import read_config
 from lora_grpo.safetensors_stream import StoredTensor, read_tensor
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ def read_model(folder: Path) -> GGUFModel:
     Raises:
         ValueError: the model is of another family, or has a feature that is not written here.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     check_config(config, folder)
     names = name_map(config)
     tensors: dict[str, StoredTensor] = {}

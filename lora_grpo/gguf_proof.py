@@ -108,7 +108,7 @@ def check_vocabulary(reader: "GGUFReader", folder: Path, texts: list[str]) -> li
     what the file alone says."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ends = declared_end_ids(folder, tokenizer)
     found = read_vocabulary(reader)
     expected = describe_tokenizer(tokenizer, len(found.tokens), ends)
@@ -188,7 +188,11 @@ def load_file(path: Path, model: GGUFModel) -> "PreTrainedModel":
 
     with redirect_stderr(StringIO()):
         return AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, config=model.config, dtype=torch.float32
+            path.parent,
+            gguf_file=path.name,
+            config=model.config,
+            dtype=torch.float32,
+            trust_remote_code=False,
         ).eval()
 
 
@@ -230,7 +234,9 @@ def observe_noise(
     from transformers import AutoModelForCausalLM
 
     release_memory()
-    noisy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    noisy = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, kind, parameter, merged in paired_weights(noisy, reader, model):

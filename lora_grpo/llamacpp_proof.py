@@ -43,7 +43,7 @@ def prove_in_llamacpp(
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     room = max(map(len, seen.sequences)) + 1
     model = LlamaCpp(path, room, lora, keep_logits=True)
     try:

@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer as a plain user does; unlike for training, it may lack a chat template."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def write_side_files(plan: MergePlan, folder: Path) -> None:

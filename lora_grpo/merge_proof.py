@@ -154,7 +154,7 @@ def observe_merged(folder: Path, policy: Policy) -> tuple[list[torch.Tensor] | N
     release_memory()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         logits = list(collect_logits(model, policy.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too

@@ -24,7 +24,9 @@ def load_policy(plan: MergePlan, quantized: frozenset[str]) -> "PeftModel":
     """Load the base that was merged into, in float32, and put the adapter on it with PEFT."""
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(plan.base_folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        plan.base_folder, dtype=torch.float32, trust_remote_code=False
+    )
     with torch.no_grad():
         for name in quantized:
             base.get_parameter(name).copy_(load_weight(plan.tensors[name], plan.four_bit))

@@ -12,7 +12,7 @@ import torch
 
 from lora_grpo.adapter import read_json
 from lora_grpo.merge_inputs import INDEX_FILE, FourBit, MergePlan
-from lora_grpo.model import choose_placement, quantization
+from lora_grpo.model import choose_placement, quantization, read_config
 from lora_grpo.safetensors_stream import (
     DTYPES,
     Slot,
@@ -87,11 +87,13 @@ def find_quantized(plan: MergePlan) -> frozenset[str]:
     if plan.base == "original":
         return frozenset()
     import bitsandbytes
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.quantizers import AutoHfQuantizer
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plan.base_folder))
+        model = AutoModelForCausalLM.from_config(
+            read_config(plan.base_folder), trust_remote_code=False
+        )
     settings = quantization(True, plan.four_bit.double_quant, plan.four_bit.dtype)
     AutoHfQuantizer.from_config(settings).preprocess_model(model=model, device_map=None)
     return frozenset(

@@ -5,9 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_grpo.atomic import read_json
+from lora_grpo.prompt import find_turn_end, has_system_role
+
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_model"
@@ -68,24 +76,74 @@ def choose_placement(dtype: str | None = None) -> Placement:
     return Placement("cuda", dtype or ("bfloat16" if has_bfloat16 else "float16"))
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer that pads on the left, as generation needs.
+def read_config(folder: Path) -> "PretrainedConfig":
+    """Return a model's configuration; code that comes with a model is never run.
 
     Raises:
-        ValueError: it has no chat template, or no token that ends a turn.
+        ValueError: the model cannot be loaded without code of its own.
+    """
+    from transformers import AutoConfig
+
+    check_architecture(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_architecture(folder: Path) -> None:
+    """Raise a ValueError for a model that transformers has no class of its own for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = read_json(folder / "config.json")
+    if config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    code = (
+        "comes with code of its own, which is never run here, and" if "auto_map" in config else ""
+    )
+    raise ValueError(
+        f"{folder} {code} is of model_type {config.get('model_type')!r} (config.json), for which "
+        "transformers has no causal language model: use a model of an architecture that it has"
+    )
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer that pads on the left, as generation needs, with one chat template.
+
+    Raises:
+        ValueError: it has no chat template that can be rendered, or no token that ends a turn.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--model {folder} has no chat template: use an instruct model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, padding_side="left", trust_remote_code=False
+        )
+    except ValueError as error:  # code of its own, or a class that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+    tokenizer.chat_template = choose_template(folder, tokenizer.chat_template)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"--model {folder} names no EOS token in tokenizer_config.json: name one there"
+            f"the tokenizer of {folder} names no EOS token: name one in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    has_system_role(tokenizer)
     return tokenizer
+
+
+def choose_template(folder: Path, template: str | dict[str, str] | None) -> str:
+    """Return the chat template for plain conversations, of several the one named `default`."""
+    if isinstance(template, dict):
+        if "default" not in template and len(template) > 1:
+            raise ValueError(
+                f"the tokenizer of {folder} has several chat templates and none is named "
+                f"'default': {', '.join(sorted(template))}; keep one in its chat_template.jinja"
+            )
+        template = template.get("default") or next(iter(template.values()), None)
+    if not template and (folder / "chat_template.json").is_file():  # where older versions put it
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if not template:
+        raise ValueError(f"{folder} has no chat template: use an instruct model")
+    return template
 
 
 def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAndBytesConfig | None":
@@ -106,26 +164,28 @@ def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAnd
 
 def end_of_turn_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return every token that ends a completion: the tokenizer's EOS first, then what the model
-    declares."""
+    declares, then what its chat template writes after an assistant's turn."""
     return merge_end_ids(tokenizer, model.generation_config.eos_token_id)
 
 
 def declared_end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the same as `end_of_turn_ids` from a model folder, without its weights."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     try:
         declared = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
-        declared = AutoConfig.from_pretrained(folder).get_text_config().eos_token_id
+        declared = read_config(folder).get_text_config().eos_token_id
     return merge_end_ids(tokenizer, declared)
 
 
 def merge_end_ids(
     tokenizer: "PreTrainedTokenizerBase", declared: int | list[int] | None
 ) -> list[int]:
+    """Return the tokenizer's EOS, the declared end ids and the chat template's, each once."""
     declared = [declared] if isinstance(declared, int) else list(declared or [])
-    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    found = [tokenizer.eos_token_id, *declared, find_turn_end(tokenizer)]
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def public_name(folder: Path) -> str:
@@ -151,6 +211,7 @@ def load_base(
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
+        trust_remote_code=False,
         dtype=getattr(torch, placement.dtype),
         quantization_config=quantization(load_in_4bit, double_quant, placement.dtype),
         device_map={"": placement.device},
@@ -187,7 +248,6 @@ def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> P
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
     from safetensors.torch import save_file
-    from transformers import AutoConfig
 
     tied = set(model.all_tied_weights_keys)
     weights: dict[str, torch.Tensor] = {}
@@ -200,7 +260,7 @@ def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> P
             weights[key] = parameter.detach().contiguous()
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
     return folder

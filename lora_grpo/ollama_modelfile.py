@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.adapter import read_train_config
-from lora_grpo.model import declared_end_ids, load_tokenizer
+from lora_grpo.model import declared_end_ids, load_tokenizer, read_config
 from lora_grpo.ollama_template import Turns, build_template, probe
 from lora_grpo.prompt import Message, PromptStyle, build_messages
 
@@ -81,9 +81,7 @@ def end_texts(merged: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 def write_limits(
     merged: Path, max_completion_length: int | None
 ) -> list[tuple[str, list[Command]]]:
-    from transformers import AutoConfig
-
-    positions = AutoConfig.from_pretrained(merged).get_text_config().max_position_embeddings
+    positions = read_config(merged).get_text_config().max_position_embeddings
     trained = read_train_config(merged).get("max_prompt_length", 0) + (max_completion_length or 0)
     room = min(positions, max(CONVERSATION_TOKENS, trained))
     limits = [

@@ -14,7 +14,7 @@ from lora_grpo.hardware import GPU, available_memory, find_gpu
 from lora_grpo.memory import GIB
 from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory
 from lora_grpo.memory_report import describe_memory
-from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
+from lora_grpo.model import Placement, choose_placement, load_tokenizer, read_config, resolve_model
 from lora_grpo.model_shape import read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
@@ -82,10 +82,10 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
         ValueError: a target module that the model does not have.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(read_config(folder), trust_remote_code=False)
     sizes: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import BUILT_IN, Problem, read_problems
-from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, read_system_prompt, render
+from lora_grpo.prompt import (
+    PromptStyle,
+    build_messages,
+    count_tokens,
+    fit_style,
+    read_system_prompt,
+    render,
+)
 from lora_grpo.rewards import Reward, check_columns, check_gold
 
 if TYPE_CHECKING:
@@ -183,7 +190,7 @@ def prepare_data(
         --strict-data.
     """
     sieve = Sieve(config.strict_data)
-    style = PromptStyle(read_system_prompt(config.system_prompt_file))
+    style = fit_style(tokenizer, PromptStyle(read_system_prompt(config.system_prompt_file)))
     train = load_checked(sieve, config, rewards, "train", config.dataset)
     test_name = find_test(config)
     if test_name is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config import TrainConfig
-from lora_grpo.model import declared_end_ids, public_name
+from lora_grpo.model import declared_end_ids, public_name, read_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,8 +30,6 @@ def sequence_length(config: TrainConfig) -> int:
 
 def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
     """Raise a ValueError for a knob that Unsloth would override without a word or cannot do."""
-    from transformers import AutoConfig
-
     if config.dtype == "float32":
         raise ValueError(
             "--dtype float32: Unsloth computes in 16 bits whatever is asked for: use --backend "
@@ -52,7 +50,7 @@ def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
             "--dynamic-sampling: Unsloth lays its log-probs out by the prompts of one draw, so "
             "that several cannot be joined: use --backend transformers, or leave the flag out"
         )
-    positions = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    positions = read_config(folder).get_text_config().max_position_embeddings
     if sequence_length(config) > positions:
         raise ValueError(
             "--max-prompt-length + --max-completion-length come to "

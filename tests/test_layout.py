@@ -1,6 +1,7 @@
 """DESIGN.md, sections 2 and 3: a module imports only from modules to its left in one line."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,17 @@ assert lora_grpo.rewards.score("<answer>1</answer>", "1")["correctness"] == 1
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_model_s_own_code_is_ever_run() -> None:
+    """transformers asks `[y/N]` on standard input where `trust_remote_code` is left out."""
+    checked = 0
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if not re.fullmatch(r"Auto(Config|Tokenizer|Model\w*)\.from_\w+", called):
+                continue
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("trust_remote_code") == "False", f"{path.name}:{node.lineno}"
+            checked += 1
+    assert checked > 10
