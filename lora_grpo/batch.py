@@ -1,11 +1,17 @@
 """The completions of one step and what they earned, as the trainer shows them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 from lora_grpo.rewards import has_format, parse_answer, same_number
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of those that are known, or None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 @dataclass
@@ -25,24 +31,25 @@ class Batch:
     dropped_completions: int = 0
     dropped_tokens: int = 0
 
-    def totals(self) -> list[float]:
-        """Return each completion's summed reward."""
+    def totals(self) -> list[float | None]:
+        """Return each completion's summed reward, None where no reward applied to it: such a
+        completion counts nowhere, in TRL too."""
         return [
-            sum(score or 0.0 for score in scores)
+            None
+            if all(score is None for score in scores)
+            else sum(score or 0.0 for score in scores)
             for scores in zip(*self.rewards.values(), strict=True)
         ]
 
-    def correct(self) -> float:
+    def correct(self) -> float | None:
         """Return the share of completions whose tagged answer is the gold one."""
         parsed = [parse_answer(completion) for completion in self.completions]
         pairs = zip(parsed, self.answers, strict=True)
-        return sum(text is not None and same_number(text, gold) for text, gold in pairs) / len(
-            parsed
-        )
+        return mean(text is not None and same_number(text, gold) for text, gold in pairs)
 
-    def formatted(self) -> float:
+    def formatted(self) -> float | None:
         """Return the share of completions in the format asked for."""
-        return sum(map(has_format, self.completions)) / len(self.completions)
+        return mean(map(has_format, self.completions))
 
     def rows(self, step: int) -> list[dict[str, Any]]:
         """Return what `completions.jsonl` records, a row a completion."""

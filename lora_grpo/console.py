@@ -1,11 +1,13 @@
-"""What a person sees of a run: the plan, a line a step, a completion now and then, the final table.
+"""What a person sees of a run: the plan, one line per step, a completion now and then, the final
+table.
 
 On a terminal a progress bar stands below the lines; elsewhere the lines alone, so that a log file
 reads well.
 """
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +35,19 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def number(value: float | None, form: str) -> str:
+    """Return a figure in a format, or a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def percent(share: float | None) -> str:
+    shown = number(None if share is None else 100 * share, ".1f")
+    return shown if shown == "-" else f"{shown} %"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    low, high = bounds
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 class Display:
@@ -96,24 +109,25 @@ class Display:
     def step_line(self, row: dict[str, Any], batch: "Batch", total: int) -> str:
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
-        speed = row["tokens_per_second_generate"] or 0.0
+        share = {name: percent(row.get(name)) for name in SHARES}
         drawn = f" ({row['drawn_groups']} groups drawn)" if batch.dropped_completions else ""
         return (
-            f"step {row['step']:>{len(str(total))}}/{total}  reward {row['reward']:.3f}  "
-            f"correct {percent(row['correct']):>7}  format {percent(row['format']):>7}  "
-            f"length {row['completion_length']:5.1f}  clipped {percent(row['clipped_ratio']):>6}  "
-            f"dead groups {percent(row['frac_reward_zero_std']):>7}{drawn}  "
-            f"{speed:5.0f} tokens/s  "
-            f"{row['seconds']:.1f} s  {format_seconds(left)} left"
+            f"step {row['step']:>{len(str(total))}}/{total}  "
+            f"reward {number(row.get('reward'), '.3f'):>5}  "
+            f"correct {share['correct']:>7}  format {share['format']:>7}  "
+            f"length {number(row.get('completion_length'), '.1f'):>5}  "
+            f"clipped {share['clipped_ratio']:>6}  "
+            f"dead groups {share['frac_reward_zero_std']:>7}{drawn}  "
+            f"{number(row.get('tokens_per_second_generate'), '.0f'):>5} tokens/s  "
+            f"{number(row.get('seconds'), '.1f')} s  {format_seconds(left)} left"
         )
 
     def sample(self, batch: "Batch") -> None:
         """Print the first completion of the batch with what it earned."""
-        if self.quiet:
+        if self.quiet or not batch.completions:
             return
         earned = "  ".join(
-            f"{name} {'n/a' if scores[0] is None else format(scores[0], '.2f')}"
-            for name, scores in batch.rewards.items()
+            f"{name} {number(scores[0], '.2f')}" for name, scores in batch.rewards.items()
         )
         body = (
             f"{batch.questions[0]}\n\n{batch.completions[0]}\n\ngold {batch.answers[0]}  |  "
@@ -128,21 +142,39 @@ class Display:
             f"{percent(base['lenient_accuracy'])}, "
             f"format {percent(base['format_rate'])}"
         )
+        self.say(
+            "base, validation and the final table are greedy decoding, one completion per problem; "
+            "the lines of the steps are completions sampled for training"
+        )
         self.started = time.perf_counter()
 
-    def validation(self, row: dict[str, Any]) -> None:
-        """Print how a step does on the validation problems."""
+    def validation(self, row: dict[str, Any], kept: bool) -> None:
+        """Print how a step does on the validation problems, and whether its adapter is kept."""
         self.say(
-            f"validation after step {row['step']}: strict {percent(row['strict_accuracy'])}, "
-            f"format {percent(row['format_rate'])}"
+            f"validation after step {row['step']}: {describe_validation(row)}, "
+            f"format {percent(row['format_rate'])}: "
+            f"{'the best so far, kept' if kept else 'an earlier step did better'}"
         )
+
+    def chosen(
+        self, run_dir: Path, step: int, steps: int, validation: list[dict[str, Any]]
+    ) -> None:
+        """Print where the adapter is, of which step it is, and why of that one."""
+        row = next((row for row in validation if row["step"] == step), None)
+        why = ""
+        if row:
+            why = f"; it was the best of {len(validation)} validations, {describe_validation(row)}"
+        if step != steps:
+            why += f"; the adapter of step {steps} is in {run_dir / 'last'}"
+        self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
 
     def memory(self, metrics: Path) -> None:
         """Print the peak memory of a run beside what was predicted for it."""
         row = read_jsonl(metrics)[-1]
-        measured, predicted = row["peak_memory_bytes"], row["predicted_memory_bytes"]
+        measured, predicted = row.get("peak_memory_bytes"), row.get("predicted_memory_bytes")
         beside = f", {predicted / GIB:.2f} GB predicted" if predicted else ""
-        self.say(f"peak memory: {measured / GIB:.2f} GB measured{beside}")
+        found = f"{measured / GIB:.2f} GB measured" if measured else "not measured"
+        self.say(f"peak memory: {found}{beside}")
 
     def results(self, report: dict[str, Any]) -> None:
         """Print base and adapter side by side."""
@@ -162,12 +194,18 @@ class Display:
             )
 
 
+def describe_validation(row: dict[str, Any]) -> str:
+    """Return the accuracy of a row of `validation.jsonl`; older runs recorded no interval."""
+    found = f"strict {percent(row['strict_accuracy'])}"
+    if "ci95" not in row:
+        return found
+    return f"{found} of {row['num_items']} problems (95 % interval {interval(row['ci95'])})"
+
+
+SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")
 ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("strict accuracy", lambda model: percent(model["strict_accuracy"])),
-    (
-        "95 % interval",
-        lambda model: f"{100 * model['ci95'][0]:.1f} to {100 * model['ci95'][1]:.1f} %",
-    ),
+    ("95 % interval", lambda model: interval(model["ci95"])),
     ("lenient accuracy", lambda model: percent(model["lenient_accuracy"])),
     ("format", lambda model: percent(model["format_rate"])),
     ("truncated", lambda model: percent(model["truncated_rate"])),

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
+from lora_grpo.atomic import read_jsonl
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
@@ -76,7 +77,7 @@ def run(config: TrainConfig, why: str) -> int:
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to go on."""
     from lora_grpo.memory_error import MemoryExhaustedError
-    from lora_grpo.record import METRICS
+    from lora_grpo.record import METRICS, VALIDATION
     from lora_grpo.train import Stopped, train
 
     again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
@@ -100,6 +101,7 @@ def run_plan(plan: Plan, display: Display) -> int:
         return 2
     display.results(report)
     display.memory(plan.run_dir / METRICS)
-    display.say(f"adapter of step {report['best_step']}: {plan.run_dir}")
+    validation = read_jsonl(plan.run_dir / VALIDATION)
+    display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
     display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
     return 0

@@ -1,7 +1,7 @@
 """Which completions an update learns from, and in which order it takes them.
 
-A group whose completions all earned the same has advantages of zero: without a KL term none of its
-log-probs has a gradient, so none is computed. TRL's loss still counts its tokens.
+A group whose completions all earned the same is dead, its advantages are zero: without a KL term
+none of its log-probs has a gradient, so none is computed. TRL's loss still counts its tokens.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,19 @@ SAME = 1e-6  # rewards closer than this are equal
 Inputs = dict[str, Any]
 
 
-def dead_groups(totals: Sequence[float], num_generations: int) -> list[bool]:
-    """Tell for each group whether its completions all earned the same, and so teach nothing."""
+def dead_groups(totals: Sequence[float | None], num_generations: int) -> list[bool]:
+    """Return for each group whether its completions all earned the same, and so teach nothing.
+
+    Those that earned None, because no reward applied to them, are left out.
+    """
     starts = range(0, len(totals), num_generations)
     groups = [totals[start : start + num_generations] for start in starts]
-    return [max(group) - min(group) < SAME for group in groups]
+    known = [[total for total in group if total is not None] for group in groups]
+    return [not group or max(group) - min(group) < SAME for group in known]
 
 
 def silence_dead_groups(
-    advantages: torch.Tensor, totals: Sequence[float], num_generations: int
+    advantages: torch.Tensor, totals: Sequence[float | None], num_generations: int
 ) -> torch.Tensor:
     """Return the advantages (B,) with those of dead groups exactly zero.
 

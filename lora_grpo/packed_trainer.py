@@ -35,6 +35,8 @@ class PackedGRPOTrainer(GRPOTrainer):
         inner = self.inner_model()
         if self.accelerator.num_processes > 1:
             return "several processes update together"
+        if self.aux_loss_enabled:
+            return "the loss has a term for the balance of the experts"
         if not has_plain_head(inner):
             return "the output layer is more than a frozen matrix"
         return why_not_packed(inner)
@@ -68,10 +70,9 @@ class PackedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.packed:
-            output["advantages"] = silence_dead_groups(
-                output["advantages"], self.batch.totals(), self.num_generations
-            )
+        output["advantages"] = silence_dead_groups(
+            output["advantages"], self.batch.totals(), self.num_generations
+        )
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -140,10 +141,12 @@ class PackedGRPOTrainer(GRPOTrainer):
         logps, entropies = zip(*parts, strict=True)
         return torch.cat(logps), torch.cat(entropies)
 
-    def padding_share(self) -> float:
+    def padding_share(self) -> float | None:
         """Return the share of padding in a step's micro-batches as they would be unpacked."""
         masks = [
             (batch["prompt_mask"], batch["completion_mask"]) for batch in self._buffered_inputs
         ]
         there = sum(mask.numel() for pair in masks for mask in pair)
-        return 1 - sum(mask.sum().item() for pair in masks for mask in pair) / there
+        return (
+            1 - sum(mask.sum().item() for pair in masks for mask in pair) / there if there else None
+        )

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.adapter import save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
-from lora_grpo.batch import Batch
+from lora_grpo.batch import Batch, mean
 from lora_grpo.config import TrainConfig
 from lora_grpo.live_rows import dead_groups
 from lora_grpo.peak_memory import PeakMemory
@@ -26,7 +26,10 @@ from lora_grpo.trainer import LoraGRPOTrainer
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
 SKIPPED_IN_A_ROW = 20
+# Steps in a row without a signal before the run says so; twice as many before it says it again.
+PATIENCE = 5
 METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
+LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "kl")
 SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
     "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
@@ -41,7 +44,14 @@ def cut_back(run_dir: Path, step: int) -> None:
             write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
 
 
-def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float]:
+def finite(value: Any) -> Any:
+    """Return a figure, or a dictionary of figures, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float | None]:
     """Return where a step's seconds went, and how much was made of them.
 
     Tokens per second are those of the completions, in generation with those that were dropped;
@@ -65,25 +75,24 @@ def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, fl
 
 
 def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> dict[str, Any]:
-    """Return a step's row of `metrics.jsonl`, without its step and seconds."""
-    totals, count = batch.totals(), len(batch.completions)
+    """Return a step's row of `metrics.jsonl`, without its step and seconds.
+
+    TRL logs None for a figure that has no finite value in the step, such as the entropy where every
+    group is dead, and leaves out what its settings do not ask for.
+    """
+    totals = batch.totals()
     dead = dead_groups(totals, num_generations)
-    named = {name: [s for s in scores if s is not None] for name, scores in batch.rewards.items()}
     return {
-        "reward": sum(totals) / count,
-        "rewards": {name: sum(s) / len(s) if s else None for name, s in named.items()},
+        "reward": mean(totals),
+        "rewards": {name: mean(scores) for name, scores in batch.rewards.items()},
         "correct": batch.correct(),
         "format": batch.formatted(),
-        "completion_length": sum(batch.tokens) / count,
-        "clipped_ratio": sum(batch.truncated) / count,
-        "frac_reward_zero_std": sum(dead) / len(dead),
+        "completion_length": mean(batch.tokens),
+        "clipped_ratio": mean(batch.truncated),
+        "frac_reward_zero_std": mean(dead),
         "drawn_groups": len(dead) + batch.dropped_completions // num_generations,
         "dropped_tokens": batch.dropped_tokens,
-        **{
-            name: logs[name] if math.isfinite(logs[name]) else None
-            for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl")
-            if name in logs
-        },
+        **{name: logs.get(name) for name in LOGGED},
         **{ours: logs[theirs] for theirs, ours in SAMPLER_LOGS.items() if theirs in logs},
     }
 
@@ -96,9 +105,9 @@ class Recorder(TrainerCallback):
         self,
         config: TrainConfig,
         run_dir: Path,
-        validate: Callable[[], dict[str, float]] | None,
+        validate: Callable[[], dict[str, Any]] | None,
         show: Callable[[dict[str, Any], Batch], None],
-        show_validation: Callable[[dict[str, Any]], None],
+        show_validation: Callable[[dict[str, Any], bool], None],
         predicted_memory: int | None = None,
         peak_memory: PeakMemory | None = None,
     ) -> None:
@@ -167,7 +176,7 @@ class Recorder(TrainerCallback):
         logs: dict[str, Any],
         **_: Any,
     ) -> None:
-        if "loss" not in logs:
+        if "train_runtime" in logs:  # the summary of all steps
             return
         batch = self.trainer.batch
         row = {
@@ -177,6 +186,7 @@ class Recorder(TrainerCallback):
             "peak_memory_bytes": self.peak_memory.bytes(),
             "predicted_memory_bytes": self.predicted_memory,
         }
+        row = finite(row)
         append_jsonl(self.run_dir / METRICS, [row])
         if state.global_step % self.config.log_completions_steps == 0:
             append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
@@ -186,10 +196,11 @@ class Recorder(TrainerCallback):
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""
         row = {"step": step, **self.validate()}
         earlier = [rank(found) for found in read_jsonl(self.run_dir / VALIDATION)]
-        if rank(row) >= max(earlier, default=(-1.0, -1.0)):
+        kept = rank(row) >= max(earlier, default=(-1.0, -1.0))
+        if kept:
             save_adapter(self.trainer.model, self.run_dir)
         append_jsonl(self.run_dir / VALIDATION, [row])
-        self.show_validation(row)
+        self.show_validation(row, kept)
 
 
 def rank(row: dict[str, Any]) -> tuple[float, float]:

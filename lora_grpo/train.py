@@ -203,9 +203,11 @@ def optimise(
     cut_back(run_dir, done)
     clear_leftovers(run_dir)
 
-    def validate() -> dict[str, float]:
-        found = summarise(judged(plan, policy, "choosing the best step", display, validation=True))
-        return {name: found[name] for name in ("strict_accuracy", "format_rate")}
+    def validate() -> dict[str, Any]:
+        items = judged(plan, policy, "choosing the best step", display, validation=True)
+        found = summarise(items)
+        kept = {name: found[name] for name in ("strict_accuracy", "ci95", "format_rate")}
+        return {"num_items": len(items), **kept}
 
     recorder = Recorder(
         plan.config,

@@ -197,7 +197,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
             if self.packed:
                 found = self.packed_scores(input_ids, attention_mask, logits_to_keep, rows)
                 return (*found, None)
-            if not self.chunked_logprobs:
+            if not self.chunked_logprobs or more.get("compute_aux_loss"):
                 return whole(
                     model, input_ids, attention_mask, logits_to_keep, batch_size=rows, **more
                 )
@@ -252,12 +252,14 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
 
         with giving_back(self.model.config.get_text_config().hidden_size):
             whole = len(micro_batch["completion_ids"])
-            # bnpo divides by the tokens of what goes through at once: less would be another loss.
-            least = whole if self.loss_type == "bnpo" else 1
+            # bnpo divides by the tokens of what goes through at once, and the balance of experts is
+            # one over them: fewer would be another loss.
+            least = whole if self.loss_type == "bnpo" or self.aux_loss_enabled else 1
             loss = self.update_rows.run(update, whole, at_least=least)
         for parameter, gradient in zip(self.trained, earlier, strict=True):
             if gradient is not None:
-                parameter.grad = gradient.add_(parameter.grad)
+                new = parameter.grad  # None for an expert that no token went to
+                parameter.grad = gradient if new is None else gradient.add_(new)
         return loss
 
     @contextmanager

@@ -1,0 +1,152 @@
+"""Whatever a step lacks, it is recorded and shown, and the run goes on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_grpo import make_trainer
+from transformers import TrainerControl, TrainerState
+
+from lora_grpo.batch import Batch
+from lora_grpo.config import TrainConfig
+from lora_grpo.console import Display
+from lora_grpo.live_rows import dead_groups
+from lora_grpo.record import LOGGED, Recorder, describe_step
+from lora_grpo.trainer import LoraGRPOTrainer
+
+G = 4
+MISSING = object()
+ABSENT = {
+    "missing": MISSING,
+    "None": None,
+    "nan": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+}
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> LoraGRPOTrainer:
+    """A trainer after one real step with a KL term, so that every figure of TRL's was logged."""
+    trainer = make_trainer(tmp_path_factory.mktemp("stepped"), beta=0.1, max_completion_length=12)
+    trainer.train()
+    return trainer
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def log(
+    trainer: LoraGRPOTrainer, folder: Path, logs: dict[str, Any], capsys
+) -> tuple[dict[str, Any], str]:
+    """Return the row that the recorder writes and the line that the console prints of it."""
+    display = Display(console=Console(width=200, highlight=False))
+    recorder = Recorder(
+        TrainConfig(num_generations=G, log_completions_steps=1),
+        folder,
+        None,
+        lambda row, batch: display.step(row, batch, total=1, every=1),
+        display.validation,
+    )
+    recorder.trainer = trainer
+    capsys.readouterr()
+    state = TrainerState(global_step=1, max_steps=1)
+    recorder.on_log(trainer.args, state, TrainerControl(), logs)
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=no_constant)
+    assert row.pop("peak_memory_bytes") > 0
+    return row, capsys.readouterr().out
+
+
+def test_every_figure_of_trl_may_be_absent(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys
+) -> None:
+    logs = stepped.state.log_history[0]
+    (tmp_path / "whole").mkdir()
+    whole, shown = log(stepped, tmp_path / "whole", logs, capsys)
+    assert all(isinstance(whole[name], float) for name in LOGGED), "each was there to be left out"
+    for name in logs:
+        for how, value in ABSENT.items():
+            folder = tmp_path / f"{name.replace('/', '.')} {how}"
+            folder.mkdir()
+            changed = {key: found for key, found in logs.items() if key != name}
+            changed |= {} if value is MISSING else {name: value}
+            row, line = log(stepped, folder, changed, capsys)
+            assert row == whole | ({name: None} if name in LOGGED else {}), folder.name
+            assert line.partition(" s  ")[0] == shown.partition(" s  ")[0]
+
+
+def crafted(rewards: list[float | None], completion: str = "") -> Batch:
+    count = len(rewards)
+    return Batch(
+        ["What is 1 + 1?"] * count,
+        ["2"] * count,
+        [completion] * count,
+        [1] * count,
+        [False] * count,
+        {"own": rewards},
+    )
+
+
+BATCHES: dict[str, tuple[Batch, dict[str, Any]]] = {
+    "nothing was sampled": (
+        Batch(),
+        dict.fromkeys(("reward", "correct", "format", "clipped_ratio")),
+    ),
+    "no reward applied": (
+        crafted([None] * 8),
+        {"reward": None, "rewards": {"own": None}, "frac_reward_zero_std": 1.0, "correct": 0.0},
+    ),
+    "a reward applied to one of each group": (
+        crafted([None, 3.0, None, None] * 2),
+        {"reward": 3.0, "frac_reward_zero_std": 1.0},
+    ),
+    "the group that no reward applied to is dead": (
+        crafted([None] * 4 + [None, 0.0, 1.0, 1.0]),
+        {"reward": 2 / 3, "frac_reward_zero_std": 0.5},
+    ),
+    "all right": (
+        crafted([1.0] * 8, "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"),
+        {"reward": 1.0, "correct": 1.0, "format": 1.0, "frac_reward_zero_std": 1.0},
+    ),
+    "all empty": (crafted([0.0] * 8), {"correct": 0.0, "format": 0.0, "completion_length": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_every_shape_of_batch(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, name: str, seconds: float
+) -> None:
+    batch, expected = BATCHES[name]
+    monkeypatch.setattr(stepped, "batch", batch)
+    monkeypatch.setattr(stepped, "seconds", dict.fromkeys(stepped.seconds, seconds))
+    row, line = log(stepped, tmp_path, {"loss": 0.0}, capsys)
+    assert expected.items() <= row.items()
+    speeds = [row["tokens_per_second_generate"], row["tokens_per_second_update"]]
+    assert speeds == ([float(sum(batch.tokens))] * 2 if seconds else [None] * 2)
+    shown = line.splitlines()[0]
+    assert ("reward     -" in shown) == (row["reward"] is None)
+    assert ("    - tokens/s" in shown) == (seconds == 0)
+
+
+@pytest.mark.parametrize("absent", [MISSING, None, math.nan, math.inf])
+def test_the_console_shows_a_dash_for_each_figure(capsys, absent: Any) -> None:
+    batch = crafted([1.0] * 8)
+    measured = {"step": 1, "seconds": 1.0, "tokens_per_second_generate": 9.0}
+    row = describe_step(batch, G, {}) | measured
+    names = ("reward", "correct", "format", "completion_length", "clipped_ratio")
+    for name in (*names, "frac_reward_zero_std", "seconds", "tokens_per_second_generate"):
+        changed = {key: value for key, value in row.items() if key != name}
+        changed |= {} if absent is MISSING else {name: absent}
+        Display(console=Console(width=200)).step(changed, batch, total=1, every=2)
+        assert " - " in capsys.readouterr().out, name
+
+
+def test_a_group_is_dead_by_the_rewards_that_applied() -> None:
+    totals = [None, None, 1.0, 1.0, 2.0, None, 2.5, 2.0]
+    assert dead_groups(totals, 2) == [True, True, True, False]
