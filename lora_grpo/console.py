@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,10 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lora_grpo.atomic import read_jsonl
+from lora_grpo.batch import Batch, mean
+from lora_grpo.config import TrainConfig
 from lora_grpo.memory import GIB
-
-if TYPE_CHECKING:
-    from lora_grpo.batch import Batch
 
 LINES = 50
 LOG_WIDTH = 120
@@ -97,7 +96,7 @@ class Display:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
 
-    def step(self, row: dict[str, Any], batch: "Batch", total: int, every: int) -> None:
+    def step(self, row: dict[str, Any], batch: Batch, total: int, every: int) -> None:
         """Print a step's line, and a completion at intervals."""
         step = row["step"]
         self.first_step = step if self.first_step is None else self.first_step
@@ -106,7 +105,7 @@ class Display:
         if step % every == 0:
             self.sample(batch)
 
-    def step_line(self, row: dict[str, Any], batch: "Batch", total: int) -> str:
+    def step_line(self, row: dict[str, Any], batch: Batch, total: int) -> str:
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
         share = {name: percent(row.get(name)) for name in SHARES}
@@ -122,7 +121,7 @@ class Display:
             f"{number(row.get('seconds'), '.1f')} s  {format_seconds(left)} left"
         )
 
-    def sample(self, batch: "Batch") -> None:
+    def sample(self, batch: Batch) -> None:
         """Print the first completion of the batch with what it earned."""
         if self.quiet or not batch.completions:
             return
@@ -163,10 +162,23 @@ class Display:
         row = next((row for row in validation if row["step"] == step), None)
         why = ""
         if row:
-            why = f"; it was the best of {len(validation)} validations, {describe_validation(row)}"
+            why = f", the best of {len(validation)} validated: {describe_validation(row)}"
         if step != steps:
             why += f"; the adapter of step {steps} is in {run_dir / 'last'}"
         self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
+
+    def silence(self, steps: list[dict[str, Any]], config: TrainConfig, whole_run: bool) -> None:
+        """Say that the run, or its last steps, had no signal, and what to change."""
+        alike = all(row["frac_reward_zero_std"] == 1 for row in steps)
+        why = (
+            "all completions of each group earned the same" if alike else "every gradient was zero"
+        )
+        if whole_run:
+            start = f"no step had a signal, so nothing was learnt: in all {len(steps)} steps {why}"
+        else:
+            start = f"no signal in the last {len(steps)} steps, so nothing is learnt: {why}"
+        again = "; then start a new run" if whole_run else ""
+        self.say_always(f"{start}. {explain_silence(steps, config)}{again}")
 
     def memory(self, metrics: Path) -> None:
         """Print the peak memory of a run beside what was predicted for it."""
@@ -200,6 +212,43 @@ def describe_validation(row: dict[str, Any]) -> str:
     if "ci95" not in row:
         return found
     return f"{found} of {row['num_items']} problems (95 % interval {interval(row['ci95'])})"
+
+
+def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:
+    """Return the likely cause of steps without a signal, and which setting to change."""
+    names = ("reward", "clipped_ratio", "correct", "format")
+    reward, clipped, correct, formatted = (mean(row[name] for row in steps) for name in names)
+    if reward is None:
+        return (
+            "Every reward function returned None for every completion: give a --reward that "
+            "returns numbers for these problems, or --reward-set default"
+        )
+    if clipped > 0.5:
+        return (
+            f"{percent(clipped)} of the completions were cut off: raise --max-completion-length "
+            f"(now {config.max_completion_length})"
+        )
+    found = f"{percent(correct)} of the completions are right, {percent(formatted)} in the format"
+    if correct > 0.9:
+        return f"{found}: take harder problems (--dataset)"
+    if correct < 0.1 and formatted < 0.1:
+        return (
+            f"{found} <reasoning>...</reasoning> <answer>...</answer>: ask for it in "
+            "--system-prompt-file, show it by --one-shot, or pay by --reward for what the model "
+            "does write"
+        )
+    if correct < 0.1:
+        return f"{found}: take easier problems (--dataset) or a larger --model"
+    if len({row["reward"] for row in steps}) == 1:
+        return (
+            f"{found}, but each earned {number(reward, 'g')}: give rewards that tell them apart "
+            "(scripts/check_rewards.py shows what each pays)"
+        )
+    return (
+        f"{found}: sample more per problem (--num-generations, now {config.num_generations}), or "
+        "take more problems per step (--gradient-accumulation-steps; now "
+        f"{config.prompts_per_step} problems)"
+    )
 
 
 SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")

@@ -77,7 +77,7 @@ def run(config: TrainConfig, why: str) -> int:
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to go on."""
     from lora_grpo.memory_error import MemoryExhaustedError
-    from lora_grpo.record import METRICS, VALIDATION
+    from lora_grpo.record import METRICS, VALIDATION, had_signal
     from lora_grpo.train import Stopped, train
 
     again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
@@ -103,5 +103,9 @@ def run_plan(plan: Plan, display: Display) -> int:
     display.memory(plan.run_dir / METRICS)
     validation = read_jsonl(plan.run_dir / VALIDATION)
     display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
-    display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
+    steps = read_jsonl(plan.run_dir / METRICS)
+    if any(map(had_signal, steps)):
+        display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
+    else:
+        display.silence(steps, plan.config, whole_run=True)
     return 0

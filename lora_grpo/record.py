@@ -97,6 +97,12 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
     }
 
 
+def had_signal(row: dict[str, Any]) -> bool:
+    """Return whether a step of `metrics.jsonl` had anything to learn from: a group whose rewards
+    differ, in completions that count."""
+    return row["frac_reward_zero_std"] != 1 and row.get("grad_norm") != 0
+
+
 class Recorder(TrainerCallback):
     """Records each step, keeps the best adapter, asks for checkpoints, and stops a run that was
     told to stop."""
@@ -108,12 +114,16 @@ class Recorder(TrainerCallback):
         validate: Callable[[], dict[str, Any]] | None,
         show: Callable[[dict[str, Any], Batch], None],
         show_validation: Callable[[dict[str, Any], bool], None],
+        show_silence: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
         predicted_memory: int | None = None,
         peak_memory: PeakMemory | None = None,
     ) -> None:
         self.config, self.run_dir, self.predicted_memory = config, run_dir, predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
         self.validate, self.show, self.show_validation = validate, show, show_validation
+        self.show_silence = show_silence
+        self.silent: list[dict[str, Any]] = []  # the rows since the last signal
+        self.patience = PATIENCE
         self.trainer: LoraGRPOTrainer | None = None
         self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
@@ -191,6 +201,10 @@ class Recorder(TrainerCallback):
         if state.global_step % self.config.log_completions_steps == 0:
             append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
         self.show(row, batch)
+        self.silent = [] if had_signal(row) else [*self.silent, row]
+        if len(self.silent) == self.patience:
+            self.patience *= 2
+            self.show_silence(self.silent)
 
     def keep_best(self, step: int) -> None:
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""

@@ -215,6 +215,7 @@ def optimise(
         validate if plan.data.validation else None,
         lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
         display.validation,
+        lambda rows: display.silence(rows, plan.config, whole_run=False),
         plan.memory.peak_bytes if plan.memory else None,
         peak_memory,
     )

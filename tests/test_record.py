@@ -14,7 +14,7 @@ from lora_grpo.batch import Batch
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.live_rows import dead_groups
-from lora_grpo.record import LOGGED, Recorder, describe_step
+from lora_grpo.record import LOGGED, Recorder, describe_step, had_signal
 from lora_grpo.trainer import LoraGRPOTrainer
 
 G = 4
@@ -150,3 +150,45 @@ def test_the_console_shows_a_dash_for_each_figure(capsys, absent: Any) -> None:
 def test_a_group_is_dead_by_the_rewards_that_applied() -> None:
     totals = [None, None, 1.0, 1.0, 2.0, None, 2.5, 2.0]
     assert dead_groups(totals, 2) == [True, True, True, False]
+
+
+CAUSES = {
+    "--reward-set default": {"reward": None},
+    "--max-completion-length": {"clipped_ratio": 1.0},
+    "--dataset": {"correct": 1.0, "format": 1.0},
+    "--system-prompt-file": {"reward": 0.0},
+    "--model": {"reward": 0.2, "format": 1.0},
+    "check_rewards.py": {"correct": 0.4, "format": 0.5},
+}
+
+
+@pytest.mark.parametrize("cure", CAUSES)
+def test_steps_without_a_signal_are_said_with_their_cure(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, cure: str
+) -> None:
+    """After five such steps, then after ten more; a step with a signal begins the count anew."""
+    config = TrainConfig(num_generations=G, log_completions_steps=100)
+    usual = {"reward": 0.5, "correct": 0.0, "format": 0.0, "clipped_ratio": 0.0}
+    display, said = Display(quiet=True), []
+
+    def say(rows: list[dict[str, Any]]) -> None:
+        said.append(rows[-1]["step"])
+        display.silence([row | usual | CAUSES[cure] for row in rows], config, whole_run=False)
+
+    ignore = lambda *rest: None  # noqa: E731
+    recorder = Recorder(config, tmp_path, None, ignore, ignore, say)
+    recorder.trainer = stepped
+    for step in range(1, 20):
+        monkeypatch.setattr(stepped, "batch", crafted([0.0, float(step == 7)] * 4))
+        state = TrainerState(global_step=step, max_steps=20)
+        recorder.on_log(stepped.args, state, TrainerControl(), {"grad_norm": 0.1})
+    assert said == [5, 17]
+    assert cure in capsys.readouterr().out
+
+
+def test_a_gradient_of_zero_is_no_signal_either() -> None:
+    row = describe_step(crafted([0.0, 1.0] * 4), G, {"grad_norm": 0.5})
+    assert had_signal(row) and had_signal(row | {"grad_norm": None})
+    assert not had_signal(row | {"grad_norm": 0.0}) and not had_signal(
+        row | {"frac_reward_zero_std": 1.0}
+    )
