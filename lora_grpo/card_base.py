@@ -12,7 +12,7 @@ from typing import Any
 from lora_grpo.adapter import CONFIG, read_train_config
 from lora_grpo.card_markdown import code, flatten
 from lora_grpo.model import EMBEDDED, EMBEDDED_FOLDER, public_name
-from lora_grpo.table import SUFFIXES
+from lora_grpo.table import is_data_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 HUB = "https://huggingface.co"
@@ -45,7 +45,7 @@ class Licence:
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a model's or dataset's name is a Hub id, and not a file or folder."""
-    is_file = Path(name).suffix in SUFFIXES or Path(name).exists()
+    is_file = is_data_file(Path(name)) or Path(name).exists()
     return HUB_ID.fullmatch(name) is not None and not is_file
 
 

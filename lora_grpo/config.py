@@ -17,6 +17,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"]
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
+DecimalSeparator = Literal["auto", "point", "comma"]
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_KNOBS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
@@ -76,11 +77,13 @@ class TrainConfig:
     dataset: str = "openai/gsm8k:main"
     """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
     eval_dataset: str | None = None
-    """Held-out problems; by default the dataset's test split, or a tenth of a single file."""
+    """Held-out problems; by default the dataset's test or validation split, or a tenth of it."""
     question_column: str | None = None
-    """Column of the question; by default question, problem or prompt."""
+    """Column of the question, or several joined as body+question; by default a usual name."""
     answer_column: str | None = None
-    """Column of the gold answer; by default answer or solution."""
+    """Column of the gold answer; by default a usual name, such as answer or solution."""
+    decimal_separator: DecimalSeparator = "auto"
+    """How gold answers write decimals: auto is comma where they can be read in no other way."""
     system_prompt_file: Path | None = None
     """Text file to use in place of the built-in system prompt."""
     one_shot: bool = False
@@ -91,8 +94,8 @@ class TrainConfig:
     """Stop on a row that would be dropped: blank, bad gold answer, overlap, prompt too long."""
     num_eval_items: int | None = None
     """Evaluate on the first so many held-out problems, before and after; by default on all."""
-    num_validation_items: int = 64
-    """Problems kept out of training and test to choose the best step; 0 keeps the last step."""
+    num_validation_items: int | None = None
+    """Problems held out to choose the best step; by default a tenth, 256 at most. 0: no choice."""
 
     r: int = 16
     """Rank of the adapter: 16 follows GRPO's sparse signal without many more weights."""

@@ -3,113 +3,128 @@
 A dataset's name and a split go in; its rows become `Problem`s, by columns that are found or named.
 """
 
-import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Number
 from typing import Any
 
-from lora_grpo.table import BUILT_IN, read_rows
+from lora_grpo.columns import (
+    ANSWERS,
+    ASSISTANTS,
+    USERS,
+    Row,
+    describe_chats,
+    describe_columns,
+    find_columns,
+    find_question,
+    get,
+    list_columns,
+    read_fields,
+    unused_context,
+)
+from lora_grpo.config import DecimalSeparator
+from lora_grpo.gold import (
+    choose_separator,
+    extract_gold,
+    find_golds,
+    is_readable,
+    swap_separators,
+)
+from lora_grpo.splits import BUILT_IN, read_rows, resolve_split
 
-__all__ = ["BUILT_IN", "Problem", "extract_gold", "load_problems", "read_problems"]
+__all__ = ["BUILT_IN", "Problem", "Reading", "extract_gold", "load_problems", "read_problems"]
 
-QUESTION_COLUMNS = ("question", "problem", "prompt")
-ANSWER_COLUMNS = ("answer", "solution")
-HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+NOT_RECORDED = ("columns", "source")
 
 
 @dataclass(frozen=True)
 class Problem:
     """One question and its gold answer; `row` counts the dataset's rows from 1, `solution` is the
-    worked text if any, `columns` the row as it was read."""
+    worked text if any, `columns` the row as it was read, `source` the text that held the answer."""
 
     row: int
     question: str
     answer: str
     solution: str | None = None
     columns: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    source: str = field(default="", compare=False, repr=False)
 
     def as_record(self) -> dict[str, Any]:
         """Return what files keep of the problem: all but the columns, which may hold anything."""
         return {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
-            if entry.name != "columns"
+            if entry.name not in NOT_RECORDED
         }
 
 
-def find_column(
-    rows: list[dict[str, Any]], named: str | None, usual: tuple[str, ...], flag: str
-) -> str:
-    """Return the column that the flag names, or the first of the usual ones that is there."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    wanted = (named,) if named else usual
-    for column in wanted:
-        if column in columns:
-            return column
-    raise ValueError(
-        f"has no column {' or '.join(wanted)} among {', '.join(columns)}: name one by {flag}"
+@dataclass(frozen=True)
+class Reading:
+    """What a split was read as: its problems, the rows that lack a question or an answer, how
+    gold answers write decimals, and a sentence for each thing that is not as usual."""
+
+    split: str
+    problems: list[Problem]
+    blank: list[int]
+    decimal_separator: DecimalSeparator
+    notes: tuple[str, ...]
+
+
+def choose_text(texts: Sequence[str]) -> str:
+    """Return the answer that counts of several: the first that is a number, else the first."""
+    return next((text for text in texts if is_readable(extract_gold(text))), texts[0])
+
+
+def read_answers(rows: Sequence[Row], columns: list[str]) -> tuple[list[str], list[str]]:
+    """Return the answer's text in each row, empty where there is none, and maybe a note."""
+    found = read_fields(rows, columns, ASSISTANTS)
+    if len(columns) > 1:
+        return ["\n".join(texts) for texts in found], []
+    several = [number for number, texts in enumerate(found, start=1) if len(texts) > 1]
+    note = (
+        f"{len(several)} rows hold several answers, such as row {several[:1]}: the first number "
+        "among them is the gold answer"
     )
+    return [choose_text(texts) if texts else "" for texts in found], [note] if several else []
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return what the last `\boxed{...}` holds, its inner braces balanced."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    begin, depth = start + len("\\boxed{"), 1
-    for position in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[begin:position].strip()
-    return None
-
-
-def extract_gold(field: str) -> str:
-    r"""Return the gold answer: what follows the last `####`, else in `\boxed{}`, else the field."""
-    if "####" in field:
-        return field.rpartition("####")[2].strip()
-    boxed = last_boxed(field)
-    return field.strip() if boxed is None else boxed
-
-
-def as_text(value: Any, row: int, column: str) -> str:
-    """Return a field as stripped text, nothing as the empty text.
-
-    Raises:
-        ValueError: it is neither text nor a number, such as a list of chat messages, or it holds
-        half a character.
-    """
-    if value is not None and not isinstance(value, str | Number):
+def to_reading(
+    split: str,
+    rows: list[Row],
+    question_columns: list[str],
+    answer_columns: list[str],
+    decimal_separator: DecimalSeparator,
+) -> Reading:
+    """Return the problems of some rows, by the columns of question and answer."""
+    questions = ["\n".join(texts) for texts in read_fields(rows, question_columns, USERS)]
+    answers, notes = read_answers(rows, answer_columns)
+    kept = [index for index, text in enumerate(answers) if text and questions[index]]
+    if not kept:
         raise ValueError(
-            f"row {row}: {column} must be text or a number, got a {type(value).__name__}: name "
-            "another column by --question-column or --answer-column"
+            f"has no usable rows: {'+'.join(question_columns)} or {'+'.join(answer_columns)} is "
+            "empty in each"
         )
-    text = "" if value is None else str(value).strip()
-    if HALF_CHARACTER.search(text):
-        raise ValueError(
-            f"row {row}: {column} holds half a character (an escape such as \\ud83d alone): mend it"
+    golds, layouts = find_golds([answers[index] for index in kept])
+    texts = [gold.answer for gold in golds]
+    if all(isinstance(get(rows[index], answer_columns[-1]), Number) for index in kept):
+        decimal_separator = "point"
+    separator, separators = choose_separator(texts, decimal_separator)
+    if separator == "comma":
+        texts = [swap_separators(text) or text for text in texts]
+    problems = [
+        Problem(
+            index + 1,
+            questions[index],
+            text,
+            answers[index].rpartition("####")[0].strip() or None,
+            rows[index],
+            answers[index],
         )
-    return text
-
-
-def to_problems(
-    rows: list[dict[str, Any]], question_column: str, answer_column: str
-) -> tuple[list[Problem], list[int]]:
-    """Return the problems, and the numbers of the rows that lack a question or an answer."""
-    problems, blank = [], []
-    for number, row in enumerate(rows, start=1):
-        question = as_text(row.get(question_column), number, question_column)
-        text = as_text(row.get(answer_column), number, answer_column)
-        if question and text:
-            solution = text.rpartition("####")[0].strip() or None
-            problems.append(Problem(number, question, extract_gold(text), solution, row))
-        else:
-            blank.append(number)
-    if not problems:
-        raise ValueError(
-            f"has no usable rows: {question_column} or {answer_column} is empty in each"
-        )
-    return problems, blank
+        for index, text in zip(kept, texts, strict=True)
+    ]
+    blank = sorted(set(range(1, len(rows) + 1)) - {problem.row for problem in problems})
+    chats = describe_chats(rows, question_columns)
+    return Reading(split, problems, blank, separator, (*chats, *notes, *layouts, *separators))
 
 
 def read_problems(
@@ -118,24 +133,32 @@ def read_problems(
     question_column: str | None = None,
     answer_column: str | None = None,
     flag: str = "--dataset",
-) -> tuple[list[Problem], list[int]]:
-    """Return the problems of a dataset, and the numbers of the rows that lack a question or an
-    answer; `flag` is what errors call the dataset by.
+    decimal_separator: DecimalSeparator = "auto",
+) -> Reading:
+    """Return the problems of a dataset's split (see `resolve_split`), and how they were read;
+    `flag` is what errors call the dataset by.
 
     Raises:
         FileNotFoundError: no such file or Hub dataset.
         ValueError: broken or empty data, or a column that is not there.
     """
     try:
-        rows = read_rows(dataset, split)
+        found = resolve_split(dataset, split)
+        table = read_rows(dataset, found)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{flag} {error}") from error
     try:
-        question = find_column(rows, question_column, QUESTION_COLUMNS, "--question-column")
-        answer = find_column(rows, answer_column, ANSWER_COLUMNS, "--answer-column")
-        return to_problems(rows, question, answer)
+        columns = list_columns(table.rows)
+        question = find_question(columns, question_column)
+        answer = find_columns(columns, answer_column, ANSWERS, "--answer-column")
+        reading = to_reading(found, table.rows, question, answer, decimal_separator)
     except ValueError as error:
         raise ValueError(f"{flag} {dataset} {error}") from error
+    notes = [*table.notes, *describe_columns(question, answer), *reading.notes]
+    notes += unused_context(columns, question, answer)
+    if found != split:
+        notes.append(f"{dataset} has no {split} split: its {found} split stands for it")
+    return replace(reading, notes=tuple(notes))
 
 
 def load_problems(
@@ -146,4 +169,4 @@ def load_problems(
 ) -> list[Problem]:
     """Return the problems of a dataset, rows without a question or an answer left out; raises as
     `read_problems` does."""
-    return read_problems(dataset, split, question_column, answer_column)[0]
+    return read_problems(dataset, split, question_column, answer_column).problems

@@ -13,12 +13,14 @@ import tyro
 from lora_grpo.adapter import CONFIG, check_adapter, read_train_config
 from lora_grpo.atomic import read_jsonl, write_json, write_jsonl
 from lora_grpo.backend import check_4bit, choose_backend, claim
-from lora_grpo.config import Rollout, TrainConfig
-from lora_grpo.dataset import BUILT_IN, Problem, load_problems
+from lora_grpo.config import DecimalSeparator, Rollout, TrainConfig
+from lora_grpo.dataset import BUILT_IN, Problem, read_problems
 from lora_grpo.hardware import find_gpu
 from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
 from lora_grpo.policy import Policy, open_policy
+from lora_grpo.prepare import Sieve, keep_usable
 from lora_grpo.prompt import PLAIN, PromptStyle, build_messages, count_tokens, render
+from lora_grpo.rewards import build_rewards
 from lora_grpo.rollout import Advance
 from lora_grpo.scoring import Item, build_report, build_rows, judge
 
@@ -42,9 +44,11 @@ class EvaluateConfig:
     dataset: str | None = None
     """Held-out problems; by default those that the adapter was evaluated on, or `arithmetic`."""
     question_column: str | None = None
-    """Column of the question; by default question, problem or prompt."""
+    """Column of the question, or several joined as body+question; by default a usual name."""
     answer_column: str | None = None
-    """Column of the gold answer; by default answer or solution."""
+    """Column of the gold answer; by default a usual name, such as answer or solution."""
+    decimal_separator: DecimalSeparator = "auto"
+    """How gold answers write decimals: auto is comma where they can be read in no other way."""
     num_items: int | None = None
     """Take the first so many problems; by default all."""
     max_completion_length: int | None = None
@@ -97,18 +101,36 @@ def trained_style(saved: dict[str, Any]) -> PromptStyle:
 
 def held_out_problems(
     config: EvaluateConfig, saved: dict[str, Any]
-) -> tuple[list[Problem], str, str]:
-    """Return the problems to evaluate on, with their dataset's and split's names."""
-    columns = (config.question_column, config.answer_column)
+) -> tuple[list[Problem], str, str, list[str]]:
+    """Return the problems to evaluate on, their dataset's and split's names, and notes on how they
+    were read and what was dropped.
+
+    Raises:
+        FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
+    """
     kept = config.adapter_dir / "eval_items.jsonl" if config.adapter_dir else None
     if config.dataset is None and kept and kept.is_file():
         report = json.loads((config.adapter_dir / "eval.json").read_text(encoding="utf-8"))
         problems = [
             Problem(row["index"] + 1, row["question"], row["answer"]) for row in read_jsonl(kept)
         ]
-        return problems[: config.num_items], report["dataset"], report["split"]
+        return problems[: config.num_items], report["dataset"], report["split"], []
     dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
-    return load_problems(dataset, "test", *columns)[: config.num_items], dataset, "test"
+    trained_on = dataset in (saved.get("eval_dataset"), saved.get("dataset"))
+    known = saved if trained_on else {}
+    separator = config.decimal_separator
+    reading = read_problems(
+        dataset,
+        "test",
+        config.question_column or known.get("question_column"),
+        config.answer_column or known.get("answer_column"),
+        decimal_separator=known.get("decimal_separator", "auto")
+        if separator == "auto"
+        else separator,
+    )
+    sieve = Sieve(strict=False)
+    problems = keep_usable(sieve, reading.split, reading, build_rewards())
+    return problems[: config.num_items], dataset, reading.split, sieve.notes
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ class Examination:
     problems: list[Problem]
     dataset: str
     split: str
+    notes: list[str]
     folder: Path
     tokenizer: "PreTrainedTokenizerBase"
     style: PromptStyle
@@ -135,7 +158,7 @@ def prepare(config: EvaluateConfig) -> Examination:
     saved: dict[str, Any] = {}
     if config.adapter_dir is not None:
         saved = read_train_config(check_adapter(config.adapter_dir))
-    problems, dataset, split = held_out_problems(config, saved)
+    problems, dataset, split, notes = held_out_problems(config, saved)
     name = config.model or saved.get("model") or base_of(config.adapter_dir)
     folder = resolve_model(name, None if config.model else saved.get("revision"))
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
@@ -145,6 +168,7 @@ def prepare(config: EvaluateConfig) -> Examination:
         problems=problems,
         dataset=dataset,
         split=split,
+        notes=notes,
         folder=folder,
         tokenizer=load_tokenizer(folder),
         style=trained_style(saved),
@@ -186,6 +210,8 @@ def evaluate(
             policy.use_adapter(config.adapter_dir)
             models["adapter"] = evaluate_model(*settings, progress("adapter", total))
     report = build_report(asked.dataset, asked.split, models)
+    if asked.notes:
+        report["notes"] = asked.notes
     if config.output is not None:
         items = config.output.with_name(config.output.stem + "_items.jsonl")
         write_jsonl(items, build_rows(asked.problems, models))

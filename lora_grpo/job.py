@@ -17,13 +17,17 @@ if TYPE_CHECKING:
     from lora_grpo.memory_error import MemoryExhaustedError
 
 PREVIEWED = 3
+SHOWN_SOURCE = 80
 
 
 def preview(plan: Plan, display: Display) -> None:
-    """Print three training problems as the model will see them, with their gold answers."""
+    """Print three training problems as the model will see them, with their gold answers and what
+    these were read from."""
     for problem in plan.data.train[:PREVIEWED]:
         text = render(plan.tokenizer, build_messages(problem.question, plan.data.style))
-        display.say(f"--- row {problem.row}, gold answer {problem.answer!r}\n{text}")
+        whole = problem.source in ("", problem.answer)
+        source = "" if whole else f", from {problem.source[-SHOWN_SOURCE:]!r}"
+        display.say(f"--- row {problem.row}, gold answer {problem.answer!r}{source}\n{text}")
 
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:

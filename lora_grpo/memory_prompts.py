@@ -70,8 +70,8 @@ def longest_prompt(config: TrainConfig) -> int | None:
         return None
     tokenizer = LightTokenizer(folder)
     columns = (config.question_column, config.answer_column)
-    problems, _ = read_problems(config.dataset, "train", *columns, "--dataset")
-    problems, example = take_example(problems, config.one_shot)
+    reading = read_problems(config.dataset, "train", *columns, "--dataset")
+    problems, example = take_example(reading.problems, config.one_shot)
     style = PromptStyle(read_system_prompt(config.system_prompt_file), example)
     texts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
     kept = [size for size in count_tokens(tokenizer, texts) if size <= config.max_prompt_length]

@@ -217,6 +217,8 @@ def make_plan(config: TrainConfig) -> Plan:
         config,
         **(memory.settings if memory else {}),
         dtype=placement.dtype,
+        num_validation_items=data.num_validation_items,
+        decimal_separator=data.decimal_separator,
         run_name=run_dir.name,
         backend=choice.backend,
         rollout=choice.rollout,

@@ -11,11 +11,11 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.config import TrainConfig
-from lora_grpo.dataset import BUILT_IN, Problem, read_problems
+from lora_grpo.config import DecimalSeparator, TrainConfig
+from lora_grpo.dataset import Problem, Reading, read_problems
+from lora_grpo.gold import describe_unreadable
 from lora_grpo.prompt import (
     PromptStyle,
     build_messages,
@@ -25,12 +25,17 @@ from lora_grpo.prompt import (
     render,
 )
 from lora_grpo.rewards import Reward, check_columns, check_gold
+from lora_grpo.splits import list_splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 10
 NAMED_ROWS = 5
+SHOWN_GOLDS = 3
+# Validation by default: a standard error of 6 points with the fewest items, 3 with the most, and
+# between them an eighth of the completions that are sampled until the next validation.
+FEWEST_ITEMS, MOST_ITEMS, VALIDATION_SHARE = 64, 256, 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Data:
     test: list[Problem]
     test_name: str
     test_split: str
+    num_validation_items: int
+    decimal_separator: DecimalSeparator
     style: PromptStyle
     notes: tuple[str, ...]
     longest_prompt: int
@@ -95,24 +102,23 @@ class Sieve:
         return kept
 
 
-def load_checked(
-    sieve: Sieve, config: TrainConfig, rewards: Sequence[Reward], split: str, dataset: str
+def keep_usable(
+    sieve: Sieve, name: str, reading: Reading, rewards: Sequence[Reward]
 ) -> list[Problem]:
     """Return the problems of a split less those that are blank or cannot earn full marks."""
-    columns = (config.question_column, config.answer_column)
-    flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
-    problems, blank = read_problems(dataset, split, *columns, flag)
-    problems = sieve.drop(split, problems, blank, "rows lack a question or an answer")
-    return drop_bad_gold(sieve, split, problems, rewards)
+    sieve.notes += [note for note in reading.notes if note not in sieve.notes]
+    lacking = "rows lack a question or an answer"
+    problems = sieve.drop(name, reading.problems, reading.blank, lacking)
+    return drop_bad_gold(sieve, name, problems, rewards)
 
 
-def find_test(config: TrainConfig) -> str | None:
-    """Return the dataset whose test split is held out, or None where a single file is all there
-    is."""
+def find_test(config: TrainConfig, trained_on: str) -> str | None:
+    """Return the dataset whose test split is held out, or None where there is none but the split
+    that is trained on."""
     if config.eval_dataset is not None:
         return config.eval_dataset
-    single = config.dataset != BUILT_IN and Path(config.dataset).expanduser().is_file()
-    return None if single else config.dataset
+    held_out = {"test", "validation"} & set(list_splits(config.dataset)) - {trained_on}
+    return config.dataset if held_out else None
 
 
 def drop_bad_gold(
@@ -125,9 +131,26 @@ def drop_bad_gold(
         **check_columns(problems),
     )
     bad = [problems[position] for position in failing]
+    if len(bad) == len(problems):
+        raise ValueError(f"{name}: {explain_golds(bad)}")
     shown = f", such as {bad[0].answer!r:.40}" if bad else ""
     why = f"gold answers do not earn full marks against themselves{shown}"
     return sieve.drop(name, problems, [problem.row for problem in bad], why)
+
+
+def explain_golds(problems: Sequence[Problem]) -> str:
+    """Say what gold answers look like of which none can be paid, and what to change."""
+    shown = "; ".join(
+        f"row {problem.row}: {problem.answer[:40]!r} from {problem.source[-60:]!r}"
+        for problem in problems[:SHOWN_GOLDS]
+    )
+    what = describe_unreadable([problem.answer for problem in problems])
+    return (
+        f"none of the {len(problems)} gold answers earns full marks: they {what}, and the built-in "
+        f"rewards pay numbers only ({shown}): name another column by --answer-column, give the "
+        "number itself as the answer, or pay them by a reward of your own with --reward-set none "
+        "--reward file.py:function"
+    )
 
 
 def drop_long(
@@ -191,43 +214,84 @@ def prepare_data(
     """
     sieve = Sieve(config.strict_data)
     style = fit_style(tokenizer, PromptStyle(read_system_prompt(config.system_prompt_file)))
-    train = load_checked(sieve, config, rewards, "train", config.dataset)
-    test_name = find_test(config)
+    reading = read_data(config, config.dataset, "train", config.decimal_separator)
+    train = keep_usable(sieve, "train", reading, rewards)
+    test_name = find_test(config, reading.split)
     if test_name is not None:
-        test, test_split = load_checked(sieve, config, rewards, "test", test_name), "test"
+        same = test_name == config.dataset
+        separator = reading.decimal_separator if same else config.decimal_separator
+        test_reading = read_data(config, test_name, "test", separator)
+        test, test_split = keep_usable(sieve, "test", test_reading, rewards), test_reading.split
         train = drop_overlap(sieve, train, test)
     else:
-        count = config.num_eval_items or len(train) // HELD_OUT_SHARE
+        count = config.num_eval_items or max(1, len(train) // HELD_OUT_SHARE)
         train, test = hold_out(train, count, config.seed)
-        test_name, test_split = config.dataset, f"held out of train with seed {config.seed}"
+        test_name = config.dataset
+        test_split = f"held out of {reading.split} with seed {config.seed}"
     train, example = take_example(train, config.one_shot)
     style = replace(style, example=example)
     limits = (style, tokenizer, config.max_prompt_length)
     train, longest = drop_long(sieve, "train", train, *limits)
     test = drop_long(sieve, "test", test, *limits)[0][: config.num_eval_items]
-    train, validation = hold_out(train, config.num_validation_items, config.seed)
-    check_enough(config, train, validation, test, sieve.notes)
-    notes = tuple(sieve.notes)
-    return Data(train, validation, test, test_name, test_split, style, notes, longest)
+    count = count_validation_items(config, len(train))
+    train, validation = hold_out(train, count, config.seed)
+    check_enough(config, train, validation, sieve.notes)
+    return Data(
+        train=train,
+        validation=validation,
+        test=test,
+        test_name=test_name,
+        test_split=test_split,
+        num_validation_items=count,
+        decimal_separator=reading.decimal_separator,
+        style=style,
+        notes=(*sieve.notes, *describe_sizes(config, train, test)),
+        longest_prompt=longest,
+    )
+
+
+def read_data(
+    config: TrainConfig, dataset: str, split: str, decimal_separator: DecimalSeparator
+) -> Reading:
+    columns = (config.question_column, config.answer_column)
+    flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
+    return read_problems(dataset, split, *columns, flag, decimal_separator)
+
+
+def count_validation_items(config: TrainConfig, num_problems: int) -> int:
+    """Return how many problems choose the best step: as asked for, else a tenth of them, within
+    what costs little beside the sampling."""
+    if config.num_validation_items is not None:
+        return config.num_validation_items
+    cheap = config.eval_steps * config.completions_per_step // VALIDATION_SHARE
+    return min(num_problems // HELD_OUT_SHARE, max(FEWEST_ITEMS, min(MOST_ITEMS, cheap)))
+
+
+def describe_sizes(
+    config: TrainConfig, train: Sequence[Problem], test: Sequence[Problem]
+) -> list[str]:
+    """Return a note where there are fewer problems than were asked for."""
+    notes = []
+    if config.num_eval_items is not None and len(test) < config.num_eval_items:
+        notes.append(f"--num-eval-items {config.num_eval_items}: the test has only {len(test)}")
+    if len(train) < config.prompts_per_step:
+        notes.append(
+            f"a step takes {config.prompts_per_step} prompts of {len(train)} problems: each comes "
+            "up more than once in it"
+        )
+    return notes
 
 
 def check_enough(
     config: TrainConfig,
     train: Sequence[Problem],
     validation: Sequence[Problem],
-    test: Sequence[Problem],
     notes: Sequence[str],
 ) -> None:
-    """Refuse a dataset that cannot fill one step or has nothing to test on, and say where its
-    rows went."""
-    if len(train) < config.prompts_per_step:
+    """Refuse a dataset of which nothing is left to train on, and say where its rows went."""
+    if not train:
         went = [*notes, f"{len(validation)} kept to choose the best step"]
         raise ValueError(
-            f"--dataset {config.dataset} leaves {len(train)} problems to train on, a step takes "
-            f"{config.prompts_per_step}: give more rows, or lower --num-validation-items or the "
-            f"batch ({'; '.join(went)})"
-        )
-    if not test:
-        raise ValueError(
-            f"--dataset {config.dataset} leaves nothing to evaluate on: name one by --eval-dataset"
+            f"--dataset {config.dataset} leaves no problems to train on: give more rows, or lower "
+            f"--num-eval-items or --num-validation-items ({'; '.join(went)})"
         )

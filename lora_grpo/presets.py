@@ -72,6 +72,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
+# What a preset chose for its own problems, and not for those of a user.
+LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
 # What a resume may change: how much is printed, how long the run is, and how memory is used.
 FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_KNOBS})
@@ -87,7 +89,7 @@ def choose_preset() -> tuple[str, str]:
 def find_sources(arguments: Sequence[str]) -> argparse.Namespace:
     """Look ahead for the flags that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", "resume", "model"):
+    for name in ("preset", "config", "resume", "model", "dataset"):
         parser.add_argument(f"--{name}", nargs="?")
     return parser.parse_known_args(arguments)[0]
 
@@ -113,7 +115,16 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
     else:
         preset, reason = choose_preset()
         why = f"preset {preset}: {reason}"
-    return {**PRESETS.get(preset, {}), **knobs, "preset": preset}, why
+    chosen = preset_knobs(preset, sources.dataset or knobs.get("dataset"))
+    return {**chosen, **knobs, "preset": preset}, why
+
+
+def preset_knobs(preset: str | None, dataset: str | None) -> dict[str, Any]:
+    """Return a preset's knobs, without its limits on data where another dataset is given."""
+    knobs = PRESETS.get(preset, {})
+    if dataset in (None, knobs.get("dataset", TrainConfig.dataset)):
+        return knobs
+    return {name: value for name, value in knobs.items() if name not in LIMITS_OF_DATA}
 
 
 def unchecked(knobs: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:

@@ -1,175 +1,311 @@
-"""Where rows come from: a local file or folder, the Hub, or the built-in arithmetic.
+"""The rows of one data file: JSON in its usual shapes, CSV with any separator, Parquet or Arrow.
 
-A dataset's name and a split go in; rows as dictionaries by column come out. Errors begin with the
-file or the name that they are about.
+A path goes in; a row is a dictionary by column. A note says what a user may want to know of how the
+file was read. Errors begin with the path.
 """
 
+import bz2
+import codecs
 import csv
+import gzip
+import io
 import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_grpo.arithmetic import generate_problems
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import DataType
 
-BUILT_IN = "arithmetic"
-BUILT_IN_ROWS = {"train": 4000, "validation": 256, "test": 512}
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-HUB_SECONDS = 10
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    """Read one JSON value a line; blank lines are passed over."""
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: broken JSON ({error.msg}): mend that line"
-                    ) from None
-    return rows
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SEPARATORS = (",", ";", "\t", "|")
+ROWS_TO_GUESS_FROM = 200
+# Under which key a JSON object usually holds its rows.
+ROW_KEYS = ("data", "rows", "examples", "problems", "questions", "items", "records", "instances")
+LFS_POINTER = b"version https://git-lfs"
+SPACE = re.compile(r"\s*")
 
 
-def read_json(path: Path) -> list[Any]:
-    """Read a JSON file that holds a list of objects."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: broken JSON ({error.msg}): mend that line"
-        ) from None
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path} holds a {type(rows).__name__}: a .json file must hold a list of objects"
+@dataclass(frozen=True)
+class Table:
+    """Rows by column, and a sentence for each thing about them that is not as usual."""
+
+    rows: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+
+def endings(path: Path) -> tuple[str, str]:
+    """Return a file's ending and that of its compression, in lower case: `.jsonl` and `.gz`."""
+    name = path.name.lower()
+    packed = next((ending for ending in COMPRESSED if name.endswith(ending)), "")
+    return Path(name.removesuffix(packed)).suffix, packed
+
+
+def is_data_file(path: Path) -> bool:
+    """Return whether a file's name has an ending that `read_file` reads."""
+    return endings(path)[0] in READERS
+
+
+def is_chat(value: Any) -> bool:
+    """Return whether a value is a list of chat turns, of OpenAI's shape or of ShareGPT's."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from"))
+            for turn in value
         )
-    return rows
+    )
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file whose first line names the columns."""
-    rows = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds, unpacked."""
+    packed = endings(path)[1]
+    try:
+        with COMPRESSED.get(packed, open)(path, "rb") as file:
+            return file.read()
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is no readable {packed} file ({error}): write it again") from None
+
+
+def read_text(path: Path) -> str:
+    """Return a text file in UTF-8, or in UTF-16 where it begins with a byte order mark, as
+    spreadsheets write it."""
+    data = read_bytes(path)
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason}): convert it, or save it as `CSV UTF-8` "
+            "from the spreadsheet"
+        ) from None
+
+
+def broken_line(text: str, error: json.JSONDecodeError) -> int:
+    """Return the line to mend: a missing delimiter belongs to what stands before it."""
+    before = text[: error.pos]
+    return (before.rstrip() if "delimiter" in error.msg else before).count("\n") + 1
+
+
+def read_json(path: Path, split: str) -> Table:
+    """Read JSON values one after another, such as one per line, or one that holds all rows."""
+    text, decoder, values = read_text(path), json.JSONDecoder(), []
+    start = SPACE.match(text).end()
+    while start < len(text):
         try:
-            for row in reader:
-                if None in row:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: more fields than the "
-                        f"{len(reader.fieldnames)} columns: quote a text that holds a comma"
-                    )
-                rows.append(row)
-        except csv.Error as error:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {reader.reader.line_num}: broken CSV ({error}): mend that line"
+                f"{path}, line {broken_line(text, error)}: broken JSON ({error.msg}): mend that "
+                "line"
             ) from None
-    return rows
+        values.append(value)
+        start = SPACE.match(text, end).end()
+    return find_rows(path, values[0], split) if len(values) == 1 else Table(values)
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Read a Parquet file."""
+def as_list(value: Any) -> Any:
+    """Return a list that was written by number, `{"0": ..., "1": ...}` as pandas does, as one."""
+    if isinstance(value, dict) and value and all(key.isdecimal() for key in value):
+        return list(value.values())
+    return value
+
+
+def find_rows(path: Path, value: Any, split: str) -> Table:
+    """Return the rows that one JSON value holds: a list of them, one under a key, or columns.
+
+    Raises:
+        ValueError: several keys hold rows, and none has the split's or a usual name.
+    """
+    value = as_list(value)
+    if isinstance(value, list):
+        return Table(value)
+    if not isinstance(value, dict):
+        return Table([value])
+    columns = {key: as_list(item) for key, item in value.items()}
+    lists = {key: item for key, item in columns.items() if isinstance(item, list)}
+    if {"columns", "data"} <= lists.keys() and all(isinstance(row, list) for row in lists["data"]):
+        rows = [dict(zip(lists["columns"], row, strict=False)) for row in lists["data"]]
+        return Table(rows, ("rows are read from its keys columns and data",))
+    holders = [
+        key
+        for key, item in lists.items()
+        if not is_chat(item) and all(isinstance(row, dict) for row in item)
+    ]
+    holders += [key for key in (split, *ROW_KEYS) if isinstance(columns.get(key), dict)]
+    if holders:
+        usual = [key for key in (split, *ROW_KEYS) if key in holders]
+        if not usual and len(holders) > 1:
+            raise ValueError(
+                f"{path} holds rows under {', '.join(holders)}: keep one of them, or call it data"
+            )
+        key = (usual or holders)[0]
+        found = find_rows(path, value[key], split)
+        return Table(found.rows, (f"rows are read from its key {key}", *found.notes))
+    lengths = {len(item) for item in lists.values()}
+    if lists.keys() == value.keys() and len(lengths) == 1 and not any(map(is_chat, lists.values())):
+        rows = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+        return Table(rows, ("each of its keys is read as a column",))
+    return Table([value])
+
+
+def fit(text: str, separator: str) -> tuple[bool, float, int]:
+    """Return how well a separator divides the first rows: whether at all, the share of rows as wide
+    as the header, and the header's width."""
+    records: list[list[str]] = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    with suppress(csv.Error):  # said when the rows are read
+        records += islice(filter(None, reader), ROWS_TO_GUESS_FROM)
+    widths = [len(record) for record in records] or [0]
+    return widths[0] > 1, widths.count(widths[0]) / len(widths), widths[0]
+
+
+def read_header(path: Path, record: list[str]) -> list[str]:
+    """Return the column names without blanks around them.
+
+    Raises:
+        ValueError: a name stands there twice.
+    """
+    names = [name.strip() for name in record]
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} has two columns named {twice}: rename one")
+    return names
+
+
+def read_csv(path: Path, split: str) -> Table:
+    """Read a text table whose first line names the columns; the separator is the one that divides
+    header and rows alike."""
+    text = read_text(path)
+    if text[:4].lower() == "sep=":  # Excel's own first line
+        separator = text[4:5]
+        text = text.partition("\n")[2]
+    else:
+        separator = max(SEPARATORS, key=lambda candidate: fit(text, candidate))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        header = read_header(path, next(reader, []))
+        rows = list(csv_rows(path, reader, header, separator))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: broken CSV ({error}): mend that line"
+        ) from None
+    usual = separator in (",", "\t")
+    return Table(rows, () if usual else (f"columns are separated by {separator!r}",))
+
+
+def csv_rows(
+    path: Path, reader: Any, header: list[str], separator: str
+) -> Iterator[dict[str, str | None]]:
+    for record in filter(None, reader):
+        if any(text.strip() for text in record[len(header) :]):
+            raise ValueError(
+                f"{path}, line {reader.line_num}: more fields than the {len(header)} columns "
+                f"(separated by {separator!r}): quote a text that holds the separator, such as a "
+                "comma"
+            )
+        record += [None] * (len(header) - len(record))
+        yield {name: text for name, text in zip(header, record, strict=False) if name}
+
+
+def replace_float32(kind: "DataType", by: "DataType") -> "DataType":
+    """Return an Arrow type with another in place of 32-bit floats, also inside of lists and
+    structs."""
+    import pyarrow
+
+    if pyarrow.types.is_float32(kind):
+        return by
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(replace_float32(kind.value_type, by))
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([part.with_type(replace_float32(part.type, by)) for part in kind])
+    return kind
+
+
+def arrow_rows(table: "pyarrow.Table") -> list[dict[str, Any]]:
+    """Return the rows of an Arrow table. A 32-bit float becomes the shortest decimal that rounds to
+    it, 0.3 and not 0.30000001192092896, which Arrow writes when it makes text of it."""
+    import pyarrow
+
+    schemas = [
+        pyarrow.schema([part.with_type(replace_float32(part.type, by)) for part in table.schema])
+        for by in (pyarrow.string(), pyarrow.float64())
+    ]
+    if not schemas[0].equals(table.schema):
+        table = table.cast(schemas[0]).cast(schemas[1])
+    return table.to_pylist()
+
+
+def read_arrow(path: Path) -> "pyarrow.Table":
+    """Read an Arrow file: the stream that `datasets` writes, or Feather's format."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            return pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(source).read_all()
+
+
+def read_binary(path: Path, split: str) -> Table:
+    """Read a Parquet or an Arrow file."""
     import pyarrow
     from pyarrow import parquet
 
+    read = parquet.read_table if endings(path)[0] == ".parquet" else read_arrow
     try:
-        return parquet.read_table(path).to_pylist()
+        return Table(arrow_rows(read(path)))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no readable Parquet file ({error}): write it again") from None
+        kind = endings(path)[0].removeprefix(".").capitalize()
+        raise ValueError(f"{path} is no readable {kind} file ({error}): write it again") from None
 
 
-READERS = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+READERS: dict[str, Callable[[Path, str], Table]] = {
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_csv,
+    ".parquet": read_binary,
+    ".arrow": read_binary,
+    ".feather": read_binary,
+}
+BINARY = (".parquet", ".arrow", ".feather")
 
 
-def find_in_folder(folder: Path, split: str) -> Path:
-    """Return the folder's one file for a split, such as `train.jsonl` or `train-00000.parquet`."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    named = [path for path in files if path.stem.split("-")[0] == split]
-    if len(named) != 1:
-        found = ", ".join(path.name for path in files) or "no data files"
-        raise FileNotFoundError(
-            f"{folder} must hold one {split}{'|'.join(SUFFIXES)} file, found {found}: add it, or "
-            "give the path of a file"
-        )
-    return named[0]
-
-
-def read_file(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a local file.
+def read_file(path: Path, split: str = "train") -> Table:
+    """Read the rows of a local file; `split` chooses where a JSON object holds several.
 
     Raises:
         ValueError: an unknown ending, broken text, a row that is not an object, or no rows.
     """
-    if path.suffix not in READERS:
+    ending, packed = endings(path)
+    if ending not in READERS or (packed and ending in BINARY):
         raise ValueError(
-            f"{path} must end in {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'}"
+            f"{path} must end in {', '.join(READERS)}, the text formats also with .gz, .bz2 or "
+            f".xz, got {path.suffix or 'no ending'}: save a spreadsheet as CSV"
         )
-    try:
-        rows = READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
-    if not rows:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(
+                f"{path} is a Git LFS pointer and not the data: run `git lfs pull` in its folder"
+            )
+    table = READERS[ending](path, split)
+    if not table.rows:
         raise ValueError(f"{path} is empty: it must hold a row for each problem")
+    rows = [{"messages": row} if is_chat(row) else row for row in table.rows]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(
                 f"{path}, row {number}: expected an object with named columns, got {row!r:.60}"
             )
-    return rows
-
-
-def hub_answers(repository: str) -> bool:
-    """Tell whether the Hub can be reached; `datasets` would retry for half a minute to find out."""
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().dataset_info(repository, timeout=HUB_SECONDS)
-    except HfHubHTTPError:
-        return True
-    except (httpx.HTTPError, OSError):
-        return False
-    return True
-
-
-def read_hub(name: str, split: str) -> list[dict[str, Any]]:
-    """Read one split of a Hub dataset, `owner/name` or `owner/name:config`; from the cache where
-    the Hub cannot be reached."""
-    import datasets
-    import httpx
-
-    repository, _, config = name.partition(":")
-    datasets.disable_progress_bars()
-    try:
-        datasets.config.HF_HUB_OFFLINE |= not hub_answers(repository)
-        return datasets.load_dataset(repository, config or None, split=split).to_list()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-        httpx.HTTPError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileNotFoundError(
-            f"{name} is no local file, and the Hub did not give its {split} split ({reason}): give "
-            "the path of a local file, or use --preset tiny, which needs no network"
-        ) from error
-
-
-def read_rows(dataset: str, split: str) -> list[dict[str, Any]]:
-    """Return the rows of a dataset by the kind of its name."""
-    if dataset == BUILT_IN:
-        return generate_problems(BUILT_IN_ROWS.get(split, 0), split)
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return read_file(find_in_folder(path, split))
-    if path.is_file():
-        return read_file(path)
-    if path.suffix in SUFFIXES or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(
-            f"{dataset} does not exist: check the path (relative to {Path.cwd()})"
-        )
-    return read_hub(dataset, split)
+    return Table(rows, table.notes)

@@ -23,6 +23,8 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in report.get("notes", ()):
+        display.say(note)
     display.results(report)
     if config.output:
         display.say(f"written: {config.output}")

@@ -17,11 +17,11 @@ ORDER = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     # dataset -> prompt
-    *("arithmetic", "table", "dataset", "prompt"),
+    *("arithmetic", "table", "splits", "columns", "answers", "gold", "dataset", "prompt"),
     # -> rollout
     *("memory_error", "model", "lora_layers", "rollout", "unsloth_model", "unsloth_policy"),
     # -> reward
-    *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
+    *("custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     *("pretrain", "tiny_card"),
     "prepare",
     # -> what a run holds in memory
@@ -79,9 +79,20 @@ ORDER = [
 WITHOUT_TORCH = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
-    *("dataset", "prompt", "engine_settings", "vllm_engine", "vllm_rollout", "policy"),
+    *(
+        "splits",
+        "columns",
+        "answers",
+        "gold",
+        "dataset",
+        "prompt",
+        "engine_settings",
+        "vllm_engine",
+        "vllm_rollout",
+        "policy",
+    ),
     *("model", "rollout", "unsloth_model", "unsloth_policy"),
-    *("answers", "custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
+    *("custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
     "prepare",
     *(
         "allocator",

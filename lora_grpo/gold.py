@@ -1,0 +1,230 @@
+r"""The gold answer in an answer field: after `####`, in `\boxed{}`, or the one number it can be.
+
+The fields of a column go in, since how numbers are written is decided for all of them at once; gold
+answers come out, each with the layout it was found in, and a note for what is not as usual.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lora_grpo.answers import parse_answer, parse_number
+from lora_grpo.columns import number_as_text
+from lora_grpo.config import DecimalSeparator
+
+BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
+PHRASE = re.compile(
+    r"(?:answer|result|solution|antwort|respuesta|r\u00e9ponse|\u7b54\u6848)"
+    r"(?:\s+(?:is|ist|es|est)\b|\s*[:=\uff1a\u662f])+[ \t]*(?P<rest>[^\n]+)",
+    re.IGNORECASE,
+)
+BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__", re.DOTALL)
+DECORATION = "*_`$ \t\n\"'"
+# A number in a number's text, with its separators.
+DIGITS = re.compile(r"[0-9](?:[0-9.,]*[0-9])?")
+WITH_COMMA = re.compile(r"(?:[1-9][0-9]{0,2}(?:\.[0-9]{3})+|[0-9]+)(?:,[0-9]+)?")
+THOUSANDS_BY_POINT = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:\.[0-9]{3})+(?![0-9.])")
+# A sentence: words, no mathematics, and a number that stands alone.
+FORMULA = re.compile(r"[\\^=+*{}<>|/]|[0-9][A-Za-z]|[A-Za-z][0-9]|[A-Za-z0-9]-[0-9A-Za-z]")
+WORD = re.compile(r"[^\W\d_]{2,}")
+SCALE = re.compile(
+    r"\b(?:hundred|thousand|million|billion|trillion|dozen|half|third|quarter|score|lakh|crore)",
+    re.IGNORECASE,
+)
+FEWEST_WORDS = 3
+# A column's layout is a sentence with one number in it where half of all fields are read so, and
+# most of those that are not read otherwise.
+HALF, MOST = 0.5, 0.8
+CHOICE = re.compile(r"\(?([A-Ja-j])[).:]?")
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A gold answer, and the layout that it was found in; None where the field is the answer."""
+
+    answer: str
+    layout: str | None = None
+
+
+def swap_separators(text: str) -> str | None:
+    """Return a number's text with decimal commas in the usual notation, `1.234,5` as `1234.5`, or
+    None where it is not such a text."""
+    if not all(WITH_COMMA.fullmatch(digits) for digits in DIGITS.findall(text)):
+        return None
+    return DIGITS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
+
+
+def is_number(text: str | None) -> bool:
+    return text is not None and parse_number(text) is not None
+
+
+def is_readable(text: str) -> bool:
+    """Return whether a text is a number in either notation."""
+    return is_number(text) or is_number(swap_separators(text))
+
+
+def trim(text: str) -> str | None:
+    """Return what is a number in a short text, without label and decoration: `Answer: **5**.` is
+    `5`."""
+    labelled = PHRASE.search(text)
+    for candidate in (text, labelled and labelled["rest"]):
+        for stripped in (candidate, candidate and candidate.strip(DECORATION + ".")):
+            if stripped and is_readable(stripped):
+                return stripped.strip()
+    return None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return what the last `\boxed{...}` holds, its inner braces balanced, or of `\boxed 5` the
+    number."""
+    starts = [found.end() for found in BOXED.finditer(text)]
+    if not starts:
+        return None
+    begin, depth = starts[-1], 0
+    if not text.startswith("{", begin):
+        return re.match(r"[^\s$]*", text[begin:])[0].rstrip(".,;") or None
+    for position in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[begin + 1 : position].strip()
+    return None
+
+
+def after_hashes(text: str) -> str | None:
+    """Return the first line after the last `####`, nothing if nothing follows."""
+    after = text.rpartition("####")[2].strip()
+    return after.partition("\n")[0].strip() if "####" in text else None
+
+
+def after_phrase(text: str) -> str | None:
+    """Return the number that the last line with `the answer is` or the like ends on."""
+    found = list(PHRASE.finditer(text))
+    return trim(found[-1]["rest"]) if found else None
+
+
+def in_bold(text: str) -> str | None:
+    """Return the one number in bold type."""
+    numbers = {trim(first or second or "") for first, second in BOLD.findall(text)} - {None}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def only_number(text: str) -> str | None:
+    """Return the one number of a sentence."""
+    digits = DIGITS.findall(text)
+    if len(digits) != 1 or FORMULA.search(text) or SCALE.search(text):
+        return None
+    if len(WORD.findall(text)) < FEWEST_WORDS:
+        return None
+    sign = re.search(r"(?<!\S)[-\u2212](?=[0-9])", text)
+    return ("-" if sign else "") + digits[0]
+
+
+# In the order of trust. What the first two and the tags hold is the gold answer even if no number.
+MARKS: dict[str, Callable[[str], str | None]] = {
+    "after ####": after_hashes,
+    r"in \boxed{}": last_boxed,
+    "in <answer> tags": parse_answer,
+}
+GUESSES: dict[str, Callable[[str], str | None]] = {
+    "after `the answer is`": after_phrase,
+    "in bold type": in_bold,
+}
+SENTENCE = "the only number of a sentence"
+
+
+def find_gold(field: str, sentences: bool = False) -> Gold:
+    """Return the gold answer of one field: the first marked text that is a number, else the field,
+    else a number that stands out in it, else what the first mark holds."""
+    marked = {name: found for name, find in MARKS.items() if (found := find(field)) is not None}
+    for name, text in marked.items():
+        number = trim(text)
+        if number is not None:
+            return Gold(number, name)
+    if not marked and is_readable(field):
+        return Gold(field.strip())
+    guesses = {**GUESSES, SENTENCE: only_number} if sentences and not marked else GUESSES
+    for name, find in guesses.items():
+        number = find(field)
+        if number is not None:
+            return Gold(number, name)
+    name = next(iter(marked), None)
+    return Gold(marked[name] if name else field.strip(), name)
+
+
+def extract_gold(field: str) -> str:
+    r"""Return the gold answer: what follows the last `####`, else in `\boxed{}`, else the field."""
+    return find_gold(field).answer
+
+
+def find_golds(fields: Sequence[str]) -> tuple[list[Gold], list[str]]:
+    """Return the gold answers of a column, and a note for each layout that is not as usual. The
+    only number of a sentence counts where most fields are such sentences."""
+    golds = [find_gold(field) for field in fields]
+    unread = [index for index, gold in enumerate(golds) if not is_readable(gold.answer)]
+    guessed = {index: find_gold(fields[index], sentences=True) for index in unread}
+    read = sum(gold.layout == SENTENCE for gold in guessed.values())
+    if read >= HALF * len(fields) and read >= MOST * len(unread):
+        golds = [guessed.get(index, gold) for index, gold in enumerate(golds)]
+    unusual = [gold.layout for gold in golds if gold.layout in (*GUESSES, SENTENCE)]
+    notes = []
+    for layout, count in Counter(unusual).items():
+        index = next(index for index, gold in enumerate(golds) if gold.layout == layout)
+        notes.append(
+            f"{count} of {len(golds)} gold answers are {layout}, such as {golds[index].answer!r} "
+            f"of {fields[index][-60:]!r}"
+        )
+    return golds, notes
+
+
+def choose_separator(
+    answers: Sequence[str], wanted: DecimalSeparator = "auto"
+) -> tuple[DecimalSeparator, list[str]]:
+    """Return the decimal separator of a column's gold answers, `point` or `comma`, and a note where
+    they can be read in two ways.
+
+    Unless asked for, it is the comma where some gold answer can only be read with it, and none can
+    only be read with the point.
+    """
+    if wanted != "auto":
+        return wanted, []
+    separated = [answer for answer in answers if re.search("[.,]", answer)]
+    by_point = {answer for answer in separated if is_number(answer)}
+    by_comma = {answer for answer in separated if is_number(swap_separators(answer))}
+    only_comma = [answer for answer in separated if answer in by_comma - by_point]
+    if only_comma and by_point <= by_comma:
+        return "comma", [describe_separator(only_comma[0], "comma", "point")]
+    dotted = [answer for answer in separated if "." in answer and answer in by_point]
+    if dotted and all(THOUSANDS_BY_POINT.search(answer) for answer in dotted):
+        return "point", [describe_separator(dotted[0], "point", "comma")]
+    return "point", []
+
+
+def describe_separator(answer: str, separator: str, other: str) -> str:
+    readings = {"point": answer, "comma": swap_separators(answer) or ""}
+    values = {
+        name: number_as_text(float(number)) if number is not None else "no number"
+        for name, number in zip(readings, map(parse_number, readings.values()), strict=True)
+    }
+    return (
+        f"gold answers such as {answer!r} are read with a decimal {separator}, as "
+        f"{values[separator]}: --decimal-separator {other} makes it {values[other]}"
+    )
+
+
+def describe_unreadable(answers: Sequence[str]) -> str:
+    """Return what gold answers look like of which none is a number."""
+    choices = [CHOICE.fullmatch(answer) for answer in answers]
+    if all(choices):
+        return f"look like choices ({', '.join(sorted({found[1].upper() for found in choices}))})"
+    if most(answers, lambda answer: "\\" in answer or "^" in answer):
+        return "look like formulas"
+    if most(answers, lambda answer: len(WORD.findall(answer)) > FEWEST_WORDS):
+        return "look like free text"
+    if most(answers, lambda answer: WORD.search(answer) is not None):
+        return "look like words"
+    return "are no numbers"
+
+
+def most(answers: Sequence[str], holds: Callable[[str], bool]) -> bool:
+    return 2 * sum(map(holds, answers)) > len(answers)
