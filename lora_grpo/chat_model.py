@@ -120,6 +120,8 @@ class ChatModel:
         tokenizer = self.prompter.tokenizer
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         settings, stream = self._settings(), TextStream(tokenizer, say)
+        if prefill := self.prompter.style.prefill:
+            say(prefill)
         torch.manual_seed(seed)
         bare = self.model.disable_adapter() if side == "base" else nullcontext()
         with bare, one_matrix(self.model), torch.no_grad():
@@ -127,7 +129,7 @@ class ChatModel:
                 **inputs.to(self.model.device), generation_config=settings, streamer=stream
             )
         ids, truncated = cut_at_end(stream.ids, settings.eos_token_id)
-        return Completion(stream.said, len(ids), truncated)
+        return Completion(prefill + stream.said, len(ids), truncated)
 
     def _settings(self) -> "GenerationConfig":
         decoding = self.decoding

@@ -4,7 +4,7 @@ prompt."""
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,10 @@ def evaluate_model(
 ) -> list[Item]:
     """Answer each problem greedily and score it, in the problems' order."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
-    completions = policy.complete(prompts, max_completion_length, advance)
+    completions = [
+        replace(done, text=style.prefill + done.text)
+        for done in policy.complete(prompts, max_completion_length, advance)
+    ]
     return [judge(problem, done) for problem, done in zip(problems, completions, strict=True)]
 
 

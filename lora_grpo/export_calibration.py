@@ -47,7 +47,7 @@ def find_calibration(
         return Calibration(rows, f"{len(rows)} built-in problems, answered by the merged model")
     texts = [
         render_question(source, tokenizer, question)
-        + row["completion"]
+        + row["completion"].removeprefix(source.style.prefill)
         + ("" if row["truncated"] else tokenizer.eos_token)
         for question, row in list(sampled.items())[-NUM_ROWS:]
     ]

@@ -114,13 +114,17 @@ def open_policy(
     With `engine` it answers through vLLM, and the model itself is loaded only to be trained, or on
     a CPU to hand vLLM the weights that 4-bit comes to.
     """
+    ends = declared_end_ids(folder, tokenizer)
     if engine is None:
         base = load_base(folder, placement, load_in_4bit, double_quant)
+        base.generation_config.eos_token_id = ends
         yield TransformersPolicy(base, tokenizer, batch_size)
         return
     from lora_grpo.vllm_engine import open_engine
 
     needed = to_train or (load_in_4bit and placement.device == "cpu")
     base = load_base(folder, placement, load_in_4bit, double_quant) if needed else None
-    with open_engine(folder, engine, declared_end_ids(folder, tokenizer), base) as opened:
+    if base is not None:
+        base.generation_config.eos_token_id = ends
+    with open_engine(folder, engine, ends, base) as opened:
         yield VLLMPolicy(opened, tokenizer, base if to_train else None)

@@ -155,6 +155,7 @@ def build_trainer(
         say=display.say_always,
         shared_prefix=plan.config.shared_prefix,
         replacements=find_replacements(plan),
+        prefill=plan.data.style.prefill,
         columns=reward_columns(plan.data.train),
     )
     trainer.remove_callback(PrinterCallback)

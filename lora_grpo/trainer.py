@@ -53,6 +53,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         shared_prefix: bool = True,
         replacements: Replacements | None = None,
         columns: Mapping[int, dict[str, Any]] | None = None,
+        prefill: str = "",
     ) -> None:
         if not BY_UNSLOTH:
             check_seams(GRPOTrainer)
@@ -71,7 +72,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
                 "and each would draw for itself: train in one, or leave the flag out"
             )
         self.replacements = replacements
-        self.columns = columns
+        self.columns, self.prefill = columns, prefill
         self.reward_func_names = [reward.name for reward in rewards]
         self.batch = Batch()
         self.seconds = {"generate": 0.0, "sync": 0.0, "reward": 0.0, "update": 0.0}
@@ -137,6 +138,10 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
     ) -> torch.Tensor:
         started = time.perf_counter()
         told = [self.columns[row["row"]] for row in inputs] if self.columns else inputs
+        # As in evaluation: the whole text, begun by the chat template, whatever TRL parses it into.
+        texts = self._tokenizer.batch_decode(completion_ids_list, skip_special_tokens=True)
+        texts = [self.prefill + text for text in texts]
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
         scores = super()._calculate_rewards(told, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         own = scores[first : first + len(prompts)]  # (B, rewards); `scores` holds every process's
@@ -145,7 +150,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         self.batch = Batch(
             questions=[row["question"] for row in inputs],
             answers=[row["answer"] for row in inputs],
-            completions=[completion[0]["content"] for completion in completions],
+            completions=texts,
             tokens=[len(ids) for ids in completion_ids_list],
             truncated=[ids[-1] not in ends for ids in completion_ids_list],
             rewards={

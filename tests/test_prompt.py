@@ -9,6 +9,8 @@ from lora_grpo.prompt import (
     PromptStyle,
     build_messages,
     count_tokens,
+    find_turn_end,
+    fit_style,
     keep_settings,
     perfect_completion,
     read_system_prompt,
@@ -111,3 +113,78 @@ def test_a_saved_template_asks_as_training_did(tokenizer) -> None:
     thinking = saved.apply_chat_template(messages, enable_thinking=True, **plain)
     assert thinking == trained.apply_chat_template(messages, enable_thinking=True, **plain)
     assert keep_settings(tokenizer.chat_template) == tokenizer.chat_template
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+LOOP = "{% for m in messages %}" + TURN + "{% endfor %}"
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + LOOP
+)
+DROPPING = LOOP.replace("in messages %}", "in messages if m.role != 'system' %}")
+
+
+def opening(text: str) -> str:
+    answer = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n" + text + "' }}{% endif %}"
+    return LOOP + answer
+
+
+@pytest.mark.parametrize("template", [REFUSING, DROPPING])
+def test_without_a_system_turn_its_text_opens_the_first_user_turn(tokenizer, template) -> None:
+    other = copy(tokenizer)
+    other.chat_template = template
+    style = fit_style(other, PromptStyle("Be brief.", EXAMPLE))
+    roles = [message["role"] for message in build_messages("Why?", style)]
+    assert roles == ["user", "assistant", "user"]
+    text = render(other, build_messages("Why?", style))
+    assert text.startswith("<|im_start|>user\nBe brief.\n\nHow many?<|im_end|>")
+    assert text.count("Be brief.") == 1
+    assert fit_style(tokenizer, PromptStyle("Be brief.")) == PromptStyle("Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("template", "prefill"),
+    [
+        (opening(""), ""),
+        (opening("<think>\n"), "<think>\n"),
+        (opening("<reasoning>\n"), "<reasoning>\n"),
+        (opening("<think>\n\n</think>\n\n"), ""),  # Qwen3 with enable_thinking=False
+        (opening("<think>\n\n</think>\n\n<reasoning>"), "<reasoning>"),
+        (  # earlier turns keep an empty block
+            opening("<think>\n").replace(
+                "m.role + '\n'",
+                "m.role + '\n' + ('<think>\n\n</think>\n\n' if m.role == 'assistant' else '')",
+            ),
+            "<think>\n",
+        ),
+        # Mistral's, whose assistant turn has no header
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", ""),
+    ],
+)
+def test_what_the_template_writes_of_the_answer_is_known(tokenizer, template, prefill) -> None:
+    other = copy(tokenizer)
+    other.chat_template = template
+    assert fit_style(other).prefill == prefill
+
+
+def test_the_token_that_ends_a_turn_is_read_from_the_template(tokenizer) -> None:
+    other = copy(tokenizer)
+    assert find_turn_end(other) == other.convert_tokens_to_ids("<|im_end|>")
+    other.chat_template = LOOP.replace("<|im_end|>", "<|endoftext|>")
+    assert find_turn_end(other) == other.convert_tokens_to_ids("<|endoftext|>")
+    other.chat_template = LOOP.replace("<|im_end|>", "")
+    assert find_turn_end(other) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }", "line 1"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("Hello", "leaves the question out"),
+    ],
+)
+def test_a_template_that_cannot_be_rendered_is_refused(tokenizer, template, reason) -> None:
+    other = copy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(ValueError, match=f"chat template of .*{reason}"):
+        fit_style(other)
