@@ -11,6 +11,7 @@ from lora_grpo.card_base import short_name
 from lora_grpo.card_markdown import code, escape, fence, table
 from lora_grpo.card_records import Records
 from lora_grpo.config import TrainConfig, flag
+from lora_grpo.config_file import given_knobs
 from lora_grpo.presets import PRESETS
 
 SETTINGS = {
@@ -19,8 +20,10 @@ SETTINGS = {
     "base held in": "{held_in}",
     "sampling": "{num_generations} completions a prompt, {completions} a step, up to "
     "{max_completion_length} tokens, temperature {temperature:g}, top-p {top_p:g}",
-    "loss": "{loss_type}, clipped at {epsilon:g} below",
-    "clipped above at": "{epsilon_high:g}",
+    "loss": "{loss_type}",
+    "importance ratio by": "{importance_sampling_level}",
+    "clipped below by": "{epsilon:g}",
+    "clipped above by": "{epsilon_high:g}",
     "groups without a signal": "{replaced}",
     "KL weight": "{beta:g}",
     "advantages divided by the spread of": "{scale_rewards}",
@@ -125,8 +128,9 @@ def reproduce(trained: dict[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     defaults |= PRESETS.get(preset, {})
     lines = ["python scripts/train_lora.py", *([f"--preset {preset}"] if preset else [])]
+    given = given_knobs(trained)
     for name, default in defaults.items():
-        value = publish(name, trained.get(name, default))
+        value = publish(name, given.get(name, default))
         value = tuple(value) if isinstance(value, list) else value
         # Without a preset the hardware would choose one, unless a model is named.
         if name not in OF_ONE_RUN and (value != default or (name == "model" and not preset)):

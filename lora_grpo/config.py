@@ -7,7 +7,7 @@ wrong flag answer at once. A field's docstring is one line: tyro shows the break
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import UseAppendAction
 
@@ -18,6 +18,8 @@ Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
 DecimalSeparator = Literal["auto", "point", "comma"]
+Level = Literal["token", "sequence"]
+Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_KNOBS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
@@ -73,6 +75,10 @@ class TrainConfig:
     """Share of the card for vLLM's weights and cache; by default what the memory plan leaves."""
     vllm_max_num_seqs: int | None = None
     """Completions that vLLM writes at once; by default all of a step, if their cache fits."""
+    vllm_importance_sampling_mode: Correction | None = None
+    """Bound on the ratio to vLLM's log-probs; token_truncate, as a sequence's is mostly noise."""
+    vllm_importance_sampling_clip_max: float | None = None
+    """Largest such ratio, by default 3: one above it is cut to it (truncate) or to 0 (mask)."""
 
     dataset: str = "openai/gsm8k:main"
     """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
@@ -120,12 +126,14 @@ class TrainConfig:
     """1, for the same reason."""
     beta: float = 0.0
     """Weight of the KL term: 0 saves the reference pass; LoRA stays close to its base anyway."""
-    epsilon: float = 0.2
-    """Lower clipping of the probability ratio (PPO's value)."""
-    epsilon_high: float | None = 0.28
-    """Upper clipping, wider as in DAPO (arXiv 2503.14476), so that rare good tokens can grow."""
     loss_type: LossType = "dapo"
     """How token losses are averaged: dapo counts each token once, so no length is favoured."""
+    importance_sampling_level: Level | None = None
+    """Ratio per token, or per completion: luspo needs sequence, GSPO is grpo with sequence."""
+    epsilon: float | None = None
+    """Lower clipping of the ratio: by default 0.2 (PPO), for GSPO 3e-4, for luspo 2e-3."""
+    epsilon_high: float | None = None
+    """Upper clipping: by default 0.28 (DAPO), for GSPO 4e-4, luspo 2.5e-3; cispo's cap is 5."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the spread of the group, of the batch, or not at all."""
     num_iterations: int = 1
@@ -195,11 +203,18 @@ class TrainConfig:
             raise ValueError(f"--vllm-gpu-memory-utilization must be in (0, 1), got {share}")
         if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
             raise ValueError(f"--gpu-memory must be greater than 0 GB, got {self.gpu_memory}")
+        cap = self.vllm_importance_sampling_clip_max
+        if cap is not None and not 1 < cap < math.inf:
+            raise ValueError(
+                f"--vllm-importance-sampling-clip-max must be greater than 1, got {cap:g}: a ratio "
+                "of 1 is perfect agreement"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         self._check_groups()
+        self._check_loss()
         self._check_update()
 
     def _at_least(self, name: str, least: int) -> None:
@@ -221,6 +236,45 @@ class TrainConfig:
                 f"{self.num_generations}"
             )
 
+    def _check_loss(self) -> None:
+        loss, known = f"--loss-type {self.loss_type}", self.loss_knobs
+        level, needed = known["importance_sampling_level"], NEEDED_LEVEL.get(self.loss_type)
+        if needed and level != needed:
+            raise ValueError(
+                f"--importance-sampling-level {level}: {loss} is made for {needed}: leave it out"
+            )
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and name not in known:
+                raise ValueError(f"{flag(name)} {value:g}: {loss} does not read it: leave it out")
+            if value is not None:
+                self._check_bound(name, value, level)
+        mode = self.vllm_correction["vllm_importance_sampling_mode"]
+        if self.loss_type == "vespo" and not mode.startswith("token"):
+            raise ValueError(
+                f"--vllm-importance-sampling-mode {mode}: {loss} adds up the ratios of tokens: use "
+                "token_truncate or token_mask"
+            )
+
+    def _check_bound(self, name: str, value: float, level: str) -> None:
+        own = loss_defaults(self.loss_type, level)[name]
+        got = f"with --loss-type {self.loss_type}, got {value:g}"
+        if self.loss_type == "cispo" and value < 1:
+            raise ValueError(
+                f"{flag(name)} must be at least 1 {got}: cispo caps the ratio itself, not its "
+                f"distance from 1, so every weight would become {value:g} (the default is {own:g})"
+            )
+        if self.loss_type != "cispo" and value > LARGEST_EPSILON[level]:
+            why = {
+                "token": "it bounds the ratio's distance from 1; only cispo caps the ratio itself",
+                "sequence": "the ratio of a completion is the mean of its tokens', so the bound "
+                "would never be reached",
+            }[level]
+            raise ValueError(
+                f"{flag(name)} must be at most {LARGEST_EPSILON[level]:g} {got}: {why} (the "
+                f"default is {own:g})"
+            )
+
     def _check_update(self) -> None:
         if self.loss_type == "bnpo" and self.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -239,12 +293,29 @@ class TrainConfig:
                 f"--target-modules must name linear layers such as {' '.join(LINEAR_LAYERS)}, got "
                 f"{' '.join(self.target_modules) or 'none'}: tied embeddings cannot be adapted"
             )
+        if self.init_lora_weights == "orthogonal" and (self.r % 2 or self.load_in_4bit):
+            got = f"--r {self.r}" if self.r % 2 else "--load-in-4bit"
+            raise ValueError(
+                f"--init-lora-weights orthogonal with {got}: PEFT pairs the rows of an even rank, "
+                "over weights that are not quantised: use gaussian, or change the other flag"
+            )
         if self.save_steps % self.num_iterations:
             raise ValueError(
                 f"--save-steps must be a multiple of --num-iterations, got {self.save_steps} and "
                 f"{self.num_iterations}: a checkpoint inside one batch of completions could not "
                 "be resumed exactly"
             )
+
+    @property
+    def loss_knobs(self) -> dict[str, Any]:
+        """The knobs that the loss reads, by TRL's names: those given, else those of its paper."""
+        own = loss_defaults(self.loss_type, self.importance_sampling_level)
+        return {name: given_or(getattr(self, name), value) for name, value in own.items()}
+
+    @property
+    def vllm_correction(self) -> dict[str, Any]:
+        """How the update corrects for vLLM's own log-probs, by TRL's names."""
+        return {n: given_or(getattr(self, n), value) for n, value in VLLM_CORRECTION.items()}
 
     @property
     def completions_per_step(self) -> int:
@@ -277,7 +348,40 @@ AT_LEAST = {
         "vllm_max_num_seqs",
     ),
 }
+# Of one token the ratio is within rounding of 1. Of a completion it is the product of hundreds:
+# rounding alone takes it past the bound, and TRL's own sequence_mask then drops the completion.
+VLLM_CORRECTION = {
+    "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": 3.0,
+}
+NEEDED_LEVEL = {"luspo": "sequence", "vespo": "token"}
+CLIPPING = {
+    # ScaleRL's (arXiv 2510.13786): MiniMax-M1 (2506.13585), whose loss it is, gives no number.
+    "cispo": {"epsilon_high": 5.0},
+    # Gates and weights in place of clipping: TRL's values of them are the papers' own.
+    "sapo": {},
+    "vespo": {},
+    # arXiv 2602.05261, section 5.1.
+    "luspo": {"epsilon": 2e-3, "epsilon_high": 2.5e-3},
+}
+# PPO's and DAPO's (arXiv 2503.14476), wider above so that rare good tokens can grow; and GSPO's
+# (2507.18071, section 5.1).
+BY_LEVEL = {
+    "token": {"epsilon": 0.2, "epsilon_high": 0.28},
+    "sequence": {"epsilon": 3e-4, "epsilon_high": 4e-4},
+}
+LARGEST_EPSILON = {"token": 1.0, "sequence": 0.1}
 ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs")
+
+
+def loss_defaults(loss_type: str, level: str | None = None) -> dict[str, Any]:
+    """Return the knobs that a loss reads in TRL 1.14.2, with the values of its paper."""
+    level = level or NEEDED_LEVEL.get(loss_type, "token")
+    return {"importance_sampling_level": level, **CLIPPING.get(loss_type, BY_LEVEL[level])}
+
+
+def given_or(given: Any, default: Any) -> Any:
+    return default if given is None else given
 
 
 def flag(name: str) -> str:

@@ -10,13 +10,28 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config import TrainConfig
+from lora_grpo.config import VLLM_CORRECTION, TrainConfig, loss_defaults
 
 RUN_FILE = "train_config.json"
 KNOBS = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = frozenset({"config", "resume"})
 OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview"})
 RECORD_MARK = "dataset_sha256"
+
+
+def given_knobs(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's record without what other knobs decide: nulls of knobs that were not read,
+    and values that belong to the loss, so that another loss brings its own."""
+    loss, level = record.get("loss_type", TrainConfig.loss_type), "importance_sampling_level"
+    own = loss_defaults(loss, record.get(level)) | VLLM_CORRECTION
+    own[level] = loss_defaults(loss)[level]
+    unread = {"epsilon", "epsilon_high"} - own.keys()
+
+    def decided(name: str, value: Any) -> bool:
+        never_null = name in KNOBS and type(None) not in typing.get_args(KNOBS[name])
+        return name in unread or own.get(name) == value or (value is None and never_null)
+
+    return {name: value for name, value in record.items() if not decided(name, value)}
 
 
 def convert(value: Any, kind: Any) -> Any:
@@ -125,7 +140,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
                 close = difflib.get_close_matches(key, names, n=1)
                 hint = f"perhaps you meant {close[0]}" if close else "see --help for the knobs"
                 raise ValueError(f"{path}: unknown key {key}: {hint}")
-        return convert_all(path, values, names)
+        return convert_all(path, given_knobs(values) if is_record else values, names)
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
 
@@ -146,6 +161,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     try:
         values = read_mapping(path)
         values["max_steps"] = values.get("steps", values.get("max_steps"))
-        return convert_all(path, values, KNOBS.keys() - FLAGS_ONLY - OF_ONE_CALL)
+        return convert_all(path, given_knobs(values), KNOBS.keys() - FLAGS_ONLY - OF_ONE_CALL)
     except ValueError as error:
         raise ValueError(f"--resume {error}") from None

@@ -1,14 +1,18 @@
 """What TRL is told: the prompts of the whole run in order, the adapter's settings, the update's
 settings."""
 
+import difflib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from lora_grpo.config import TrainConfig
@@ -77,14 +81,6 @@ def grpo_config(
     rewards: Sequence[Reward],
 ) -> GRPOConfig:
     """Return TRL's settings of the update."""
-    passed_on = (
-        "seed num_generations max_completion_length temperature top_p beta epsilon epsilon_high "
-        "loss_type "
-        "scale_rewards num_iterations mask_truncated_completions learning_rate lr_scheduler_type "
-        "weight_decay "
-        "max_grad_norm optim per_device_train_batch_size gradient_accumulation_steps "
-        "gradient_checkpointing"
-    )
     args = GRPOConfig(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -92,6 +88,7 @@ def grpo_config(
         shuffle_dataset=False,
         chat_template_kwargs=TEMPLATE_SETTINGS,
         vllm_importance_sampling_correction=True,
+        **config.vllm_correction,
         reward_weights=[reward.weight for reward in rewards],
         disable_dropout=config.lora_dropout == 0,
         bf16=placement.dtype == "bfloat16",
@@ -102,8 +99,57 @@ def grpo_config(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **{name: getattr(config, name) for name in passed_on.split()},
+        seed=config.seed,
+        num_generations=config.num_generations,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        **config.loss_knobs,
+        scale_rewards=config.scale_rewards,
+        num_iterations=config.num_iterations,
+        mask_truncated_completions=config.mask_truncated_completions,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
-    # Unsloth's settings choose these two by the loss type, whatever they are told.
-    args.scale_rewards, args.epsilon_high = config.scale_rewards, config.epsilon_high
+    # Unsloth's settings choose this one by the loss type, whatever they are told.
+    args.scale_rewards = config.scale_rewards
     return args
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Turn a library's refusal of settings into one sentence."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the settings of {what} are refused by its library: {reason}") from error
+
+
+def check_update(
+    config: TrainConfig, placement: Placement, rewards: list[Reward], steps: int
+) -> None:
+    """Refuse what TRL and transformers would refuse, before any weights load.
+
+    Raises:
+        ValueError: an optimiser that is not known or not installed, or whatever they say.
+    """
+    known = [name.value for name in OptimizerNames]
+    if config.optim not in known:
+        close = difflib.get_close_matches(config.optim, known)
+        raise ValueError(
+            f"--optim {config.optim} is no optimiser of transformers: "
+            f"{f'perhaps you meant {close[0]}' if close else 'it has ' + ', '.join(known)}"
+        )
+    with saying("the update"):
+        args = grpo_config(config, config.adapters_dir, placement, steps, 0, rewards)
+    with saying(f"--optim {config.optim}"):
+        Trainer.get_optimizer_cls_and_kwargs(args)

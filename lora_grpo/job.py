@@ -71,7 +71,7 @@ def run(config: TrainConfig, why: str) -> int:
         preview(plan, display)
         return 0
     if config.dry_run:
-        for name, value in vars(plan.config).items():
+        for name, value in plan.knobs.items():
             display.say(f"  {name} = {value}")
         display.say("dry run: nothing was loaded, nothing was written")
         return 0

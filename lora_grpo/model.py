@@ -21,6 +21,11 @@ EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_model"
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model is the embedded one or a folder, not one of the Hub's."""
+    return name == EMBEDDED or Path(name).expanduser().is_dir()
+
+
 def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a model: the embedded one, the user's, or a snapshot from the Hub.
 

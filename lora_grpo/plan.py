@@ -5,23 +5,28 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.allocator import gives_back
 from lora_grpo.backend import Choice, check_4bit, choose_backend, claim
 from lora_grpo.config import TrainConfig
 from lora_grpo.hardware import GPU, available_memory, find_gpu
+from lora_grpo.idle_knobs import describe_idle, find_idle
 from lora_grpo.memory import GIB
 from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory
 from lora_grpo.memory_report import describe_memory
 from lora_grpo.model import Placement, choose_placement, load_tokenizer, read_config, resolve_model
-from lora_grpo.model_shape import read_shape
+from lora_grpo.model_shape import ModelShape, read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
 from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+UNPLANNED_SHARE = 0.5
+# They add up the losses of all tokens, so that a ratio of the whole completion counts per token.
+BY_TOKEN = ("dapo", "dr_grpo", "bnpo", "cispo")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class Plan:
     steps: int
     parameters: int
     trained_parameters: int
+    idle: dict[str, str]
+    unplanned: str
+    notes: list[str]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Every knob as it is in force, None for one that this run does not read."""
+        return vars(self.config) | dict.fromkeys(self.idle)
 
 
 def name_run(config: TrainConfig) -> Path:
@@ -79,26 +92,28 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
     """Return the parameters of the model and of the adapter, from `config.json` alone.
 
     Raises:
-        ValueError: a target module that the model does not have.
+        ValueError: a target module that the model does not have, or an adapter that PEFT refuses.
     """
     import torch
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
+
+    from lora_grpo.grpo import lora_config, saying
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(folder), trust_remote_code=False)
-    sizes: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            layer = name.rpartition(".")[2]
-            sizes.setdefault(layer, []).append(module.in_features + module.out_features)
-    missing = sorted(set(config.target_modules) - sizes.keys())
+    modules = model.named_modules()
+    layers = [name.rpartition(".")[2] for name, m in modules if isinstance(m, torch.nn.Linear)]
+    missing = sorted(set(config.target_modules) - set(layers))
     if missing:
         raise ValueError(
             f"--target-modules {' '.join(missing)}: the model has no such linear layer, it has "
-            f"{' '.join(name for name in sizes if name != 'lm_head')}"
+            f"{' '.join(name for name in dict.fromkeys(layers) if name != 'lm_head')}"
         )
-    trained = config.r * sum(sum(sizes[name]) for name in config.target_modules)
-    return sum(parameter.numel() for parameter in model.parameters()), trained
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"), torch.random.fork_rng([]), saying("the adapter"):
+        adapted = get_peft_model(model, lora_config(config))
+    return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
@@ -135,8 +150,15 @@ def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
     """Refuse what the chosen engine could not do, before anything is loaded or written.
 
     Raises:
-        ValueError: a rank or a length that it does not have, a knob that it would override.
+        ValueError: a rank or a length that it does not have, a knob that it would override, a
+        distribution that its log-probs are not comparable with.
     """
+    if choice.rollout == "vllm" and config.top_p < 1:
+        raise ValueError(
+            f"--top-p {config.top_p:g} with --rollout vllm: its log-probs are of the distribution "
+            "that is left, so that the ratio to the policy's would be the share that was kept, "
+            "not how far they differ: use --top-p 1, or --rollout generate"
+        )
     if choice.backend == "unsloth":
         from lora_grpo.unsloth_model import refuse_what_unsloth_changes
 
@@ -150,21 +172,17 @@ def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
 
 def fit_memory(
     config: TrainConfig,
-    folder: Path,
+    shape: ModelShape,
     choice: Choice,
     placement: Placement,
     gpu: GPU | None,
     longest_prompt: int,
-) -> MemoryPlan | None:
-    """Return the settings with which the run fits, or None for a model that nothing is known of.
+) -> MemoryPlan:
+    """Return the settings with which the run fits.
 
     Raises:
         ValueError: nothing fits in the --gpu-memory that was given.
     """
-    try:
-        shape = read_shape(folder)
-    except ValueError:
-        return None
     on_gpu = placement.device == "cuda" and gpu is not None
     found = gpu.free_bytes if on_gpu else available_memory()
     asked = config.gpu_memory and int(config.gpu_memory * GIB)
@@ -187,6 +205,32 @@ def fit_memory(
     return plan
 
 
+def settle_unplanned(
+    config: TrainConfig, choice: Choice, gpu: GPU | None, reason: str
+) -> tuple[dict[str, Any], str]:
+    """Return the settings of a run whose memory cannot be planned, and a sentence about it.
+
+    Raises:
+        ValueError: a --gpu-memory that nothing here could keep to.
+    """
+    if gpu is None:
+        return {}, f"not planned: {reason}"
+    if choice.rollout != "vllm":
+        if config.gpu_memory is not None:
+            raise ValueError(
+                f"--gpu-memory {config.gpu_memory:g} cannot be kept to: {reason}: leave it out, "
+                "and take a small --per-device-train-batch-size and --gradient-checkpointing"
+            )
+        return {}, f"not planned: {reason}"
+    share = config.vllm_gpu_memory_utilization
+    if share is None:
+        limit = min((config.gpu_memory or math.inf) * GIB, gpu.total_bytes)
+        share = round(UNPLANNED_SHARE * limit / gpu.total_bytes, 3)
+    limited = "" if config.gpu_memory is None else "; --gpu-memory limits vLLM alone"
+    sentence = f"vLLM gets {share:.3g} of the card (--vllm-gpu-memory-utilization)"
+    return {"vllm_gpu_memory_utilization": share}, f"not planned, {sentence}{limited}: {reason}"
+
+
 def make_plan(config: TrainConfig) -> Plan:
     """Check the run and everything that it reads, without loading weights.
 
@@ -196,6 +240,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     gpu = find_gpu()
     choice = choose_machine(config, gpu)
+    from lora_grpo.grpo import check_update  # Unsloth must come before TRL
+
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
     run_dir = name_run(config)
@@ -212,10 +258,23 @@ def make_plan(config: TrainConfig) -> Plan:
             "why; CUDA_VISIBLE_DEVICES= before the command trains on the CPU"
         )
     check_engine(config, choice, folder)
-    memory = fit_memory(config, folder, choice, placement, gpu, data.longest_prompt)
+    steps = count_steps(config, len(data.train))
+    check_update(config, placement, rewards, steps)
+    memory, unplanned = None, ""
+    try:
+        shape = read_shape(folder)
+    except ValueError as error:
+        settings, unplanned = settle_unplanned(config, choice, gpu, str(error))
+    else:
+        memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
+        settings = memory.settings
+    idle = find_idle(config, choice, placement, memory)
+    notes = describe_idle(config, idle)
     config = dataclasses.replace(
         config,
-        **(memory.settings if memory else {}),
+        **settings,
+        **config.loss_knobs,
+        **config.vllm_correction,
         dtype=placement.dtype,
         num_validation_items=data.num_validation_items,
         decimal_separator=data.decimal_separator,
@@ -234,9 +293,24 @@ def make_plan(config: TrainConfig) -> Plan:
         tokenizer=tokenizer,
         rewards=rewards,
         data=data,
-        steps=count_steps(config, len(data.train)),
+        steps=steps,
         parameters=parameters,
         trained_parameters=trained,
+        idle=idle,
+        unplanned=unplanned,
+        notes=notes,
+    )
+
+
+def describe_update(config: TrainConfig) -> str:
+    """Return the loss with the knobs that it reads, and how fast it learns."""
+    knobs = ", ".join(f"{name} {value}" for name, value in config.loss_knobs.items())
+    weighed = ""
+    if knobs.startswith("importance_sampling_level sequence") and config.loss_type in BY_TOKEN:
+        weighed = " (weighs completions by their length; --loss-type grpo is GSPO)"
+    return (
+        f"{config.loss_type}, {knobs}{weighed}, beta {config.beta}, learning rate "
+        f"{config.learning_rate:g} {config.lr_scheduler_type}"
     )
 
 
@@ -245,10 +319,6 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
     config, data = plan.config, plan.data
     bits = "4-bit NF4" if config.load_in_4bit else plan.placement.dtype
     trained, total = plan.trained_parameters, plan.parameters
-    update = (
-        f"{config.loss_type}, beta {config.beta}, learning rate {config.learning_rate:g} "
-        f"{config.lr_scheduler_type}"
-    )
     rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
     replaced = f"replaced by other prompts in up to {config.dynamic_sampling_rounds} rounds a step"
     return [
@@ -283,7 +353,8 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
             f"{config.max_completion_length} tokens",
         ),
         *([("dead groups", replaced)] if config.dynamic_sampling else []),
-        ("update", update),
-        *(describe_memory(plan.memory) if plan.memory else []),
+        ("update", describe_update(config)),
+        *(("", note) for note in plan.notes),
+        *(describe_memory(plan.memory) if plan.memory else [("memory", plan.unplanned)]),
         ("writes", str(plan.run_dir)),
     ]

@@ -109,12 +109,14 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
     preset = sources.preset or knobs.get("preset")
     if preset in PRESETS:
         why = f"preset {preset}: {'asked for' if sources.preset else f'from {sources.config}'}"
-    elif sources.preset or sources.config or sources.model:
-        given = next(name for name in ("preset", "config", "model") if getattr(sources, name))
+    elif sources.preset or sources.model or knobs.keys() & {"preset", "model"}:
+        given = next(name for name in ("preset", "model", "config") if getattr(sources, name))
         preset, why = None, f"no preset: --{given} was given"
     else:
         preset, reason = choose_preset()
         why = f"preset {preset}: {reason}"
+        if sources.config:
+            why += f", and {sources.config} names neither preset nor model"
     chosen = preset_knobs(preset, sources.dataset or knobs.get("dataset"))
     return {**chosen, **knobs, "preset": preset}, why
 
@@ -167,6 +169,7 @@ def settle(config: Config) -> Config:
 
 def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     """Refuse a resume that changes a knob which the finished steps depended on."""
+    before, now = (vars(c) | c.loss_knobs | c.vllm_correction for c in (saved, asked))
     if saved.completions_per_step != asked.completions_per_step:
         raise ValueError(
             "--per-device-train-batch-size x --gradient-accumulation-steps was "
@@ -175,10 +178,9 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
             "run keeps their product"
         )
     changed = [
-        f"{flag(field.name)} was {getattr(saved, field.name)}, now {getattr(asked, field.name)}"
+        f"{flag(field.name)} was {before[field.name]}, now {now[field.name]}"
         for field in dataclasses.fields(TrainConfig)
-        if field.name not in FREE_AT_RESUME
-        and getattr(saved, field.name) != getattr(asked, field.name)
+        if field.name not in FREE_AT_RESUME and before[field.name] != now[field.name]
     ]
     if changed:
         raise ValueError(
@@ -195,6 +197,40 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
+# What other tools, and older versions of TRL, call a knob.
+OTHER_NAMES = {
+    **dict.fromkeys(("lr", "actor_lr"), "learning_rate"),
+    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "r"),
+    "alpha": "lora_alpha",
+    **dict.fromkeys(
+        ("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"
+    ),
+    **dict.fromkeys(("grad_accum", "accumulation_steps"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("steps", "num_steps", "max_train_steps"), "max_steps"),
+    **dict.fromkeys(("group_size", "num_rollouts"), "num_generations"),
+    **dict.fromkeys(("kl_coef", "kl_coeff"), "beta"),
+    **dict.fromkeys(
+        ("max_tokens", "max_new_tokens", "max_response_length"), "max_completion_length"
+    ),
+    **dict.fromkeys(("output_dir", "output"), "adapters_dir"),
+    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
+    **dict.fromkeys(("lr_scheduler", "scheduler"), "lr_scheduler_type"),
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+}
+
+
+def refuse_other_names(arguments: Sequence[str]) -> None:
+    """Raise a ValueError for a flag under which another tool knows one of these knobs."""
+    for argument in arguments:
+        typed = argument.partition("=")[0]
+        known = OTHER_NAMES.get(typed.removeprefix("--").replace("-", "_"))
+        if typed.startswith("--") and known:
+            raise ValueError(f"{typed} is not a flag: perhaps you meant {flag(known)}")
+
+
 def parse_train_config(
     arguments: Sequence[str] | None = None, kind: type[Config] = TrainConfig
 ) -> tuple[Config, str]:
@@ -209,6 +245,7 @@ def parse_train_config(
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_other_names(arguments)
     knobs, why = defaults_for(find_sources(arguments))
     default = unchecked(knobs, kind)
     config = settle(tyro.cli(kind, default=default, args=arguments))

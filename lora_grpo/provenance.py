@@ -1,6 +1,5 @@
 """Where a result comes from: every resolved knob, hashes, versions, the device and the commit."""
 
-import dataclasses
 import math
 import platform
 import subprocess
@@ -49,13 +48,13 @@ def provenance(plan: Plan) -> dict[str, Any]:
     """Return what `train_config.json` records: every resolved knob, then where it comes from."""
     config, style = plan.config, plan.data.style
     knobs = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(config).items()
+        name: str(value) if isinstance(value, Path) else value for name, value in plan.knobs.items()
     }
+    warmup_ratio = 0 if "warmup_ratio" in plan.idle else config.warmup_ratio
     snapshot = plan.folder.parent.name == "snapshots"
     return {
         **knobs,
-        "revision": plan.folder.name if snapshot else config.revision,
+        "revision": plan.folder.name if snapshot else None,
         "base_model": config.model,
         "base_sha256": hash_weights(plan.folder),
         "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
@@ -64,7 +63,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "system_prompt": style.system_prompt,
         "example": style.example.as_record() if style.example else None,
         "steps": plan.steps,
-        "warmup_steps": math.ceil(config.warmup_ratio * plan.steps),
+        "warmup_steps": math.ceil(warmup_ratio * plan.steps),
         "versions": installed_versions(),
         "device": device_name(plan.placement),
         "git_commit": git_commit(),

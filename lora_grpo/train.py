@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -46,20 +47,15 @@ class Stopped(Exception):
         self.number = number
 
 
-def open_run(plan: Plan) -> dict[str, Any]:
-    """Create the run's directory, or check that a resumed one still stands on the same ground;
-    return its record, which follows what a resume may change.
+def read_record(plan: Plan) -> dict[str, Any]:
+    """Return the record of a new run, or that of a resumed one, which must still stand on the same
+    ground, with what a resume may change.
 
     Raises:
         ValueError: the base model or the data changed since the run began.
     """
     record = provenance(plan)
     if not plan.config.resume:
-        with staged_directory(plan.run_dir) as staged:
-            tokenizer = copy(plan.tokenizer)
-            tokenizer.chat_template = keep_settings(tokenizer.chat_template)
-            tokenizer.save_pretrained(staged)
-            write_json(staged / TRAIN_CONFIG, record)
         return record
     saved = read_train_config(plan.run_dir)
     for name, flag in (("base_sha256", "--model"), ("dataset_sha256", "--dataset")):
@@ -68,11 +64,20 @@ def open_run(plan: Plan) -> dict[str, Any]:
                 f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
                 "the run began: put it back, or start anew"
             )
-    changed = {name: record[name] for name in FOLLOWED}
-    if changed != {name: saved.get(name) for name in changed}:
-        saved |= changed
-        write_json(plan.run_dir / TRAIN_CONFIG, saved)
-    return saved
+    return saved | {name: record[name] for name in FOLLOWED}
+
+
+def open_run(plan: Plan, record: dict[str, Any]) -> None:
+    """Create the run's directory, or bring the record of a resumed one up to date."""
+    if plan.config.resume:
+        if record != read_train_config(plan.run_dir):
+            write_json(plan.run_dir / TRAIN_CONFIG, record)
+        return
+    with staged_directory(plan.run_dir) as staged:
+        tokenizer = copy(plan.tokenizer)
+        tokenizer.chat_template = keep_settings(tokenizer.chat_template)
+        tokenizer.save_pretrained(staged)
+        write_json(staged / TRAIN_CONFIG, record)
 
 
 def judged(
@@ -91,14 +96,21 @@ def judged(
         )
 
 
-def base_items(plan: Plan, policy: Policy, display: Display) -> list[Item]:
-    """Return the base's answers, from an earlier part of the run where it has them."""
+def base_items(
+    plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display
+) -> list[Item]:
+    """Return the base's answers, from an earlier part of the run where it has them.
+
+    The adapter is left out: fresh, it changes nothing but the rounding, and with
+    `--init-lora-weights orthogonal` that.
+    """
     finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
     if finished:
         return [Item(**row["base"]) for row in finished]
     path = plan.run_dir / BASE_ITEMS
     if not path.exists():
-        items = judged(plan, policy, "evaluating the base", display)
+        with trainer.model.disable_adapter():
+            items = judged(plan, policy, "evaluating the base", display)
         write_jsonl(path, [dataclasses.asdict(item) for item in items])
     return [Item(**row) for row in read_jsonl(path)]
 
@@ -139,27 +151,32 @@ def find_replacements(plan: Plan) -> Replacements | None:
 def build_trainer(
     plan: Plan, policy: Policy, record: dict[str, Any], display: Display
 ) -> LoraGRPOTrainer:
-    """Return the trainer of the run, its adapter fresh, and let the policy follow it."""
-    args = grpo_config(
-        plan.config, plan.run_dir, plan.placement, plan.steps, record["warmup_steps"], plan.rewards
-    )
-    trainer = LoraGRPOTrainer(
-        model=policy.model,
-        tokenizer=plan.tokenizer,
-        rewards=plan.rewards,
-        args=args,
-        # Unsloth has put the adapter on the model already.
-        peft_config=None if plan.config.backend == "unsloth" else lora_config(plan.config),
-        train_dataset=build_dataset(plan.config, plan.data.train, plan.data.style, plan.steps),
-        chunked_logprobs=plan.config.chunked_logprobs,
-        say=display.say_always,
-        shared_prefix=plan.config.shared_prefix,
-        replacements=find_replacements(plan),
-        prefill=plan.data.style.prefill,
-        columns=reward_columns(plan.data.train),
-    )
+    """Return the trainer of the run, its adapter fresh; nothing is written yet."""
+    config, steps = plan.config, plan.steps
+    with TemporaryDirectory() as scratch:  # transformers' trainer makes its folder at once
+        trainer = LoraGRPOTrainer(
+            model=policy.model,
+            tokenizer=plan.tokenizer,
+            rewards=plan.rewards,
+            args=grpo_config(
+                config, Path(scratch), plan.placement, steps, record["warmup_steps"], plan.rewards
+            ),
+            # Unsloth has put the adapter on the model already.
+            peft_config=None if config.backend == "unsloth" else lora_config(config),
+            train_dataset=build_dataset(config, plan.data.train, plan.data.style, steps),
+            chunked_logprobs=config.chunked_logprobs,
+            say=display.say_always,
+            shared_prefix=config.shared_prefix,
+            replacements=find_replacements(plan),
+            prefill=plan.data.style.prefill,
+            columns=reward_columns(plan.data.train),
+        )
+    trainer.args.output_dir = str(plan.run_dir)
     trainer.remove_callback(PrinterCallback)
-    policy.follow(trainer)
+    # Only the loaded model tells for certain.
+    record["shared_prefix"] = record["shared_prefix"] and trainer.packed
+    if trainer.packed:
+        record["chunked_logprobs"] = None
     return trainer
 
 
@@ -268,16 +285,18 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     """Run the job, or the rest of it, and return what `eval.json` holds.
 
     Raises:
-        Stopped, FloatingPointError, ValueError: see `optimise` and `open_run`.
+        Stopped, FloatingPointError, ValueError: see `optimise` and `read_record`.
     """
     transformers.utils.logging.set_verbosity_error()
-    record = open_run(plan)
+    record = read_record(plan)
     run_dir = plan.run_dir
     peak_memory = watch_memory(plan.placement.device, plan.free_before)
     with open_training_policy(plan) as policy:
-        base = base_items(plan, policy, display)
-        display.before(summarise(base))
         trainer = build_trainer(plan, policy, record, display)
+        open_run(plan, record)
+        base = base_items(plan, policy, trainer, display)
+        display.before(summarise(base))
+        policy.follow(trainer)
         optimise(plan, policy, trainer, display, peak_memory)
         best = keep_adapters(plan, trainer)
         adapter = judged(plan, policy, "evaluating the adapter", display)

@@ -48,11 +48,9 @@ class AdapterRollout:
 def sample_with_vllm(trainer: "LoraGRPOTrainer", engine: Engine) -> None:
     """Make the trainer sample from the engine, and correct for what its log-probs differ by.
 
-    The correction is TRL's importance sampling (arXiv 2508.21821) at its defaults.
+    The correction is TRL's importance sampling, bounded as `TrainConfig.vllm_correction` says.
     """
     trainer.vllm_generation = AdapterRollout(engine, trainer)
     trainer.use_vllm = True
     trainer._last_loaded_step = -1
     trainer.abort_generation = engine.abort
-    if trainer.loss_type == "vespo":
-        trainer.vllm_importance_sampling_mode = "token_truncate"

@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.config_file import convert, describe
-from lora_grpo.presets import PRESETS, choose_preset, parse_train_config
+from lora_grpo.presets import OTHER_NAMES, PRESETS, choose_preset, parse_train_config
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -90,12 +91,19 @@ def test_the_help_shows_the_docstrings_and_the_chosen_defaults(capsys) -> None:
 
 
 def test_no_knob_is_read_nowhere() -> None:
-    files = [path for path in (ROOT / "lora_grpo").glob("*.py") if path.stem != "presets"]
-    names = {path.stem: path.read_text() for path in files}
-    config, others = names.pop("config"), " ".join(names.values())
-    derived = config.partition("@property")[2]
-    for name in set(FIELDS) - {"preset", "config"}:
-        assert re.search(rf"\b{name}\b", others + derived), f"{name} is read nowhere"
+    """Each field is an attribute that some module takes from a configuration."""
+    read = set()
+    for path in (ROOT / "lora_grpo").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value
+                name = owner.id if isinstance(owner, ast.Name) else owner
+                if name == "config" and path.stem != "config":
+                    read.add(node.attr)
+    assert {"loss_knobs", "vllm_correction"} <= read
+    decide_the_defaults = {"preset", "config"}
+    by_property = TrainConfig().loss_knobs.keys() | TrainConfig().vllm_correction.keys()
+    assert set(FIELDS) - read - by_property - decide_the_defaults == set()
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -142,6 +150,41 @@ def test_a_step_s_size_is_derived() -> None:
         ({"lora_dropout": float("nan")}, "--lora-dropout must be in [0, 1), got nan"),
         ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "--seed must be from 0 to 4294967295, got 4294967296"),
+        *(
+            ({"loss_type": loss, **knobs}, message)
+            for loss, knobs, message in [
+                ("cispo", {"epsilon_high": 0.28}, "--epsilon-high must be at least 1 with --loss"),
+                ("cispo", {"epsilon": 0.2}, "--epsilon 0.2: --loss-type cispo does not read it"),
+                ("sapo", {"epsilon_high": 0.3}, "--epsilon-high 0.3: --loss-type sapo does not"),
+                ("vespo", {"epsilon": 0.2}, "--epsilon 0.2: --loss-type vespo does not read it"),
+                ("dapo", {"epsilon_high": 5.0}, "--epsilon-high must be at most 1 with --loss"),
+                ("luspo", {"epsilon": 0.2}, "--epsilon must be at most 0.1 with --loss-type luspo"),
+                ("luspo", {"importance_sampling_level": "token"}, "luspo is made for sequence"),
+                ("vespo", {"importance_sampling_level": "sequence"}, "vespo is made for token"),
+                (
+                    "grpo",
+                    {"importance_sampling_level": "sequence", "epsilon_high": 0.28},
+                    "the ratio of a completion is the mean of its tokens'",
+                ),
+                (
+                    "vespo",
+                    {"vllm_importance_sampling_mode": "sequence_mask"},
+                    "--vllm-importance-sampling-mode sequence_mask: --loss-type vespo",
+                ),
+            ]
+        ),
+        (
+            {"vllm_importance_sampling_clip_max": 1.0},
+            "--vllm-importance-sampling-clip-max must be greater than 1, got 1",
+        ),
+        (
+            {"init_lora_weights": "orthogonal", "r": 5, "load_in_4bit": False},
+            "--init-lora-weights orthogonal with --r 5",
+        ),
+        (
+            {"init_lora_weights": "orthogonal", "load_in_4bit": True},
+            "--init-lora-weights orthogonal with --load-in-4bit",
+        ),
         ({"loss_type": "bnpo"}, "--loss-type bnpo divides by each micro-batch's tokens"),
         (
             {"dynamic_sampling": True, "scale_rewards": "batch"},
@@ -168,12 +211,50 @@ def test_a_wrong_knob_is_refused_in_a_sentence(knobs: dict, message: str) -> Non
         {"seed": 2**32 - 1, "num_validation_items": 0, "num_eval_items": 1},
         {"loss_type": "bnpo", "gradient_accumulation_steps": 1},
         {"num_iterations": 5, "save_steps": 25},
+        {"loss_type": "cispo", "epsilon_high": 1.0},
+        {"epsilon": 1.0, "epsilon_high": 1.0},
+        {"loss_type": "luspo", "epsilon": 0.1, "importance_sampling_level": "sequence"},
         {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     ],
 )
 def test_the_edge_of_what_is_allowed(knobs: dict) -> None:
     config = TrainConfig(**knobs)
     assert {name: getattr(config, name) for name in knobs} == knobs
+
+
+@pytest.mark.parametrize(
+    ("knobs", "expected"),
+    [
+        ({}, ("token", 0.2, 0.28)),
+        ({"loss_type": "cispo"}, ("token", None, 5.0)),
+        ({"loss_type": "sapo"}, ("token", None, None)),
+        ({"loss_type": "luspo"}, ("sequence", 2e-3, 2.5e-3)),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+            ("sequence", 3e-4, 4e-4),
+        ),
+        ({"epsilon_high": 0.3}, ("token", 0.2, 0.3)),
+    ],
+)
+def test_a_loss_brings_its_own_knobs(knobs: dict, expected: tuple) -> None:
+    found = TrainConfig(**knobs).loss_knobs
+    names = ("importance_sampling_level", "epsilon", "epsilon_high")
+    assert tuple(found.get(name) for name in names) == expected
+
+
+def test_a_record_s_resolved_knobs_do_not_bind_another_loss(tmp_path: Path) -> None:
+    began = parse("--preset", "tiny", "--epsilon", "0.1")
+    run = save_run(tmp_path, dataclasses.replace(began, **began.loss_knobs), eval_batch_size=None)
+    file = run / "train_config.json"
+    assert json.loads(file.read_text())["epsilon_high"] == 0.28
+    config = parse("--config", file)
+    assert (config.epsilon, config.epsilon_high, config.eval_batch_size) == (0.1, None, 256)
+    again = parse("--resume", run, "--epsilon-high", "0.28")
+    assert again.loss_knobs == began.loss_knobs
+    with pytest.raises(ValueError, match=r"--epsilon-high was 0\.28, now 0\.3"):
+        parse("--resume", run, "--epsilon-high", "0.3")
+    other = parse("--config", file, "--loss-type", "cispo", "--epsilon", "None")
+    assert other.loss_knobs["epsilon_high"] == 5.0
 
 
 # Presets
@@ -262,15 +343,25 @@ def test_a_preset_by_flag_overrides_the_file_s_preset_but_not_its_knobs(tmp_path
     assert config.max_completion_length == 256
 
 
-def test_a_file_without_a_preset_stands_on_the_defaults(tmp_path: Path) -> None:
-    config, why = parse_train_config(["--config", str(write(tmp_path / "run.yaml", "r: 8"))])
-    assert (config.preset, config.r, config.model) == (None, 8, TrainConfig.model)
+def test_a_file_with_a_model_stands_on_the_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "r: 8\nmodel: own/model")
+    config, why = parse_train_config(["--config", str(file)])
+    assert (config.preset, config.r, config.model) == (None, 8, "own/model")
+    assert config.learning_rate == TrainConfig.learning_rate
     assert why == "no preset: --config was given"
+
+
+def test_a_file_without_preset_or_model_takes_what_fits_the_machine(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "r: 8")
+    config, why = parse_train_config(["--config", str(file)])
+    assert (config.preset, config.r, config.model) == ("tiny", 8, "tiny")
+    assert why.startswith("preset tiny: this machine has no") and str(file) in why
+    assert parse("--config", write(file, "preset: null")).model == TrainConfig.model
 
 
 def test_only_what_the_flags_leave_is_checked(tmp_path: Path) -> None:
     """A file need not be valid alone: here a flag completes it."""
-    file = write(tmp_path / "run.yaml", "num_generations: 6\n")
+    file = write(tmp_path / "run.yaml", "model: own/model\nnum_generations: 6\n")
     assert parse("--config", file, "--per-device-train-batch-size=6").prompts_per_step == 8
     with pytest.raises(SystemExit):
         parse("--config", file)
@@ -532,6 +623,24 @@ def test_help_comes_at_once_and_without_torch() -> None:
     code = "import sys, lora_grpo.presets as p; p.parse_train_config(['--preset', 'tiny'])"
     check = "; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--lr", "1e-4"], "--learning-rate"),
+        (["--lora_rank=8"], "--r"),
+        (["--vllm-importance-sampling-cap", "2"], "--vllm-importance-sampling-clip-max"),
+    ],
+)
+def test_another_tool_s_name_is_answered_with_the_flag(typed: list[str], meant: str) -> None:
+    with pytest.raises(ValueError, match=f"^{typed[0].partition('=')[0]} .* meant {meant}$"):
+        parse(*typed)
+
+
+def test_other_names_lead_to_knobs_and_are_none_themselves() -> None:
+    assert set(OTHER_NAMES.values()) <= set(FIELDS)
+    assert not OTHER_NAMES.keys() & set(FIELDS)
 
 
 def test_a_typo_is_answered_with_what_was_meant() -> None:

@@ -46,6 +46,7 @@ ORDER = [
         "record",
         "console",
         "evaluate",
+        "idle_knobs",
         "plan",
         "provenance",
     ),
