@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Over 120 merges of random models (3 base types, 2 sizes, changes of 1e-5 to 1e-1) the worst were
-# 1.7 times the noise's logit difference and 2.0 times its KL; over 7 of SmolLM2-135M 1.2 and 1.0.
+# How much further than random noise within a type's bound an export may take a model.
 LOGIT_FACTOR, KL_FACTOR = 3, 4
+# A merge rounds the same values as its reference: the two differ only where the order of a sum tips
+# a rounding. Over 40 merges of trained adapters (Gemma 2, Gemma 3, Llama, Qwen3) they were equal.
+ROUNDING_FACTOR = 1.5
 PROBE_TEXT = "12 + 34 = 46,  1,200 is $1200.00\n\n\tf(x)  # naïve 数学 😀 <answer>7</answer>"
 
 
@@ -168,12 +170,17 @@ def check_dequantized(
     return Check("dequantized_base", not faults, detail)
 
 
-def check_distance(merged: Distance, noise: Distance) -> list[Check]:
-    """Hold the merged model's distance from the policy against that of rounding noise.
+def check_distance(
+    merged: Distance,
+    noise: Distance,
+    logit_factor: float = LOGIT_FACTOR,
+    kl_factor: float = KL_FACTOR,
+) -> list[Check]:
+    """Compare a model's distance from its reference with that of noise of the expected size.
 
-    A greedy choice may flip only where the policy's lead was within the logit bound.
+    A greedy choice may flip only where the reference's lead was within the logit bound.
     """
-    bound, kl_bound = LOGIT_FACTOR * noise.max_logit_difference, KL_FACTOR * noise.mean_kl
+    bound, kl_bound = logit_factor * noise.max_logit_difference, kl_factor * noise.mean_kl
     difference, kl, margin = (
         merged.max_logit_difference,
         merged.mean_kl,

@@ -5,11 +5,13 @@ A plan goes in; a folder that any loader reads as a plain 16-bit model comes out
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.adapter import read_json
 from lora_grpo.merge_inputs import MergePlan
+from lora_grpo.model import choose_template, merge_end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,10 +42,14 @@ SAMPLING_ONLY = (
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer as a plain user does; unlike for training, it may lack a chat template."""
+    """Load a tokenizer as a plain user does, with the one chat template that training takes;
+    unlike there, it may have none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with suppress(ValueError):
+        tokenizer.chat_template = choose_template(folder, tokenizer.chat_template)
+    return tokenizer
 
 
 def write_side_files(plan: MergePlan, folder: Path) -> None:
@@ -90,7 +96,7 @@ def build_generation_config(
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         if generation.get(name) is None and config.get(name) is not None:
             generation[name] = config[name]
-    generation["eos_token_id"] = end_ids(tokenizer, generation.get("eos_token_id"))
+    generation["eos_token_id"] = merge_end_ids(tokenizer, generation.get("eos_token_id"))
     if tokenizer.pad_token_id is not None:
         generation["pad_token_id"] = tokenizer.pad_token_id
     if not generation.get("do_sample"):
@@ -102,10 +108,3 @@ def build_generation_config(
     except ValueError as error:
         raise ValueError(f"{path} cannot be carried over ({error}): mend it in the base") from error
     return generation
-
-
-def end_ids(tokenizer: "PreTrainedTokenizerBase", declared: int | list[int] | None) -> list[int]:
-    """Return every token that ends a completion: the tokenizer's EOS first, then the base's."""
-    others = [declared] if isinstance(declared, int) else list(declared or [])
-    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*first, *others]))

@@ -1,8 +1,8 @@
 """The proof of a merge: reload the folder and compare it with base + adapter, both in float32.
 
 Rounding to 16 bits moves a weight by up to half an ulp, so no merge equals its policy. What that
-may do to the logits is measured, not guessed: the policy's own weights get uniform noise of just
-that size, and the merged model may be a few times as far from the policy as that noise takes it.
+does to the logits is measured, not guessed: the policy's own weights are rounded, as PEFT computes
+them, and the merged model may be little further from the policy than that takes it.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from lora_grpo.arithmetic import generate_problems
 from lora_grpo.atomic import read_jsonl
 from lora_grpo.logit_distance import Distance, collect_logits, continue_greedily, measure_distance
 from lora_grpo.merge_checks import (
+    ROUNDING_FACTOR,
     Check,
     check_config,
     check_dequantized,
@@ -32,11 +33,11 @@ from lora_grpo.merge_checks import (
     check_tokenizer,
     shares_embeddings,
 )
-from lora_grpo.merge_folder import end_ids, load_tokenizer
+from lora_grpo.merge_folder import load_tokenizer
 from lora_grpo.merge_inputs import MergePlan
-from lora_grpo.merge_reference import add_rounding_noise, load_policy
+from lora_grpo.merge_reference import load_policy, round_weights
 from lora_grpo.merge_weights import find_quantized
-from lora_grpo.model import choose_placement, load_adapter, load_base
+from lora_grpo.model import choose_placement, load_adapter, load_base, merge_end_ids
 from lora_grpo.prompt import build_messages, render
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def prove_merge(
         merged = drift = None
         if logits is not None:
             merged = measure_distance(policy.logits, logits)
-            checks += check_distance(merged, policy.rounding_noise)
+            factors = (ROUNDING_FACTOR, ROUNDING_FACTOR)
+            checks += check_distance(merged, policy.rounding_noise, *factors)
         if logits is not None and plan.four_bit is not None:
             report("measuring the drift from the 4-bit policy")
             drift, found = observe_drift(plan, policy.sequences, logits, quantized)
@@ -135,13 +137,13 @@ def observe_policy(
     with model.disable_adapter():
         bare_base = measure_distance(logits, collect_logits(model, sequences))
     tensors = check_tensors(plan, folder, model)
-    add_rounding_noise(model, plan)
+    round_weights(model, plan)
     return Policy(
         sequences=sequences,
         logits=logits,
         bare_base=bare_base,
         rounding_noise=measure_distance(logits, collect_logits(model, sequences)),
-        end_ids=end_ids(tokenizer, base.generation_config.eos_token_id),
+        end_ids=merge_end_ids(tokenizer, base.generation_config.eos_token_id),
         tied=shares_embeddings(base),
         tensors=tensors,
     )

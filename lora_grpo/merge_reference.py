@@ -1,7 +1,7 @@
 """What a merged model is held against: base + adapter in float32, by PEFT's own arithmetic.
 
-A plan goes in; the loaded policy, its weights one by one, and the noise that rounding them is come
-out.
+A plan goes in; the loaded policy, its weights one by one, and the same policy with its weights
+rounded come out.
 """
 
 from typing import TYPE_CHECKING
@@ -59,9 +59,13 @@ def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @torch.no_grad()
-def add_rounding_noise(model: "PeftModel", plan: MergePlan) -> None:
-    """Move every value that the merge rounds by uniform noise of up to half an ulp, for good."""
-    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, plan.dtype)
+def round_weights(model: "PeftModel", plan: MergePlan) -> None:
+    """Move the policy's weights, adapter included, to what the merged type holds of them, for good.
+
+    The loss is no random noise: of changes below half an ulp nothing is left, and those of a
+    trained adapter point one way.
+    """
+    dtype = getattr(torch, plan.dtype)
     for name in (slot.name for slots in plan.layout.values() for slot in slots if slot.is_float):
         found = policy_weight(model, plan, name)
         if found is None:
@@ -69,10 +73,7 @@ def add_rounding_noise(model: "PeftModel", plan: MergePlan) -> None:
         stored = stored_weight(model, plan, name).view(-1)
         blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (found[0], stored))
         for weight, target in zip(*blocks, strict=True):
-            rounded = weight.to(dtype).float() != weight
-            if rounded.any():
-                noise = torch.rand(weight.shape, generator=generator).mul_(2).sub_(1)
-                target.add_(noise * half_ulp(weight, dtype) * rounded)
+            target.add_(weight.to(dtype).float() - weight)
 
 
 def stored_weight(model: "PeftModel", plan: MergePlan, name: str) -> torch.nn.Parameter:
