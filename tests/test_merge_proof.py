@@ -187,7 +187,9 @@ def test_changes_below_half_an_ulp_that_point_one_way_are_no_fault(tmp_path):
     optimizer.step()
     policy.save_pretrained(tmp_path / "run")
     make_tokenizer().save_pretrained(tmp_path / "run")
-    report = merge_adapter(MergeConfig(tmp_path / "run", tmp_path / "out"), lambda line: None).report
+    report = merge_adapter(
+        MergeConfig(tmp_path / "run", tmp_path / "out"), lambda line: None
+    ).report
     assert report["passed"]
     lost, whole = report["from_policy"]["mean_kl"], report["bare_base_from_policy"]["mean_kl"]
     assert 0.05 < lost / whole < 1
