@@ -6,12 +6,14 @@ nothing else.
 """
 
 import hashlib
+import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lora_grpo.atomic import read_json
+from lora_grpo.atomic import STAGED, read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,13 +66,46 @@ def hash_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(model: "PeftModel", directory: Path) -> None:
+def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -> None:
     """Write PEFT's two files into the directory, each one whole, over those of an earlier step of
-    the same run."""
+    the same run.
+
+    The step stands in the weights file itself, so that it cannot be taken for another's.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as staged:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f"{STAGED}adapter.") as staged:
         # No embedding is adapted; PEFT would ask the Hub about that at every call.
         model.save_pretrained(staged, save_embedding_layers=False)
+        if step is not None:
+            write_step(Path(staged) / WEIGHTS, step)
         for name in (CONFIG, WEIGHTS):
             (Path(staged) / name).chmod(0o644)
             os.replace(Path(staged) / name, directory / name)
+
+
+def write_step(weights: Path, step: int) -> None:
+    """Write a safetensors file anew with its training step in its metadata.
+
+    By hand, because safetensors' own writer puts two entries in an order that differs from one
+    process to the next, and the same adapter is to be the same file.
+    """
+    named = weights.with_suffix(".named")
+    with weights.open("rb") as source, named.open("wb") as target:
+        header = read_header(source) | {"__metadata__": {"format": "pt", "step": str(step)}}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target)
+    named.replace(weights)
+
+
+def read_step(weights: Path) -> int | None:
+    """Return the training step that a safetensors file names, or None where it names none."""
+    with weights.open("rb") as file:
+        step = read_header(file).get("__metadata__", {}).get("step")
+    return None if step is None else int(step)
+
+
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """Return the header of a safetensors file; what follows in the file are the tensors."""
+    return json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+STAGED = ".staged-"  # begins the name of whatever is not whole yet, or being removed
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "w", encoding="utf-8", dir=path.parent, prefix=f"{STAGED}{path.name}.", delete=False
     ) as file:
         try:
             file.write(text)

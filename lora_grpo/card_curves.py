@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.atomic import STAGED
 from lora_grpo.card_records import Records
 
 CURVES = "curves.png"
@@ -24,7 +25,7 @@ def write_curves(records: Records, folder: Path) -> bool:
         return True
     if not records.metrics:
         return False
-    staged = folder / f".{CURVES}"
+    staged = folder / f"{STAGED}{CURVES}"
     draw(records.metrics, records.validation, staged)
     os.replace(staged, folder / CURVES)
     return True

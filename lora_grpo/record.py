@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lora_grpo.adapter import save_adapter
+from lora_grpo.adapter import WEIGHTS, read_step, save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.batch import Batch, mean
 from lora_grpo.config import TrainConfig
@@ -212,7 +212,7 @@ class Recorder(TrainerCallback):
         earlier = [rank(found) for found in read_jsonl(self.run_dir / VALIDATION)]
         kept = rank(row) >= max(earlier, default=(-1.0, -1.0))
         if kept:
-            save_adapter(self.trainer.model, self.run_dir)
+            save_adapter(self.trainer.model, self.run_dir, step)
         append_jsonl(self.run_dir / VALIDATION, [row])
         self.show_validation(row, kept)
 
@@ -225,4 +225,8 @@ def rank(row: dict[str, Any]) -> tuple[float, float]:
 def best_step(run_dir: Path) -> int | None:
     """Return the step whose adapter was kept, or None where none was validated."""
     rows = read_jsonl(run_dir / VALIDATION)
-    return max(rows, key=lambda row: (rank(row), row["step"]))["step"] if rows else None
+    if not rows:
+        return None
+    named = read_step(run_dir / WEIGHTS)
+    # Runs of versions that did not name it have the order of their validations alone.
+    return named or max(rows, key=lambda row: (rank(row), row["step"]))["step"]

@@ -18,7 +18,7 @@ import transformers
 from transformers import PrinterCallback, set_seed
 
 from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
-from lora_grpo.atomic import read_jsonl, staged_directory, write_json, write_jsonl
+from lora_grpo.atomic import STAGED, read_jsonl, staged_directory, write_json, write_jsonl
 from lora_grpo.card import write_adapter_card
 from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
@@ -33,7 +33,13 @@ from lora_grpo.provenance import provenance
 from lora_grpo.record import Recorder, best_step, cut_back
 from lora_grpo.rewards import reward_columns
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
-from lora_grpo.trainer import LoraGRPOTrainer, list_checkpoints, rotate_checkpoints
+from lora_grpo.trainer import (
+    BEST,
+    LoraGRPOTrainer,
+    list_checkpoints,
+    rotate_checkpoints,
+    step_of,
+)
 
 FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_KNOBS)
 BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
@@ -193,13 +199,29 @@ def listening(recorder: Recorder) -> Iterator[None]:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run had begun to write or to remove: hidden names, old checkpoints."""
-    for path in run_dir.glob(".*"):
+    """Remove what a killed run had begun to write or to remove, and nothing else."""
+    for path in [*run_dir.glob(f"{STAGED}*"), *run_dir.glob(f"last/{STAGED}*")]:
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != BASE_ITEMS:
+        else:
             path.unlink()
     rotate_checkpoints(run_dir)
+
+
+def return_to_checkpoint(run_dir: Path) -> Path | None:
+    """Put the directory back to its newest checkpoint, and return that; None where there is none.
+
+    The steps after it are made again, on a GPU not bit for bit: an adapter that was kept in one of
+    them gives way to the best one up to the checkpoint.
+    """
+    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
+    cut_back(run_dir, step_of(checkpoint) if checkpoint else 0)
+    clear_leftovers(run_dir)
+    if checkpoint and (checkpoint / BEST).is_file():
+        staged = run_dir / f"{STAGED}{WEIGHTS}"
+        shutil.copyfile(checkpoint / BEST, staged)
+        staged.replace(run_dir / WEIGHTS)
+    return checkpoint
 
 
 def optimise(
@@ -216,10 +238,7 @@ def optimise(
         FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
     """
     run_dir = plan.run_dir
-    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    cut_back(run_dir, done)
-    clear_leftovers(run_dir)
+    checkpoint = return_to_checkpoint(run_dir)
 
     def validate() -> dict[str, Any]:
         items = judged(plan, policy, "choosing the best step", display, validation=True)
@@ -242,7 +261,7 @@ def optimise(
     set_seed(plan.config.seed)
     with listening(recorder):
         try:
-            if done < plan.steps:
+            if checkpoint is None or step_of(checkpoint) < plan.steps:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 trainer._load_from_checkpoint(str(checkpoint))
@@ -272,10 +291,10 @@ def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    save_adapter(trainer.model, plan.run_dir / "last")
+    save_adapter(trainer.model, plan.run_dir / "last", plan.steps)
     best = best_step(plan.run_dir)
     if best is None:
-        save_adapter(trainer.model, plan.run_dir)
+        save_adapter(trainer.model, plan.run_dir, plan.steps)
         return plan.steps
     set_peft_model_state_dict(trainer.model, load_file(plan.run_dir / WEIGHTS))
     return best

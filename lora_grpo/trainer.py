@@ -20,7 +20,9 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from lora_grpo.adapter import WEIGHTS
 from lora_grpo.allocator import giving_back
+from lora_grpo.atomic import STAGED
 from lora_grpo.batch import Batch
 from lora_grpo.dynamic_sampling import Draw, Replacements, fill_with_signal
 from lora_grpo.lora_layers import one_matrix
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KEPT_CHECKPOINTS = 2
+BEST = "best_adapter.safetensors"  # in a checkpoint: the adapter of the best step up to it
 # Unsloth replaces TRL's class while it is imported; its log-probs are in chunks of its own.
 BY_UNSLOTH = GRPOTrainer.__name__ == "UnslothGRPOTrainer"
 
@@ -285,10 +288,12 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_dir = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        staged = run_dir / f".staged-{name}"
+        staged = run_dir / f"{STAGED}{name}"
         self.args.output_dir = str(staged)
         try:
             super()._save_checkpoint(model, trial)
+            if (run_dir / WEIGHTS).is_file():
+                shutil.copyfile(run_dir / WEIGHTS, staged / name / BEST)
             shutil.rmtree(run_dir / name, ignore_errors=True)
             (staged / name).rename(run_dir / name)
         finally:
@@ -299,11 +304,18 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return a run's checkpoints, the oldest first."""
-    return sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = (path for path in run_dir.glob("checkpoint-*") if step_of(path) is not None)
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step in a checkpoint's name, or None for a folder that is named otherwise."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else None
 
 
 def rotate_checkpoints(run_dir: Path) -> None:
     """Keep the newest checkpoints alone; the older ones lose their names first, so that none is
     ever found half removed."""
     for old in list_checkpoints(run_dir)[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old.rename(run_dir / f".old-{old.name}"))
+        shutil.rmtree(old.rename(run_dir / f"{STAGED}old-{old.name}"))
