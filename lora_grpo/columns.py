@@ -32,7 +32,7 @@ ANSWERS = (
 # Text that may belong to the question: said where it is not read.
 BEFORE_THE_QUESTION = ("body", "context", "passage", "story", "background")
 CONTEXTS = (*BEFORE_THE_QUESTION, "choices", "options", "input")
-TEXT_KEYS = ("content", "value", "text")
+TEXT_KEYS = ("content", "value", "text", "ground_truth")
 SYSTEMS = ("system", "developer")
 USERS, ASSISTANTS = ("user", "human"), ("assistant", "gpt", "model", "bot", "chatgpt")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
@@ -76,28 +76,32 @@ def find_usual(columns: dict[str, bool], names: Sequence[str]) -> str | None:
 
 
 def find_columns(
-    columns: dict[str, bool], named: str | None, usual: Sequence[str], flag: str
+    columns: dict[str, bool], named: str | None, usual: Sequence[str], kind: str
 ) -> list[str]:
-    """Return the columns that a flag names, joined by `+`, or the first of the usual ones.
+    """Return the columns of a kind, question or answer, that its flag names, joined by `+`, or the
+    first of the usual ones.
 
     Raises:
         ValueError: there is none of that name.
     """
     if named is None:
-        wanted, found = " or ".join(usual[:3]), [find_usual(columns, usual)]
+        found = [find_usual(columns, usual)]
+        missing = f"for the {kind}"
     else:
-        whole = match(columns, named)
-        parts = [named] if whole else named.split("+")
+        parts = [named] if match(columns, named) else named.split("+")
         found = [match(columns, part) for part in parts]
-        wanted = " or ".join(part for part, column in zip(parts, found, strict=True) if not column)
+        missing = " or ".join(part for part, column in zip(parts, found, strict=True) if not column)
     if None in found:
-        raise ValueError(f"has no column {wanted} among {', '.join(columns)}: name one by {flag}")
+        raise ValueError(
+            f"has no column {missing} among {', '.join(columns)}: name the question's by "
+            "--question-column and the answer's by --answer-column"
+        )
     return found
 
 
 def find_question(columns: dict[str, bool], named: str | None) -> list[str]:
     """Return the columns of the question, Alpaca's `instruction` together with its `input`."""
-    found = find_columns(columns, named, QUESTIONS, "--question-column")
+    found = find_columns(columns, named, QUESTIONS, "question")
     more = match([column for column, filled in columns.items() if filled], "input", nested=False)
     alone = named is None and squash(found[0]) == "instruction"
     return [*found, more] if alone and more else found

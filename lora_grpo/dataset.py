@@ -81,11 +81,12 @@ def read_answers(rows: Sequence[Row], columns: list[str]) -> tuple[list[str], li
     if len(columns) > 1:
         return ["\n".join(texts) for texts in found], []
     several = [number for number, texts in enumerate(found, start=1) if len(texts) > 1]
-    note = (
-        f"{len(several)} rows hold several answers, such as row {several[:1]}: the first number "
-        "among them is the gold answer"
-    )
-    return [choose_text(texts) if texts else "" for texts in found], [note] if several else []
+    notes = [
+        f"{len(several)} rows hold several answers, such as row {number}: only the first number "
+        "among them is paid"
+        for number in several[:1]
+    ]
+    return [choose_text(texts) if texts else "" for texts in found], notes
 
 
 def to_reading(
@@ -150,7 +151,7 @@ def read_problems(
     try:
         columns = list_columns(table.rows)
         question = find_question(columns, question_column)
-        answer = find_columns(columns, answer_column, ANSWERS, "--answer-column")
+        answer = find_columns(columns, answer_column, ANSWERS, "answer")
         reading = to_reading(found, table.rows, question, answer, decimal_separator)
     except ValueError as error:
         raise ValueError(f"{flag} {dataset} {error}") from error

@@ -100,7 +100,7 @@ def after_hashes(text: str) -> str | None:
 def after_phrase(text: str) -> str | None:
     """Return the number that the last line with `the answer is` or the like ends on."""
     found = list(PHRASE.finditer(text))
-    return trim(found[-1]["rest"]) if found else None
+    return trim(found[-1]["rest"].rstrip(" .")) if found else None
 
 
 def in_bold(text: str) -> str | None:

@@ -258,7 +258,7 @@ def test_an_unknown_ending(tmp_path: Path) -> None:
 def test_a_missing_column_is_told_which_there_are(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"q": "x", "answer": "1"}\n{"ask": "x"}\n')
     there = "among q, answer, ask"
-    refuse(path, "no column question or problem or prompt", there, "--question-column")
+    refuse(path, "no column for the question", there, "--question-column")
     refuse(path, "no column text", there, question_column="text")
     refuse(path, "no column gold", "--answer-column", question_column="q", answer_column="gold")
 

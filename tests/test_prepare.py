@@ -6,7 +6,9 @@ import pytest
 
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import Problem, load_problems
-from lora_grpo.prepare import Data, hold_out, normalise, prepare_data
+from lora_grpo.evaluate import EvaluateConfig, held_out_problems
+from lora_grpo.prepare import Data, count_validation_items, hold_out, normalise, prepare_data
+from lora_grpo.presets import parse_train_config
 from lora_grpo.prompt import SYSTEM_PROMPT, build_messages, count_tokens, render
 from lora_grpo.rewards import build_rewards
 
@@ -329,3 +331,87 @@ def test_errors_in_the_eval_dataset_name_its_flag(tmp_path: Path, tokenizer) -> 
     config = configure(path, eval_dataset=str(tmp_path / "gone.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"^--eval-dataset .*gone\.jsonl does not exist"):
         prepare_data(config, tokenizer, REWARDS)
+
+
+# Data of one's own: sizes, and golds that no reward can pay
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(8, (7, 0, 1)), (40, (33, 3, 4)), (120, (98, 10, 12)), (4000, (3440, 160, 400))],
+)
+def test_a_file_of_any_size_trains_on_the_toy_preset_without_more_flags(
+    tmp_path: Path, tokenizer, rows: int, sizes: tuple[int, int, int]
+) -> None:
+    path = write(tmp_path / "a.jsonl", make_rows(rows))
+    config, _ = parse_train_config(["--preset", "tiny", "--dataset", path])
+    assert config.max_prompt_length == TrainConfig.max_prompt_length > 160
+    data = prepare_data(config, tokenizer, REWARDS)
+    assert (len(data.train), len(data.validation), len(data.test)) == sizes
+    assert data.num_validation_items == sizes[1]
+    again = dataclasses.replace(config, num_validation_items=data.num_validation_items)
+    assert prepare_data(again, tokenizer, REWARDS).sha256() == data.sha256()
+    small = len(data.train) < config.prompts_per_step
+    assert ["16 prompts of 7 problems" in note for note in data.notes] == ([True] if small else [])
+
+
+def test_the_limits_of_a_preset_are_those_of_its_own_problems(tmp_path: Path) -> None:
+    own, _ = parse_train_config(["--preset", "tiny"])
+    assert (own.max_prompt_length, own.num_validation_items) == (160, 256)
+    asked = ["--preset", "tiny", "--dataset", str(tmp_path), "--max-prompt-length", "99"]
+    config, _ = parse_train_config(asked)
+    assert (config.max_prompt_length, config.num_validation_items) == (99, None)
+
+
+def test_validation_grows_with_what_is_sampled_and_has_bounds() -> None:
+    def count(problems: int, **knobs: int) -> int:
+        return count_validation_items(TrainConfig(**knobs), problems)
+
+    assert count(7000) == 200  # an eighth of 25 steps of 64 completions
+    assert (count(7000, eval_steps=1), count(7000, eval_steps=100)) == (64, 256)
+    assert (count(300), count(9), count(9, num_validation_items=5)) == (30, 0, 5)
+
+
+def test_fewer_test_problems_than_were_asked_for_are_said(tmp_path: Path, tokenizer) -> None:
+    dataset = write_folder(tmp_path, make_rows(20), make_rows(3, 50))
+    [note] = prepare_data(configure(dataset, num_eval_items=9), tokenizer, REWARDS).notes
+    assert "--num-eval-items 9" in note and "only 3" in note
+
+
+def test_a_folder_with_train_alone_has_its_test_held_out(tmp_path: Path, tokenizer) -> None:
+    write(tmp_path / "train.jsonl", make_rows(30))
+    data = prepare_data(configure(str(tmp_path)), tokenizer, REWARDS)
+    assert len(data.test) == 3 and data.test_split.startswith("held out of train")
+    assert_disjoint(data)
+
+
+@pytest.mark.parametrize(
+    ("answers", "what"), [(["A", "B", "C", "B"], r"choices \(A, B, C\)"), (["Rome"] * 4, "words")]
+)
+def test_golds_that_no_reward_can_pay_are_shown_and_explained(
+    tmp_path: Path, tokenizer, answers: list[str], what: str
+) -> None:
+    rows = [{"question": f"q{n}", "answer": answer} for n, answer in enumerate(answers)]
+    config = configure(write(tmp_path / "a.jsonl", rows))
+    with pytest.raises(ValueError, match=rf"{what}.*row 1: .*row 3: .*--answer-column") as caught:
+        prepare_data(config, tokenizer, REWARDS)
+    assert "--reward-set none" in str(caught.value) and "row 4" not in str(caught.value)
+
+
+def test_decimal_commas_of_train_are_those_of_test(tmp_path: Path, tokenizer) -> None:
+    train = [{"question": f"q{n}", "answer": f"{n},5"} for n in range(20)]
+    dataset = write_folder(tmp_path, train, [{"question": "t", "answer": "1,500"}])
+    data = prepare_data(configure(dataset), tokenizer, REWARDS)
+    assert data.decimal_separator == "comma" and data.test[0].answer == "1.500"
+    assert {problem.answer for problem in data.train} <= {f"{n}.5" for n in range(20)}
+
+
+def test_evaluation_drops_and_counts_what_training_would(tmp_path: Path) -> None:
+    rows = [*make_rows(5), {"question": "Who?", "answer": "Ann"}, {"question": "blank"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    problems, _, _, notes = held_out_problems(EvaluateConfig(model="tiny", dataset=path), {})
+    assert [problem.row for problem in problems] == [1, 2, 3, 4, 5]
+    assert "1 of 7 rows lack" in notes[0] and "1 of 6 gold answers" in notes[1]
+    path = write(tmp_path / "b.jsonl", rows[5:])
+    with pytest.raises(ValueError, match="none of the 1 gold answers"):
+        held_out_problems(EvaluateConfig(model="tiny", dataset=path), {})
