@@ -26,14 +26,15 @@ from lora_grpo.config import DecimalSeparator
 from lora_grpo.gold import (
     choose_separator,
     extract_gold,
+    find_gold,
     find_golds,
-    is_readable,
     swap_separators,
 )
 from lora_grpo.splits import BUILT_IN, read_rows, resolve_split
 
 __all__ = ["BUILT_IN", "Problem", "Reading", "extract_gold", "load_problems", "read_problems"]
 
+INSTRUCTIONS = ("\\boxed", "####", "Answer:")
 NOT_RECORDED = ("columns", "source")
 
 
@@ -71,8 +72,11 @@ class Reading:
 
 
 def choose_text(texts: Sequence[str]) -> str:
-    """Return the answer that counts of several: the first that is a number, else the first."""
-    return next((text for text in texts if is_readable(extract_gold(text))), texts[0])
+    """Return the answer that counts of several: the first that is a number, else the first; empty
+    text for none."""
+    if len(texts) < 2:
+        return "".join(texts)
+    return next((text for text in texts if find_gold(text).is_number), texts[0])
 
 
 def read_answers(rows: Sequence[Row], columns: list[str]) -> tuple[list[str], list[str]]:
@@ -86,7 +90,19 @@ def read_answers(rows: Sequence[Row], columns: list[str]) -> tuple[list[str], li
         "among them is paid"
         for number in several[:1]
     ]
-    return [choose_text(texts) if texts else "" for texts in found], notes
+    return [choose_text(texts) for texts in found], notes
+
+
+def describe_instructions(questions: Sequence[str]) -> list[str]:
+    """Return a note where most questions say themselves how to answer, as verl's prompts do."""
+    for mark in INSTRUCTIONS:
+        asking = [question for question in questions if mark in question]
+        if 2 * len(asking) > len(questions):
+            return [
+                f"{len(asking)} questions say themselves how to answer, with {mark}, such as "
+                f"{asking[0][-80:]!r}: the built-in rewards pay only what stands in <answer> tags"
+            ]
+    return []
 
 
 def to_reading(
@@ -124,8 +140,14 @@ def to_reading(
         for index, text in zip(kept, texts, strict=True)
     ]
     blank = sorted(set(range(1, len(rows) + 1)) - {problem.row for problem in problems})
-    chats = describe_chats(rows, question_columns)
-    return Reading(split, problems, blank, separator, (*chats, *notes, *layouts, *separators))
+    notes = [
+        *describe_chats(rows, question_columns),
+        *describe_instructions([problem.question for problem in problems]),
+        *notes,
+        *layouts,
+        *separators,
+    ]
+    return Reading(split, problems, blank, separator, tuple(notes))
 
 
 def read_problems(

@@ -20,9 +20,10 @@ PHRASE = re.compile(
     re.IGNORECASE,
 )
 BOLD = re.compile(r"\*\*(.+?)\*\*|__(.+?)__", re.DOTALL)
-DECORATION = "*_`$ \t\n\"'"
+DECORATION = "*_` \t\n\"'"
 # A number in a number's text, with its separators.
 DIGITS = re.compile(r"[0-9](?:[0-9.,]*[0-9])?")
+WITH_POINT = re.compile(r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 WITH_COMMA = re.compile(r"(?:[1-9][0-9]{0,2}(?:\.[0-9]{3})+|[0-9]+)(?:,[0-9]+)?")
 THOUSANDS_BY_POINT = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:\.[0-9]{3})+(?![0-9.])")
 # A sentence: words, no mathematics, and a number that stands alone.
@@ -41,16 +42,18 @@ CHOICE = re.compile(r"\(?([A-Ja-j])[).:]?")
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer, and the layout that it was found in; None where the field is the answer."""
+    """A gold answer, the layout that it was found in (None where the field is the answer), and
+    whether it is a number."""
 
     answer: str
     layout: str | None = None
+    is_number: bool = True
 
 
 def swap_separators(text: str) -> str | None:
     """Return a number's text with decimal commas in the usual notation, `1.234,5` as `1234.5`, or
     None where it is not such a text."""
-    if not all(WITH_COMMA.fullmatch(digits) for digits in DIGITS.findall(text)):
+    if not all(map(WITH_COMMA.fullmatch, DIGITS.findall(text))):
         return None
     return DIGITS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
 
@@ -64,15 +67,18 @@ def is_readable(text: str) -> bool:
     return is_number(text) or is_number(swap_separators(text))
 
 
-def trim(text: str) -> str | None:
-    """Return what is a number in a short text, without label and decoration: `Answer: **5**.` is
-    `5`."""
+def bare_number(text: str) -> str | None:
+    """Return the number that a text is, without decoration: `**5**` is `5`."""
+    stripped = text.strip(DECORATION)
+    if stripped.startswith("$") and stripped.endswith("$"):
+        stripped = stripped.strip("$ ")
+    return next(filter(is_readable, (stripped, text.strip())), None)
+
+
+def short_number(text: str) -> str | None:
+    """Return what is a number in a short text, without a label: `Answer: 5` is `5`."""
     labelled = PHRASE.search(text)
-    for candidate in (text, labelled and labelled["rest"]):
-        for stripped in (candidate, candidate and candidate.strip(DECORATION + ".")):
-            if stripped and is_readable(stripped):
-                return stripped.strip()
-    return None
+    return (labelled and bare_number(labelled["rest"])) or bare_number(text)
 
 
 def last_boxed(text: str) -> str | None:
@@ -100,12 +106,12 @@ def after_hashes(text: str) -> str | None:
 def after_phrase(text: str) -> str | None:
     """Return the number that the last line with `the answer is` or the like ends on."""
     found = list(PHRASE.finditer(text))
-    return trim(found[-1]["rest"].rstrip(" .")) if found else None
+    return bare_number(found[-1]["rest"].rstrip(" .")) if found else None
 
 
 def in_bold(text: str) -> str | None:
     """Return the one number in bold type."""
-    numbers = {trim(first or second or "") for first, second in BOLD.findall(text)} - {None}
+    numbers = {bare_number(first or second or "") for first, second in BOLD.findall(text)} - {None}
     return numbers.pop() if len(numbers) == 1 else None
 
 
@@ -138,18 +144,19 @@ def find_gold(field: str, sentences: bool = False) -> Gold:
     else a number that stands out in it, else what the first mark holds."""
     marked = {name: found for name, find in MARKS.items() if (found := find(field)) is not None}
     for name, text in marked.items():
-        number = trim(text)
+        number = short_number(text)
         if number is not None:
             return Gold(number, name)
-    if not marked and is_readable(field):
-        return Gold(field.strip())
+    whole = None if marked else bare_number(field)
+    if whole is not None:
+        return Gold(whole)
     guesses = {**GUESSES, SENTENCE: only_number} if sentences and not marked else GUESSES
     for name, find in guesses.items():
         number = find(field)
         if number is not None:
             return Gold(number, name)
     name = next(iter(marked), None)
-    return Gold(marked[name] if name else field.strip(), name)
+    return Gold(marked[name] if name else field.strip(), name, is_number=False)
 
 
 def extract_gold(field: str) -> str:
@@ -161,7 +168,7 @@ def find_golds(fields: Sequence[str]) -> tuple[list[Gold], list[str]]:
     """Return the gold answers of a column, and a note for each layout that is not as usual. The
     only number of a sentence counts where most fields are such sentences."""
     golds = [find_gold(field) for field in fields]
-    unread = [index for index, gold in enumerate(golds) if not is_readable(gold.answer)]
+    unread = [index for index, gold in enumerate(golds) if not gold.is_number]
     guessed = {index: find_gold(fields[index], sentences=True) for index in unread}
     read = sum(gold.layout == SENTENCE for gold in guessed.values())
     if read >= HALF * len(fields) and read >= MOST * len(unread):
@@ -189,7 +196,11 @@ def choose_separator(
     if wanted != "auto":
         return wanted, []
     separated = [answer for answer in answers if re.search("[.,]", answer)]
-    by_point = {answer for answer in separated if is_number(answer)}
+    by_point = {
+        answer
+        for answer in separated
+        if is_number(answer) and all(map(WITH_POINT.fullmatch, DIGITS.findall(answer)))
+    }
     by_comma = {answer for answer in separated if is_number(swap_separators(answer))}
     only_comma = [answer for answer in separated if answer in by_comma - by_point]
     if only_comma and by_point <= by_comma:
@@ -213,7 +224,9 @@ def describe_separator(answer: str, separator: str, other: str) -> str:
 
 
 def describe_unreadable(answers: Sequence[str]) -> str:
-    """Return what gold answers look like of which none is a number."""
+    """Return what gold answers look like of which none can be paid."""
+    if most(answers, is_readable):
+        return "are numbers that `correctness` does not pay"
     choices = [CHOICE.fullmatch(answer) for answer in answers]
     if all(choices):
         return f"look like choices ({', '.join(sorted({found[1].upper() for found in choices}))})"

@@ -93,6 +93,13 @@ def test_what_is_left_out_of_a_chat_is_said(tmp_path: Path) -> None:
     assert "'You teach.'" in text and "--system-prompt-file" in text and "several questions" in text
 
 
+def test_questions_that_ask_for_another_form_are_said(tmp_path: Path) -> None:
+    asking = "How many? Put the answer after #### at the end."
+    [note] = read(tmp_path, {"question": asking, "answer": "5"}).notes
+    assert "2 questions" in note and "####" in note and "<answer>" in note
+    assert read(tmp_path, {"question": "How many?", "answer": "#### 5"}).notes == ()
+
+
 def test_several_answers_are_said(tmp_path: Path) -> None:
     reading = read(tmp_path, {"question": "q", "answer": ["5", "7"]})
     assert reading.problems[0].answer == "5"
