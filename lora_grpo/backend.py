@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_grpo.hardware import GPU
+from lora_grpo.terminal import command_line
 
 ASKED_FOR = "asked for"
 BNB_PLUGIN = "vllm_bnb_plugin"
@@ -145,6 +146,6 @@ def claim(choice: Choice) -> None:
     except Exception as error:  # whatever a package that does not fit this machine raises
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"--backend unsloth: the package cannot be imported ({reason}): python "
-            "scripts/doctor.py says more; or use --backend transformers"
+            f"--backend unsloth: the package cannot be imported ({reason}): "
+            f"{command_line('doctor.py')} says more; or use --backend transformers"
         ) from error

@@ -20,6 +20,7 @@ from lora_grpo.benchmark_cases import NAMES, Case, find_cases
 from lora_grpo.benchmark_report import build_tables, draw, summarise
 from lora_grpo.hardware import find_gpu, total_memory
 from lora_grpo.own_process import run_alone
+from lora_grpo.terminal import FailedError
 
 LONGEST_LEARNING = 80  # steps
 
@@ -144,7 +145,7 @@ def measure(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make one run and return what it measured.
 
     Raises:
-        RuntimeError: it failed; the message holds the end of what it printed.
+        FailedError: it failed; the message holds the end of what it printed.
     """
     spec_path, result_path = folder / "spec.json", folder / "result.json"
     work = [sys.executable, "-m", "lora_grpo.benchmark_worker", str(spec_path), str(result_path)]
@@ -157,13 +158,14 @@ def measure(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(result_path.read_text(encoding="utf-8"))
 
 
-def run(config: BenchmarkConfig) -> int:
-    """Measure what is not measured yet, print the tables, and return the exit status."""
-    try:
-        results = read_results(config.json)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(config: BenchmarkConfig) -> None:
+    """Measure what is not measured yet and print the tables.
+
+    Raises:
+        OSError, ValueError: bad input.
+        FailedError: a run failed; those before it are in the results.
+    """
+    results = read_results(config.json)
     specs = list_specs(config, find_cases(config.cases, config.smollm2, config.qwen, config.gsm8k))
     done = {key(row) for row in results["runs"]}
     with tempfile.TemporaryDirectory(prefix="lora_grpo-") as name:
@@ -174,9 +176,8 @@ def run(config: BenchmarkConfig) -> int:
             print(f"[{number}/{len(specs)}] {label}", flush=True)
             try:
                 found = measure(spec, Path(name))
-            except RuntimeError as error:
-                print(f"error: {label}: {error}", file=sys.stderr)
-                return 1
+            except FailedError as error:
+                raise FailedError(f"{label}: {error}") from error
             results["runs"].append({**spec, **found})
             if config.json:
                 write_json(config.json, results)
@@ -185,4 +186,3 @@ def run(config: BenchmarkConfig) -> int:
     print(build_tables(cases))
     if config.plot:
         draw(cases, config.plot)
-    return 0

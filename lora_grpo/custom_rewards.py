@@ -15,12 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, SupportsFloat
 
+from lora_grpo.terminal import FailedError
+
 RewardFunction = Callable[..., list[float | None]]
 Completion = str | list[dict[str, Any]]
 LONGEST_SHOWN = 300
 
 
-class RewardError(RuntimeError):
+class RewardError(FailedError):
     """A user's reward function raised; the message shows the completion that it was given."""
 
 

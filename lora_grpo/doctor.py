@@ -25,9 +25,10 @@ from lora_grpo.config import TrainConfig
 from lora_grpo.doctor_gpu import driver_cuda, find_holders, gpu_rows
 from lora_grpo.doctor_machine import Row, hub_rows, machine_rows
 from lora_grpo.doctor_packages import ROOT, import_rows, package_rows, read_pins
-from lora_grpo.doctor_probes import Outcome, run_probes
+from lora_grpo.doctor_probes import INTERRUPTED, Outcome, run_probes
 from lora_grpo.hardware import GPU, find_gpu
 from lora_grpo.presets import PRESETS, choose_preset
+from lora_grpo.terminal import command_line
 
 WIDTH_IN_A_FILE = 120
 Prober = Callable[[Sequence[str], float], dict[str, Outcome]]
@@ -78,7 +79,11 @@ def examine(config: DoctorConfig, probe: Prober = run_probes, root: Path = ROOT)
     chains += [(name,) for name in extras(gpu)]
     with ThreadPoolExecutor(len(chains) + 1) as pool:
         hub = pool.submit(attempt, "hub", partial(hub_rows, None if model == "tiny" else model))
-        tried = list(pool.map(lambda chain: probe(chain, config.probe_timeout), chains))
+        try:
+            tried = list(pool.map(lambda chain: probe(chain, config.probe_timeout), chains))
+        except KeyboardInterrupt:
+            INTERRUPTED.set()  # or the pool would wait for every import
+            raise
     outcomes = {name: outcome for found in tried for name, outcome in found.items()}
     tested, has_gpu = read_pins(root), gpu is not None
     rows = [
@@ -104,7 +109,7 @@ def attempt(section: str, gather: Callable[[], list[Row]]) -> list[Row]:
         return gather()
     except Exception as error:
         value = f"could not be examined: {type(error).__name__}: {error}"
-        advice = "report this as a bug, with what `python scripts/doctor.py --json` prints"
+        advice = "report this as a bug, with what `doctor.py --json` prints"
         return [Row(section, "error", value, "warning", advice)]
 
 
@@ -118,7 +123,7 @@ def choose(gpu: GPU | None, outcomes: dict[str, Outcome]) -> tuple[Choice, str]:
     choice = choose_backend(
         "auto", "auto", gpu, lambda name: installed(name) and name not in broken
     )
-    command = "python scripts/train_lora.py"
+    command = command_line("train_lora.py")
     if choice.backend != blind.backend:
         why = "unsloth is installed, but cannot be imported"
         choice = dataclasses.replace(choice, why_backend=why)

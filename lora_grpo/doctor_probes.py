@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +70,9 @@ PROBES: dict[str, tuple[tuple[str, ...], str]] = {
     "unsloth": (("unsloth",), ""),
     "vllm": (("vllm",), "from vllm import LLM, SamplingParams"),
 }
+# Set once Ctrl-C has reached the main thread: the processes that other threads wait for end then.
+INTERRUPTED = threading.Event()
+LOOK_SECONDS = 0.05
 SIGNALS = {
     "SIGSEGV": "a segmentation fault",
     "SIGILL": "an instruction that this processor lacks",
@@ -88,7 +93,7 @@ class Outcome:
 def run_probes(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
     """Try the imports in this order; a process gets so many seconds."""
     found: dict[str, Outcome] = {}
-    while left := [name for name in names if name not in found]:
+    while (left := [name for name in names if name not in found]) and not INTERRUPTED.is_set():
         found |= run_child(left, seconds)
     return found
 
@@ -98,17 +103,13 @@ def run_child(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
     work = json.dumps([(name, *PROBES[name]) for name in names])
     # A file and no pipe: a grandchild that keeps a pipe open would outlast the time limit.
     with tempfile.TemporaryFile() as output:
-        try:
-            code = subprocess.run(
-                [sys.executable, "-c", CHILD, work],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.DEVNULL,
-                timeout=seconds,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, work],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+        )
+        code = wait_for(child, seconds)
         if code == -signal.SIGINT:
             raise KeyboardInterrupt
         output.seek(0)
@@ -119,6 +120,17 @@ def run_child(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
             heard = json.loads(line.removeprefix(MARK))
             said.setdefault(heard["name"], {}).update(heard)
     return {name: read_outcome(name, heard, code, seconds) for name, heard in said.items()}
+
+
+def wait_for(child: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Return a process's exit status, or None after it had to be ended."""
+    end = time.monotonic() + seconds
+    while child.poll() is None:
+        if INTERRUPTED.wait(LOOK_SECONDS) or time.monotonic() > end:
+            child.kill()
+            child.wait()
+            return None
+    return child.returncode
 
 
 def read_outcome(name: str, heard: dict[str, Any], code: int | None, seconds: float) -> Outcome:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.export_config import ExportConfig
 from lora_grpo.merge import Report, free_name, say
+from lora_grpo.terminal import FailedError, join
 
 if TYPE_CHECKING:
     from lora_grpo.export_source import Outcome
@@ -37,14 +38,14 @@ class ExportResult:
         return [
             line.replace(
                 "FOLDER",
-                str(self.folder if len(self.report["formats"]) == 1 else self.folder / name),
+                join(self.folder if len(self.report["formats"]) == 1 else self.folder / name),
             )
             for name, found in self.report["formats"].items()
             for line in found["commands"]
         ]
 
 
-class ExportProofError(RuntimeError):
+class ExportProofError(FailedError):
     """An export was not what it should be and nothing was kept; the message names the failures."""
 
 

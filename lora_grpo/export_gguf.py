@@ -16,6 +16,7 @@ from lora_grpo.gguf_tokenizer import Vocabulary, describe_tokenizer
 from lora_grpo.gguf_write import write_model
 from lora_grpo.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
 from lora_grpo.model import declared_end_ids, load_tokenizer, read_config
+from lora_grpo.terminal import join
 
 Report = Callable[[str], None]
 
@@ -84,6 +85,6 @@ def write_gguf(
         checks += [replace(check, name=f"{quant} {check.name}") for check in proof.checks]
         figures[quant] = proof.figures
         commands.append(
-            f"llama-cli -m FOLDER/{path.name} --jinja -sysf FOLDER/system_prompt.txt --temp 0"
+            f"llama-cli -m FOLDER/{join(path.name)} --jinja -sysf FOLDER/system_prompt.txt --temp 0"
         )
     return Outcome(tuple(checks), figures, tuple(commands))

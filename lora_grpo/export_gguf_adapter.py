@@ -16,6 +16,7 @@ from lora_grpo.gguf_write import write_adapter
 from lora_grpo.lora_delta import CONFIG, Delta, read_deltas
 from lora_grpo.merge_checks import Check
 from lora_grpo.model import read_config
+from lora_grpo.terminal import join
 
 # Two float32 products of the same matrices, in another order of scaling.
 SLACK = 2.0**-18
@@ -43,7 +44,7 @@ def write_gguf_adapter(
         found, measured = run_on_base(path, source, seen)
         checks += found
         figures |= measured
-    command = f"llama-cli -m BASE.gguf --lora FOLDER/{path.name} --jinja"
+    command = f"llama-cli -m BASE.gguf --lora FOLDER/{join(path.name)} --jinja"
     return Outcome(tuple(checks), figures, (f"{command} -sysf FOLDER/system_prompt.txt --temp 0",))
 
 

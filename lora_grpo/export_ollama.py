@@ -1,5 +1,6 @@
 """A GGUF file and an Ollama Modelfile: template, stop tokens, system prompt and parameters."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def write_ollama(
     write_text(folder / MODELFILE, text)
     report(f"proving {MODELFILE}")
     checks = prove_modelfile_at(folder / MODELFILE, source)
-    commands = (f"ollama create {source.name} -f FOLDER/{MODELFILE}", f"ollama run {source.name}")
+    # Ollama allows no other characters in a name.
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip("-.") or "model"
+    commands = (f"ollama create {name} -f FOLDER/{MODELFILE}", f"ollama run {name}")
     return Outcome((*outcome.checks, *checks), outcome.figures, commands)
 
 

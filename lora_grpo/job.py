@@ -1,7 +1,5 @@
-"""The training command: plan, then preview or train, with an exit status and the next command for
-each end."""
+"""The training command: plan, then preview or train, and the next command for each end."""
 
-import sys
 from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
@@ -12,6 +10,7 @@ from lora_grpo.custom_rewards import RewardError
 from lora_grpo.memory_report import describe_memory
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.prompt import build_messages, render
+from lora_grpo.terminal import FailedError, command_line
 
 if TYPE_CHECKING:
     from lora_grpo.memory_error import MemoryExhaustedError
@@ -57,15 +56,18 @@ def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
 def run(config: TrainConfig, why: str) -> int:
     """Do what the configuration asks for and return the exit status.
 
-    0 done, 1 the run failed, 2 bad input, 128 + n stopped by signal n and ready to be resumed.
+    0 done, 128 + n stopped by signal n and ready to be resumed.
+
+    Raises:
+        OSError, ValueError: bad input, found before any weights load.
+        FailedError, FloatingPointError: the run failed; the message says what to do.
     """
     prepare_allocator()
     display = Display(config.quiet and not (config.dry_run or config.preview))
     try:
         plan = make_plan(config)
-    except (OSError, ValueError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except RewardError as error:
+        raise ValueError(str(error)) from error
     display.plan("GRPO on a LoRA adapter", describe_plan(plan, why))
     if config.preview:
         preview(plan, display)
@@ -79,12 +81,12 @@ def run(config: TrainConfig, why: str) -> int:
 
 
 def run_plan(plan: Plan, display: Display) -> int:
-    """Train and print the result, or say how to go on."""
+    """Train and print the result, or say how to resume."""
     from lora_grpo.memory_error import MemoryExhaustedError
     from lora_grpo.record import METRICS, VALIDATION, had_signal
     from lora_grpo.train import Stopped, train
 
-    again = f"go on by: python scripts/train_lora.py --resume {plan.run_dir}"
+    again = f"resume it by: {command_line('train_lora.py', '--resume', plan.run_dir)}"
     try:
         report = train(plan, display)
     except Stopped as stop:
@@ -94,22 +96,14 @@ def run_plan(plan: Plan, display: Display) -> int:
         display.say(f"stopped; {again}")
         return 130
     except MemoryExhaustedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(f"{advise_on_memory(plan, error)}; then {again}", file=sys.stderr)
-        return 1
-    except (FloatingPointError, RewardError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise FailedError(f"{error}\n{advise_on_memory(plan, error)}; then {again}") from error
     display.results(report)
     display.memory(plan.run_dir / METRICS)
     validation = read_jsonl(plan.run_dir / VALIDATION)
     display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
     steps = read_jsonl(plan.run_dir / METRICS)
     if any(map(had_signal, steps)):
-        display.say(f"next: python scripts/merge_adapter.py {plan.run_dir}")
+        display.say(f"next: {command_line('merge_adapter.py', plan.run_dir)}")
     else:
         display.silence(steps, plan.config, whole_run=True)
     return 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from lora_grpo.gguf_quants import QUANTS
 from lora_grpo.rollout import Advance, Completion
+from lora_grpo.terminal import FailedError
 
 PROGRAM, PACKAGE = "llama-quantize", "llama-cpp-python==0.3.36"
 HOW_TO_INSTALL = (
@@ -55,7 +56,7 @@ def quantize_file(source: Path, target: Path, quant: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         failed, said = done.returncode, (done.stderr.strip().splitlines() or ["nothing"])[-1]
     if failed or not target.is_file():
-        raise RuntimeError(f"llama.cpp did not quantise {source.name} to {quant}: {said}")
+        raise FailedError(f"llama.cpp did not quantise {source.name} to {quant}: {said}")
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from lora_grpo.memory_report import as_record, print_plan
 from lora_grpo.model_shape import find_shape
 from lora_grpo.presets import parse_train_config
 
-PLANNED, NOTHING_FITS, BAD_INPUT = 0, 1, 2
+PLANNED, NOTHING_FITS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -120,24 +119,20 @@ def parse(arguments: Sequence[str]) -> tuple[PlanMemoryConfig, MemoryPlan, tuple
 def run(arguments: Sequence[str]) -> int:
     """Plan, print, measure where asked, and return the exit status.
 
-    0 it fits, 1 nothing fits or the measured run failed, 2 bad input.
+    0 it fits, 1 nothing fits.
+
+    Raises:
+        OSError, ValueError: bad input.
+        FailedError: the measured run failed.
     """
     as_json = "--json" in arguments
-    try:
-        config, plan, notes = parse(arguments)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    config, plan, notes = parse(arguments)
     record = as_record(config, plan, notes)
     if not as_json:
         print_plan(config, plan, notes)
     if config.measure:
-        try:
-            flags = [*arguments, *setting_flags(plan)]
-            measured = measure(flags, plan.job.shape.hidden_size)
-        except RuntimeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return NOTHING_FITS
+        flags = [*arguments, *setting_flags(plan)]
+        measured = measure(flags, plan.job.shape.hidden_size)
         record["measured_bytes"] = measured
         if not as_json:
             print(comparison(plan, measured))

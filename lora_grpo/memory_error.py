@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from lora_grpo.terminal import FailedError
+
 Result = TypeVar("Result")
 
 
@@ -16,7 +18,7 @@ Result = TypeVar("Result")
 SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
 
-class MemoryExhaustedError(RuntimeError):
+class MemoryExhaustedError(FailedError):
     """Not even one row at a time fits."""
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from lora_grpo.terminal import FailedError
+
 if TYPE_CHECKING:
     from lora_grpo.merge_proof import Proof
 
@@ -76,7 +78,7 @@ class MergeResult:
         return build_table(self.report)
 
 
-class MergeProofError(RuntimeError):
+class MergeProofError(FailedError):
     """The merged folder was not what it should be and is gone; the message names the failures."""
 
 

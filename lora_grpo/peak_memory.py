@@ -6,6 +6,8 @@ import resource
 import threading
 from collections.abc import Callable
 
+from lora_grpo.own_process import resident_peak
+
 EVERY = 0.02  # seconds between two looks at the card
 
 
@@ -30,7 +32,7 @@ class PeakMemory:
     def bytes(self) -> int:
         """Return the peak so far, in bytes."""
         if self.free is None:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return resident_peak(resource.getrusage(resource.RUSAGE_SELF))
         self.look()
         return self.free_before - self.least
 

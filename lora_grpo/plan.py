@@ -20,6 +20,7 @@ from lora_grpo.model_shape import ModelShape, read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
 from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
+from lora_grpo.terminal import command_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +133,7 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
         raise ValueError(
             f"--preset {config.preset} needs an NVIDIA GPU, and nvidia-smi lists none: use "
             "--preset tiny, which learns in minutes on a CPU, or see what this one would do by "
-            f"python scripts/plan_memory.py --preset {config.preset} --gpu-memory 8"
+            + command_line("plan_memory.py", "--preset", config.preset, "--gpu-memory", 8)
         )
     if config.gpu_memory is not None and gpu is None:
         raise ValueError(
@@ -254,8 +255,9 @@ def make_plan(config: TrainConfig) -> Plan:
     placement = choose_placement(config.dtype)
     if gpu is not None and placement.device == "cpu":
         raise ValueError(
-            f"nvidia-smi lists {gpu.name}, but torch cannot use it: python scripts/doctor.py says "
-            "why; CUDA_VISIBLE_DEVICES= before the command trains on the CPU"
+            f"nvidia-smi lists {gpu.name}, but torch cannot use it: "
+            f"{command_line('doctor.py')} says why; CUDA_VISIBLE_DEVICES= before the "
+            "command trains on the CPU"
         )
     check_engine(config, choice, folder)
     steps = count_steps(config, len(data.train))

@@ -1,7 +1,9 @@
 """How a push ends where it does not end well."""
 
+from lora_grpo.terminal import FailedError
 
-class PushError(RuntimeError):
+
+class PushError(FailedError):
     """The Hub failed, or does not hold what was sent; the message says what to do."""
 
 

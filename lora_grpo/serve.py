@@ -91,13 +91,17 @@ def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
         report(request)
         return 0
     check_port(config.host, config.port)
-    with running(list(service.command), service.environment) as process:
-        if not wait_until_ready(process, f"{config.address}/health"):
-            report(f"the server ended with status {process.returncode} before it answered")
-            return 1
-        report(f"\nserving {service.model} at {config.address}/v1, Ctrl-C ends it. Try:")
-        report(request)
-        status = process.wait()
+    try:
+        with running(list(service.command), service.environment) as process:
+            if not wait_until_ready(process, f"{config.address}/health"):
+                report(f"the server ended with status {process.returncode} before it answered")
+                return 1
+            report(f"\nserving {service.model} at {config.address}/v1, Ctrl-C ends it. Try:")
+            report(request)
+            status = process.wait()
+    except KeyboardInterrupt:
+        report("ended")
+        return 0
     report(f"the server ended by itself with status {status}")
     return 1
 

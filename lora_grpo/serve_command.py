@@ -19,6 +19,7 @@ from lora_grpo.chat_source import ChatSource
 from lora_grpo.engine_settings import RANKS
 from lora_grpo.hardware import find_gpu
 from lora_grpo.prompt import TEMPLATE_SETTINGS, build_messages
+from lora_grpo.terminal import command_line
 
 TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 BASE = "base"
@@ -60,8 +61,8 @@ def choose_server(asked: str, source: ChatSource) -> str:
         why = "vllm is not installed, and " if asked == "auto" else ""
         raise ValueError(
             f"{why}transformers' own server serves whole models, not adapters such as "
-            f"{source.folder}: python scripts/merge_adapter.py {shlex.quote(str(source.folder))}, "
-            f"then python scripts/serve.py {shlex.quote(f'merged/{source.name}')}"
+            f"{source.folder}: {command_line('merge_adapter.py', source.folder)}, "
+            f"then {command_line('serve.py', f'merged/{source.name}')}"
         )
     if missing := [name for name in TRANSFORMERS_NEEDS if not installed(name)]:
         raise ValueError(

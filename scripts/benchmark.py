@@ -9,14 +9,20 @@ Prints seconds a step by phase, peak memory and their ratios as Markdown. Exit s
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.benchmark import BenchmarkConfig, run
+from lora_grpo.terminal import run_command
+
+
+def main() -> None:
+    import tyro
+
+    from lora_grpo.benchmark import BenchmarkConfig, run
+
+    run(tyro.cli(BenchmarkConfig))
+
 
 if __name__ == "__main__":
-    try:
-        sys.exit(run(tyro.cli(BenchmarkConfig)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(main))

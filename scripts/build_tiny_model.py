@@ -10,7 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
+
+from lora_grpo.terminal import run_command
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class BuildConfig:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
 
 
-def main() -> int:
+def main() -> None:
+    import tyro
+
     config = tyro.cli(BuildConfig)
     from lora_grpo.tiny_card import build_tiny_model
 
     build_tiny_model(config.output_dir, config.seed, config.steps)
     print(f"written: {config.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,24 +9,20 @@ evaluate.py scores. Exit status: 0 answered, 2 bad input, 130 interrupted.
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.chat import ChatConfig, chat
+from lora_grpo.terminal import run_command
 
 
-def main() -> int:
-    config = tyro.cli(ChatConfig)
-    try:
-        chat(config)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+def main() -> None:
+    import tyro
+
+    from lora_grpo.chat import ChatConfig, chat
+
+    chat(tyro.cli(ChatConfig))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,22 +9,22 @@ with --dataset also runs each gold answer through the reward. Expect `ranking: r
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.reward_check import CheckRewardsConfig, check_rewards, print_check
+from lora_grpo.terminal import run_command
 
 
 def main() -> int:
-    config = tyro.cli(CheckRewardsConfig, description=__doc__)
-    try:
-        check = check_rewards(config)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    import tyro
+
+    from lora_grpo.reward_check import CheckRewardsConfig, check_rewards, print_check
+
+    check = check_rewards(tyro.cli(CheckRewardsConfig, description=__doc__))
     print_check(check)
     return 0 if check.passed else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -10,20 +10,18 @@ cannot, 2 for bad input.
 """
 
 import sys
+from pathlib import Path
 
-try:
-    import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-    from lora_grpo.doctor import DoctorConfig, examine, print_report, show_progress, to_json
-except ImportError as error:
-    sys.exit(
-        f"error: {sys.executable} cannot import what the suite needs ({error}): use the Python of "
-        "its environment (.venv/bin/python after `make test`), or run pip install -r "
-        "requirements-cpu.txt && pip install --no-deps -e ."
-    )
+from lora_grpo.terminal import run_command
 
 
 def main() -> int:
+    import tyro
+
+    from lora_grpo.doctor import DoctorConfig, examine, print_report, show_progress, to_json
+
     config = tyro.cli(DoctorConfig, description=__doc__)
     with show_progress():
         report = examine(config)
@@ -35,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,29 +7,27 @@ For an adapter that train_lora.py wrote, the figures equal those of its eval.jso
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
+
+from lora_grpo.terminal import run_command
 
 
-def main() -> int:
+def main() -> None:
+    import tyro
+
+    from lora_grpo.console import Display
     from lora_grpo.evaluate import EvaluateConfig, evaluate
 
-    config = tyro.cli(EvaluateConfig)
-    from lora_grpo.console import Display
-
-    display = Display()
-    try:
-        report = evaluate(config, display.bar)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config, display = tyro.cli(EvaluateConfig), Display()
+    report = evaluate(config, display.bar)
     for note in report.get("notes", ()):
         display.say(note)
     display.results(report)
     if config.output:
         display.say(f"written: {config.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

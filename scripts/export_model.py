@@ -10,33 +10,25 @@ failed and nothing was kept, 2 the input cannot be exported so.
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.export import ExportProofError, export_model
-from lora_grpo.export_config import ExportConfig
-from lora_grpo.merge import MergeProofError
+from lora_grpo.terminal import run_command
 
 
-def main() -> int:
-    config = tyro.cli(ExportConfig, description=__doc__)
-    try:
-        result = export_model(config)
-    except (ExportProofError, MergeProofError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+def main() -> None:
+    import tyro
+
+    from lora_grpo.export import export_model
+    from lora_grpo.export_config import ExportConfig
+
+    result = export_model(tyro.cli(ExportConfig, description=__doc__))
     print(result.table)
     print(f"exported: {result.folder}")
     for command in result.commands:
         print(f"next: {command}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "interrupted: nothing was written"))

@@ -10,30 +10,23 @@ cannot be merged.
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.merge import MergeConfig, MergeProofError, merge_adapter
+from lora_grpo.terminal import command_line, run_command
 
 
-def main() -> int:
-    config = tyro.cli(MergeConfig)
-    try:
-        result = merge_adapter(config)
-    except MergeProofError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
+def main() -> None:
+    import tyro
+
+    from lora_grpo.merge import MergeConfig, merge_adapter
+
+    result = merge_adapter(tyro.cli(MergeConfig))
     print(result.table)
     print(f"merged model: {result.folder}")
-    print(f"next: python scripts/evaluate.py --model {result.folder}")
-    return 0
+    print(f"next: {command_line('evaluate.py', '--model', result.folder)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "interrupted: nothing was written"))

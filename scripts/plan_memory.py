@@ -9,8 +9,18 @@ process on this CPU; --measure then makes two steps and prints the measured peak
 """
 
 import sys
+from pathlib import Path
 
-from lora_grpo.memory_command import run
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
+
+from lora_grpo.terminal import run_command
+
+
+def main() -> int:
+    from lora_grpo.memory_command import run
+
+    return run(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -9,30 +9,20 @@ there, 1 the Hub failed or does not hold what was sent, 2 bad input or a questio
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.export import ExportProofError
-from lora_grpo.merge import MergeProofError
-from lora_grpo.push import PushConfig, push_to_hub
-from lora_grpo.push_end import PushError
+from lora_grpo.terminal import run_command
 
 
-def main() -> int:
-    config = tyro.cli(PushConfig, description=__doc__)
-    try:
-        push_to_hub(config)
-    except (PushError, ExportProofError, MergeProofError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: run it again, what arrived is not sent twice", file=sys.stderr)
-        return 130
-    return 0
+def main() -> None:
+    import tyro
+
+    from lora_grpo.push import PushConfig, push_to_hub
+
+    push_to_hub(tyro.cli(PushConfig, description=__doc__))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "interrupted: run it again, what arrived is not sent twice"))

@@ -10,23 +10,20 @@ itself, 2 it cannot be served.
 """
 
 import sys
+from pathlib import Path
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.serve import ServeConfig, serve
+from lora_grpo.terminal import run_command
 
 
 def main() -> int:
-    config = tyro.cli(ServeConfig)
-    try:
-        return serve(config)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ended", file=sys.stderr)
-        return 0
+    import tyro
+
+    from lora_grpo.serve import ServeConfig, serve
+
+    return serve(tyro.cli(ServeConfig))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -8,20 +8,21 @@ On the embedded model strict accuracy on 512 held-out problems rises from 8 % to
 """
 
 import sys
+from pathlib import Path
 
-from lora_grpo.presets import parse_train_config
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
+
+from lora_grpo.terminal import run_command
 
 
 def main() -> int:
-    try:
-        config, why = parse_train_config()
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from lora_grpo.presets import parse_train_config
+
+    config, why = parse_train_config()
     from lora_grpo.job import run
 
     return run(config, why)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -14,6 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ORDER = [
     # knobs, and files that appear whole
+    *("terminal", "own_process"),
     *("atomic", "config", "config_file", "hardware", "backend", "presets"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     # dataset -> prompt
@@ -62,7 +63,7 @@ ORDER = [
     *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
     *("merge_proof", "merge_report", "merge"),
     # how fast update and merge are
-    *("own_process", "benchmark_cases", "benchmark_worker", "benchmark_report", "benchmark"),
+    *("benchmark_cases", "benchmark_worker", "benchmark_report", "benchmark"),
     # -> export
     *("export_config", "export_source", "export_reference", "export_report"),
     *("gguf_tokenizer", "gguf_quants", "gguf_model", "gguf_write", "llamacpp", "llamacpp_proof"),
@@ -78,6 +79,7 @@ ORDER = [
     *("serve_command", "serve"),
 ]
 WITHOUT_TORCH = [
+    *("terminal", "own_process"),
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     *(

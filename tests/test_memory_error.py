@@ -292,8 +292,10 @@ def flags_of(knobs: dict) -> list[str]:
 def run_job(*arguments: str) -> int:
     from lora_grpo.job import run
     from lora_grpo.presets import parse_train_config
+    from lora_grpo.terminal import run_command
 
-    return run(*parse_train_config(list(arguments)))
+    config, why = parse_train_config(list(arguments))
+    return run_command(lambda: run(config, why))
 
 
 def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys) -> None:
@@ -318,7 +320,7 @@ def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys)
     error, advice = printed.err.strip().splitlines()
     assert error.startswith("error: out of memory in the update, one at a time: CUDA out of memory")
     assert advice.startswith("the plan was: fits: peak")
-    assert "add --gradient-checkpointing; then go on by: python" in advice
+    assert "add --gradient-checkpointing; then resume it by: " in advice
     run = tmp_path / "run"
     resume = ["--resume", str(run), "--gradient-checkpointing"]
     resume += ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
