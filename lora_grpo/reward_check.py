@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.reward_corpus import Ranking, rank
 from lora_grpo.rewards import (
     Reward,
@@ -80,9 +81,15 @@ def check_rewards(config: CheckRewardsConfig) -> RewardCheck:
 
     Raises:
         FileNotFoundError: the dataset or a reward's file is not there.
-        RuntimeError: a reward of the user's own raised.
         ValueError: a flag, a reward or the data cannot be used.
     """
+    try:
+        return run_checks(config)
+    except RewardError as error:
+        raise ValueError(str(error)) from error
+
+
+def run_checks(config: CheckRewardsConfig) -> RewardCheck:
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights)
     gold = check_dataset(config, rewards)

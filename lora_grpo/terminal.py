@@ -68,7 +68,8 @@ def complain(sentence: str, status: int) -> int:
 def end_interrupted(sentence: str) -> int:
     # A second Ctrl-C, while threads and files are being closed, ends the process without a word.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    print(f"\n{sentence}", file=sys.stderr)
+    below_the_echo = "\n" if sys.stderr.isatty() else ""  # a terminal shows ^C where it stands
+    print(f"{below_the_echo}{sentence}", file=sys.stderr)
     return INTERRUPTED
 
 
