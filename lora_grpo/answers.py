@@ -7,43 +7,30 @@ above 100 characters before any pattern sees it.
 
 import re
 from fractions import Fraction
-from itertools import pairwise
+
+from lora_grpo.quantity import LONGEST_NUMBER, POWER_OF_TEN, WHOLE, read_quantity, to_plain
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-LONGEST_NUMBER = 100
 
-# `[0-9]` and not `\d`, which takes the digits of every script. The lookahead refuses `1,2345`.
-INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3}(?![0-9]))+|[0-9]+)"
-WORD = "[A-Za-z\u00b0]+[\u00b2\u00b3]?"
-NUMBER = re.compile(
+# In plain text: an exponent (`x^2`, `cm2`) is passed over, and a minus directly after a digit or a
+# word is an operator.
+ANYWHERE = re.compile(
     rf"""
-    (?P<sign>[-+\u2212]?) (?:[$\u00a3\u20ac][ ]?)? (?P<inner_sign>[-+\u2212]?)
-    (?: (?P<top>{INTEGER}) [ ]?/[ ]? (?P<bottom>[0-9]+)
-      | (?P<decimal>{INTEGER}(?:\.[0-9]+)? | \.[0-9]+) )
-    (?:[ ]?[%$\u00a3\u20ac])?
-    (?P<unit>(?:[ ]?/[ ]?|[ -])?{WORD}(?:(?:[ ]?/[ ]?|[ -]){WORD})*)?
-    \.?
+    (?=[-^$.0-9cfikmy])  # for speed
+    (?: (?P<number>
+          (?: (?<![\w$%)\]])-\$?(?=[.0-9]) | (?<!\w)\$-(?=[.0-9]) )?
+          (?: (?:{WHOLE}[ ])? (?P<fraction>{WHOLE}/0*[1-9][0-9]*)
+            | {POWER_OF_TEN}
+            | (?: {WHOLE}(?:\.[0-9]+)? | (?<![\w.])\.[0-9]+ )
+              (?: [eE][-+]?[0-9]{{1,3}}(?!\w|\.[0-9]) | [ ]?\u00d7[ ]?{POWER_OF_TEN} )?
+          )
+        )
+      | \^[-+]?[0-9]+
+      | (?<![A-Za-z]) (?: [mck]?m | in | ft | yd | mi ) [23] (?![0-9])
+    )
     """,
     re.VERBOSE,
 )
-NUMBER_ANYWHERE = re.compile(
-    rf"(?:(?<![\w$%)\]])[-\u2212]\$?|(?<!\w)\$[-\u2212])?"
-    rf"(?:{INTEGER}(?:\.[0-9]+|/[1-9][0-9]*)?|(?<![\w.])\.[0-9]+)"
-)
-
-# After a number these are part of its value, not a unit: `72 million`, `3k`, `2 and a half`.
-NUMBER_WORD = re.compile(
-    r"""
-    (?: zero | one | two | three | four | five | six | seven | eight | nine | ten | eleven | twelve
-      | thirteen | fourteen | fifteen | sixteen | seventeen | eighteen | nineteen | twenty | thirty
-      | forty | fifty | sixty | seventy | eighty | ninety | hundred | thousand | million | billion
-      | trillion | dozen | lakh | crore | grand | half | k | mil | mn | mln | bn | bln | tn
-    ) s?
-    | halves | thirds | (?: four | fif | six | seven | eigh | nin | ten | hundred | thousand ) ths
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-SCALE_LETTERS = ("M", "B", "T")
 
 
 def parse_answer(completion: str) -> str | None:
@@ -58,7 +45,7 @@ def parse_answer(completion: str) -> str | None:
 
 
 def has_format(completion: str) -> bool:
-    """Tell whether the completion is one reasoning block and one answer block, neither blank.
+    """Return whether the completion is one reasoning block and one answer block, neither blank.
 
     White space around the blocks is free; any other text there, or a tag too many, is not.
     """
@@ -74,52 +61,34 @@ def has_format(completion: str) -> bool:
     return bool(reasoning and answer) and not (before or between or rest.strip())
 
 
-def changes_value(unit: str) -> bool:
-    words = unit.replace("/", " per ").replace("-", " ").split()
-    return any(
-        before not in ("per", "each", "every")
-        and (word in SCALE_LETTERS or NUMBER_WORD.fullmatch(word) is not None)
-        for before, word in pairwise(["", *words])
-    )
-
-
 def parse_number(text: str) -> Fraction | None:
     """Return the exact value of a text that is one number and at most a unit, or None.
 
     Currency, per cent and unit leave the value alone (`$50`, `50%` and `50 clips per day` are 50).
-    A scale word does not, so `50 million` is no number; nor is a text with two numbers in it.
     """
-    stripped = text.strip()
-    if len(stripped) > LONGEST_NUMBER:
-        return None
-    found = NUMBER.fullmatch(" ".join(stripped.split()))
-    if (
-        found is None
-        or (found["sign"] and found["inner_sign"])
-        or changes_value(found["unit"] or "")
-    ):
-        return None
-    if found["bottom"] is not None and int(found["bottom"]) == 0:
-        return None
-    value = Fraction((found["decimal"] or found["top"]).replace(",", "")) / int(
-        found["bottom"] or 1
-    )
-    return value if (found["sign"] or found["inner_sign"]) in ("", "+") else -value
+    quantity = read_quantity(text)
+    return None if quantity is None else quantity.value
 
 
 def same_number(left: str, right: str) -> bool:
-    """Tell whether both texts are numbers (see `parse_number`) and exactly equal; never raises."""
-    number = parse_number(left)
-    return number is not None and number == parse_number(right)
+    """Return whether both texts are one number each, exactly equal, with no two different units.
+
+    Never raises. A unit that one text leaves out is free; nothing is converted, so `50%` is 50 and
+    not 0.5, and `2 hours` are not `120 minutes`.
+    """
+    quantity, other = read_quantity(left), read_quantity(right)
+    return quantity is not None and other is not None and quantity.agrees(other)
 
 
 def last_number(completion: str) -> str | None:
-    """Return the last number anywhere in the completion, tags or not, or None.
+    """Return the last number anywhere in the completion, tags or not, in plain text, or None.
 
     A minus directly after a digit or a word is an operator (`5-3` ends on `3`), else a sign.
     """
     last = None
-    for found in NUMBER_ANYWHERE.finditer(completion):
-        if len(found[0]) <= LONGEST_NUMBER:
-            last = found[0]
-    return last
+    for found in ANYWHERE.finditer(to_plain(completion)):
+        if found["number"] and len(found["number"]) <= LONGEST_NUMBER:
+            last = found
+    if last is None:
+        return None
+    return last["number"] if parse_number(last["number"]) is not None else last["fraction"]

@@ -1,6 +1,7 @@
 import functools
 import json
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_grpo.answers import TAGS, has_format, last_number, parse_number
+from lora_grpo.quantity import read_quantity, to_plain
 from lora_grpo.rewards import (
     build_rewards,
     check_gold,
@@ -108,12 +110,42 @@ def test_same_number_accepts_other_spellings(left: str, right: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *["", "x", "seventy-two", "NaN", "nan", "inf", "-inf", "1e999", "1e2", "0x10", "1_000"],
-        *["1,20", "1,2345", "1234,567", "0,200", ",200", "1.200,50", "1.2.3"],
-        *["72 million", "2 dozen", "3k", "3 K", "$3M", "2bn", "2 hundred clips", "7 thirds"],
-        *["2 and a half", "2 1/2", "72 or 73", "72 or seventy-three", "5\u00b2", "2\u00bd"],
-        *["--3", "-$-3", "- 3", "3-", "1/0", "1/2/3", "72!", "72..."],
+        *[
+            "",
+            "x",
+            "seventy-two",
+            "NaN",
+            "nan",
+            "inf",
+            "-inf",
+            "1e9999",
+            "2^10",
+            "0x10",
+            "A",
+            "yes",
+        ],
+        *["1,20", "1,2345", "1234,567", "0,200", ",200", "7,2", "1.2.3", "1 20", "0 200"],
+        *["3 K", "$3M", "2bn", "7 thirds", "5 squared", "5!", "3万"],
+        *["2 and a half", "2 3/2", "2\\frac{3}{2}", "72 or 73", "72 or seventy-three", "$5 $600"],
+        *["--3", "-$-3", "- 3", "(3)", "3-", "1/0", "1/2/3", "72...", "~72", "about 72"],
         *["\uff17\uff12", "\u0667", "7\u00a02", "9" * 101, "72" + " very" * 30],
+        *[
+            "8-i",
+            "8i",
+            "8 - i",
+            "3x",
+            "5 x",
+            "2ab",
+            "8-xy",
+            "1/n",
+            "5/m",
+            "8-m",
+            "2\\pi",
+            "2\u03c0",
+        ],
+        *["x^2+1", "\\sqrt{2}", "3+4i", "5^2", "5\u00b2", "16 x^2", "\\frac{1}{2}x", "2**3"],
+        *["\\frac123", "\\frac{1}{0}", "(1, 2)", "3:30", "1:2", "3-5", "3 to 5", "2024-01-05"],
+        *["$5 cents", "5 dollars and 20 cents", "5 apples, 3 pears", "48 + 24 = 72"],
     ],
 )
 def test_what_is_no_number_equals_nothing(text: str) -> None:
@@ -129,6 +161,84 @@ def test_different_numbers_are_different(left: str, right: str) -> None:
     assert not same_number(left, right)
 
 
+# Pairs of a gold answer and an answer between the tags: what is exact and unambiguous is paid.
+PAID = [
+    *[
+        ("28%", "28"),
+        ("28\\%", "28%"),
+        ("28 percent", "28 %"),
+        ("50", "50 pct"),
+        ("3.5 per cent", "3.5"),
+    ],
+    *[("9500", "$9{,}500"), ("9500", "9 500"), ("9500", "9\u202f500"), ("9500", "9_500")],
+    *[("9500", "9'500"), ("9500", "9.500,00"), ("100000", "1,00,000"), ("10000", "10,\\!000")],
+    *[("\\frac{1}{2}", "1/2"), ("\\dfrac12", "0.5"), ("7/2", "3 1/2"), ("3\\frac{1}{2}", "3.5")],
+    *[
+        ("-1/3", "-\\frac{1}{3}"),
+        ("-1/3", "\\frac{-1}{3}"),
+        ("1/2", "\u00bd"),
+        ("-2.5", "-2\u00bd"),
+    ],
+    *[("1e5", "100000"), ("5 \\times 10^3", "5000"), ("3x10^2", "300"), ("10^6", "1000000")],
+    *[("0.00001", "1e-5"), ("2.0107e-06", "0.0000020107"), ("5e+16", "50000000000000000")],
+    *[("10^{-3}", "0.001"), ("3 \u00d7 10\u2078 m/s", "3e8")],
+    *[("-5", "\u20135"), ("-5", "minus 5"), ("-5", "negative 5"), ("$-5", "-$5")],
+    *[("16", "16 cm^2"), ("16 cm\u00b2", "16 square cm"), ("16 cm2", "16\\text{ cm}^2")],
+    *[("16 sq. cm", "16 centimeters squared"), ("90^\\circ", "90 degrees"), ("90", "90\u00b0")],
+    *[("20 \u00b0C", "20 degrees Celsius"), ("60 mph", "60 miles per hour"), ("5 m/s", "5")],
+    *[("6 feet", "6 ft"), ("12 in", "12 inches"), ("2 h", "2 hours"), ("60\u516c\u91cc", "60 km")],
+    *[("60", "\u20b960"), ("60", "60\u5143"), ("60", "Rs. 60"), ("60", "USD 60"), ("60", "US$60")],
+    *[
+        ("$5", "5 dollars"),
+        ("$5/hour", "$5"),
+        ("72 clips per day", "72 clips"),
+        ("$1.5 million", "1500000"),
+    ],
+    *[
+        ("9 (apples)", "9"),
+        ("9 apples", "9 kids"),
+        ("5", "5 a\u00f1os"),
+        ("3", "3\u4e2a"),
+        ("4", "4 men"),
+    ],
+    *[("72", "\\boxed{72}"), ("72", "$72$"), ("72", "**72**"), ("x=72", "72"), ("72", "\\(72\\)")],
+    *[("72", "The answer is 72"), ("72", "72,"), ("72", "`72`"), ("72", "#### 72"), ("72", '"72"')],
+    *[
+        ("5 million", "5000000"),
+        ("5k", "5000"),
+        ("2 dozen eggs", "24"),
+        ("2 hundred thousand", "2e5"),
+    ],
+]
+# Two readings, a unit converted or contradicted, a rounding: not paid, though each is a number.
+NOT_PAID = [
+    *[("0.28", "28%"), ("50%", "0.5"), ("2 hours", "120 minutes"), ("1 m", "100 cm")],
+    *[("5 km", "5 m"), ("2 hours", "2 minutes"), ("16 cm", "16 cm^2"), ("5 apples", "5 km")],
+    *[
+        ("5 am", "5 pm"),
+        ("20 \u00b0C", "20 \u00b0F"),
+        ("$5", "5 cents"),
+        ("$5", "\u20ac5"),
+        ("5%", "5 km"),
+    ],
+    *[("72 clips per day", "72 clips per hour"), ("60 miles per hour", "60 km per hour")],
+    *[("1/3", "0.333"), ("0.3", "0.30000000000000004"), ("33.33", "33.333333333333336")],
+    *[("72", "72 million"), ("72", "72k"), ("-5", "5"), ("3.14", "3.14159")],
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), PAID)
+def test_what_is_exact_and_unambiguous_is_paid(gold: str, answer: str) -> None:
+    assert same_number(gold, answer) and same_number(answer, gold)
+    assert not same_number(gold, f"1{answer}")
+
+
+@pytest.mark.parametrize(("gold", "answer"), NOT_PAID)
+def test_two_readings_or_two_units_are_not_paid(gold: str, answer: str) -> None:
+    assert parse_number(gold) is not None and parse_number(answer) is not None
+    assert not same_number(gold, answer) and not same_number(answer, gold)
+
+
 @given(numbers)
 def test_same_number_is_reflexive(text: str) -> None:
     assert same_number(text, text)
@@ -137,6 +247,51 @@ def test_same_number_is_reflexive(text: str) -> None:
 @given(numbers)
 def test_same_number_reads_the_exact_value(text: str) -> None:
     assert parse_number(text) == Fraction(text.replace(",", ""))
+
+
+WRITTEN = st.builds(
+    "{}{}{}".format,
+    st.sampled_from(["", "-", "$", "x = "]),
+    st.sampled_from(
+        ["5", "5.0", "10/2", "\\frac{10}{2}", "0.5e1", "6", "2 1/2", "2\u00bd", "5 dozen"]
+    ),
+    st.sampled_from(
+        ["", " km", " kilometers", " m", " apples", " cm^2", "%", " km per hour", "-i"]
+    ),
+)
+
+
+@given(WRITTEN, WRITTEN, WRITTEN)
+def test_same_number_is_transitive_where_each_writes_as_much(
+    first: str, second: str, third: str
+) -> None:
+    """What one text leaves out is free, so that `5 km` and `5 m` both equal `5`."""
+    read = [read_quantity(text) for text in (first, second, third)]
+    alike = None not in read and len({(q.unit is None, q.per is None) for q in read}) == 1
+    if alike and same_number(first, second) and same_number(second, third):
+        assert same_number(first, third)
+
+
+def write_fraction(value: Fraction) -> str:
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def write_mixed(value: Fraction) -> str:
+    whole, rest = divmod(abs(value), 1)
+    sign = "-" if value < 0 else ""
+    return f"{sign}{whole} {rest.numerator}/{rest.denominator}" if whole else str(value)
+
+
+@given(
+    st.fractions(-(10**6), 10**6, max_denominator=999),
+    st.sampled_from([str, write_fraction, write_mixed]),
+    st.sampled_from(["{}", "${}$", "\\boxed{{{}}}", "**{}**", "{} km", "{}.", "\\({}\\)", "= {}"]),
+)
+def test_writing_a_number_otherwise_never_changes_it(
+    value: Fraction, write: Callable[[Fraction], str], around: str
+) -> None:
+    assert parse_number(around.format(write(value))) == value
+    assert parse_number(around.format(write(value)).replace("-", "\u2212")) == value
 
 
 @given(st.one_of(numbers, completions), st.one_of(numbers, completions))
@@ -154,7 +309,17 @@ def test_same_number_is_symmetric_and_never_raises(left: str, right: str) -> Non
         ("50%-3", "3"),
         ("it is -3", "-3"),
         ("(-3)", "-3"),
-        ("= \u22123.", "\u22123"),
+        ("= \u22123.", "-3"),
+        ("it is \u20133", "-3"),
+        ("16 cm^2", "16"),
+        ("16 cm\u00b2 or 16 cm2", "16"),
+        ("so x^2 = 9, x^{10}", "9"),
+        ("\\frac{1}{2}", "1/2"),
+        ("3\\frac{1}{2} cups", "3 1/2"),
+        ("3\\frac{5}{2}", "5/2"),
+        ("is 5 \\times 10^3", "5 \u00d7 10^3"),
+        ("2.5e-3.", "2.5e-3"),
+        ("9{,}500", "9,500"),
         ("<answer>-3</answer>", "-3"),
         ("-$3", "-$3"),
         ("$-3", "$-3"),
@@ -176,7 +341,7 @@ def test_last_number(completion: str, number: str | None) -> None:
 @example("$" * 9 + "-.")
 def test_last_number_is_a_number_from_the_text(completion: str) -> None:
     found = last_number(completion)
-    assert found is None or (found in completion and same_number(found, found))
+    assert found is None or (found in to_plain(completion) and same_number(found, found))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +470,22 @@ def test_scores_ignore_white_space_around(
     "nasty",
     [
         *("<answer>", "<reasoning>\n", "</answer><answer>", PERFECT, " ", "\n"),
-        *("9", "1,", "1/", "$-", "-", "111,", "1.", ". 1", "x", "<reasoning>\n\n</reasoning>\n"),
+        *(
+            "9",
+            "1,",
+            "1/",
+            "$-",
+            "-",
+            "111,",
+            "1.",
+            ". 1",
+            "x",
+            "^{",
+            "\\frac{1",
+            "\\text{",
+            "1 1/",
+            "<reasoning>\n\n</reasoning>\n",
+        ),
     ],
 )
 def test_two_megabytes_of_anything_are_fast(nasty: str) -> None:
@@ -508,7 +688,7 @@ def test_a_wrong_result_of_a_custom_reward_says_why(
 
 
 def test_gold_answers_that_can_never_be_paid_are_found(tmp_path: Path) -> None:
-    answers = ["72", "1,200", "x + 1", "-3", "", "1e999", "{brace}"]
+    answers = ["72", "1,200", "x + 1", "-3", "", "1e9999", "{brace}"]
     assert check_gold(answers, build_rewards()) == [2, 4, 5, 6]
     assert check_gold(answers, build_rewards("classic")) == [2, 4, 5, 6]
     path = write_rewards(tmp_path, "def mine(completions, **columns): return [0.0] * 7")
