@@ -18,7 +18,17 @@ ORDER = [
     *("atomic", "config", "config_file", "hardware", "backend", "presets"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     # dataset -> prompt
-    *("arithmetic", "table", "splits", "columns", "quantity", "answers", "gold", "dataset", "prompt"),
+    *(
+        "arithmetic",
+        "table",
+        "splits",
+        "columns",
+        "quantity",
+        "answers",
+        "gold",
+        "dataset",
+        "prompt",
+    ),
     # -> rollout
     *("memory_error", "model", "lora_layers", "rollout", "unsloth_model", "unsloth_policy"),
     # -> reward
