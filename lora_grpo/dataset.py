@@ -4,7 +4,7 @@ A dataset's name and a split go in; its rows become `Problem`s, by columns that 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from numbers import Number
 from typing import Any
 
@@ -62,8 +62,10 @@ class Problem:
 @dataclass(frozen=True)
 class Reading:
     """What a split was read as: its problems, the rows that lack a question or an answer, how
-    gold answers write decimals, and a sentence for each thing that is not as usual."""
+    gold answers write decimals, and a sentence for each thing that is not as usual. `dataset` is
+    the flag with its value."""
 
+    dataset: str
     split: str
     problems: list[Problem]
     blank: list[int]
@@ -105,16 +107,16 @@ def describe_instructions(questions: Sequence[str]) -> list[str]:
     return []
 
 
-def to_reading(
-    split: str,
+def to_problems(
     rows: list[Row],
     question_columns: list[str],
     answer_columns: list[str],
     decimal_separator: DecimalSeparator,
-) -> Reading:
-    """Return the problems of some rows, by the columns of question and answer."""
+) -> tuple[list[Problem], DecimalSeparator, list[str]]:
+    """Return the problems of the rows that have a question and an answer, how their gold answers
+    write decimals, and notes."""
     questions = ["\n".join(texts) for texts in read_fields(rows, question_columns, USERS)]
-    answers, notes = read_answers(rows, answer_columns)
+    answers, several = read_answers(rows, answer_columns)
     kept = [index for index, text in enumerate(answers) if text and questions[index]]
     if not kept:
         raise ValueError(
@@ -130,24 +132,18 @@ def to_reading(
         texts = [swap_separators(text) or text for text in texts]
     problems = [
         Problem(
-            index + 1,
-            questions[index],
-            text,
-            answers[index].rpartition("####")[0].strip() or None,
-            rows[index],
-            answers[index],
+            row=index + 1,
+            question=questions[index],
+            answer=text,
+            solution=answers[index].rpartition("####")[0].strip() or None,
+            columns=rows[index],
+            source=answers[index],
         )
         for index, text in zip(kept, texts, strict=True)
     ]
-    blank = sorted(set(range(1, len(rows) + 1)) - {problem.row for problem in problems})
-    notes = [
-        *describe_chats(rows, question_columns),
-        *describe_instructions([problem.question for problem in problems]),
-        *notes,
-        *layouts,
-        *separators,
-    ]
-    return Reading(split, problems, blank, separator, tuple(notes))
+    asked = describe_instructions([problem.question for problem in problems])
+    notes = [*describe_chats(rows, question_columns), *asked, *several, *layouts, *separators]
+    return problems, separator, notes
 
 
 def read_problems(
@@ -174,14 +170,15 @@ def read_problems(
         columns = list_columns(table.rows)
         question = find_question(columns, question_column)
         answer = find_columns(columns, answer_column, ANSWERS, "answer")
-        reading = to_reading(found, table.rows, question, answer, decimal_separator)
+        problems, separator, said = to_problems(table.rows, question, answer, decimal_separator)
     except ValueError as error:
         raise ValueError(f"{flag} {dataset} {error}") from error
-    notes = [*table.notes, *describe_columns(question, answer), *reading.notes]
+    blank = sorted(set(range(1, len(table.rows) + 1)) - {problem.row for problem in problems})
+    notes = [*table.notes, *describe_columns(question, answer), *said]
     notes += unused_context(columns, question, answer)
     if found != split:
         notes.append(f"{dataset} has no {split} split: its {found} split stands for it")
-    return replace(reading, notes=tuple(notes))
+    return Reading(f"{flag} {dataset}", found, problems, blank, separator, tuple(notes))
 
 
 def load_problems(

@@ -105,11 +105,15 @@ class Sieve:
 def keep_usable(
     sieve: Sieve, name: str, reading: Reading, rewards: Sequence[Reward]
 ) -> list[Problem]:
-    """Return the problems of a split less those that are blank or cannot earn full marks."""
+    """Return the problems of a split less those that are blank or cannot earn full marks.
+
+    Raises:
+        ValueError: none is left, or the sieve is strict.
+    """
     sieve.notes += [note for note in reading.notes if note not in sieve.notes]
     lacking = "rows lack a question or an answer"
     problems = sieve.drop(name, reading.problems, reading.blank, lacking)
-    return drop_bad_gold(sieve, name, problems, rewards)
+    return drop_bad_gold(sieve, name, problems, rewards, reading.dataset)
 
 
 def find_test(config: TrainConfig, trained_on: str) -> str | None:
@@ -122,9 +126,10 @@ def find_test(config: TrainConfig, trained_on: str) -> str | None:
 
 
 def drop_bad_gold(
-    sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward]
+    sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward], dataset: str
 ) -> list[Problem]:
-    """Drop problems whose gold answer the reward would not pay in full."""
+    """Drop problems whose gold answer the reward would not pay in full; `dataset` is what an error
+    begins with."""
     failing = check_gold(
         [problem.answer for problem in problems],
         list(rewards),
@@ -132,7 +137,7 @@ def drop_bad_gold(
     )
     bad = [problems[position] for position in failing]
     if len(bad) == len(problems):
-        raise ValueError(f"{name}: {explain_golds(bad)}")
+        raise ValueError(f"{dataset}: {explain_golds(bad)}")
     shown = f", such as {bad[0].answer!r:.40}" if bad else ""
     why = f"gold answers do not earn full marks against themselves{shown}"
     return sieve.drop(name, problems, [problem.row for problem in bad], why)

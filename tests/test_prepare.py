@@ -393,7 +393,9 @@ def test_golds_that_no_reward_can_pay_are_shown_and_explained(
 ) -> None:
     rows = [{"question": f"q{n}", "answer": answer} for n, answer in enumerate(answers)]
     config = configure(write(tmp_path / "a.jsonl", rows))
-    with pytest.raises(ValueError, match=rf"{what}.*row 1: .*row 3: .*--answer-column") as caught:
+    with pytest.raises(
+        ValueError, match=rf"--dataset .*a\.jsonl: .*{what}.*row 1: .*row 3: .*--answer-column"
+    ) as caught:
         prepare_data(config, tokenizer, REWARDS)
     assert "--reward-set none" in str(caught.value) and "row 4" not in str(caught.value)
 
