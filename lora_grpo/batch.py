@@ -14,6 +14,12 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def had_signal(row: dict[str, Any]) -> bool:
+    """Return whether a step of `metrics.jsonl` had anything to learn from: a group whose rewards
+    differ, in completions that count."""
+    return row.get("frac_reward_zero_std") != 1 and row.get("grad_norm") != 0
+
+
 @dataclass
 class Batch:
     """The completions that the current updates learn from, and what they earned.

@@ -1,4 +1,8 @@
-"""A run's curves as one picture: reward, accuracy and format, and length, by step."""
+"""A run's curves as one picture: reward, accuracy and format, and length, by step.
+
+What is sampled in training and what is answered greedily are told apart, the base is a line, and
+the step that was kept is marked.
+"""
 
 import os
 import shutil
@@ -6,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.atomic import STAGED
+from lora_grpo.card_base import short_name
 from lora_grpo.card_records import Records
 
 CURVES = "curves.png"
@@ -26,36 +31,52 @@ def write_curves(records: Records, folder: Path) -> bool:
     if not records.metrics:
         return False
     staged = folder / f"{STAGED}{CURVES}"
-    draw(records.metrics, records.validation, staged)
+    draw(records, staged)
     os.replace(staged, folder / CURVES)
     return True
 
 
-def draw(metrics: list[Row], validation: list[Row], path: Path) -> None:
+def draw(records: Records, path: Path) -> None:
     """Write the picture as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 8), dpi=110, layout="constrained")
+    metrics, validation, found = records.metrics, records.validation, records.evaluation
+    figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    reward, shares, length = figure.subplots(3, sharex=True)
+    figure.suptitle(title(records), fontsize=11)
+    reward, shares, length = figure.subplots(3, sharex=True, height_ratios=(2, 3, 2))
     plot(reward, metrics, "reward", BLUE, "reward")
-    plot(shares, metrics, "correct", BLUE, "correct, in training", scale=100)
-    plot(shares, metrics, "format", ORANGE, "format, in training", scale=100)
+    plot(shares, metrics, "correct", BLUE, "correct, sampled in training", scale=100)
+    plot(shares, metrics, "format", ORANGE, "format, sampled in training", scale=100)
     if validation:
         mark = {"marker": "o", "linestyle": "--"}
-        plot(shares, validation, "strict_accuracy", BLUE, "correct, validation", 100, **mark)
-        plot(shares, validation, "format_rate", ORANGE, "format, validation", 100, **mark)
+        greedy = "greedy, validation problems"
+        plot(shares, validation, "strict_accuracy", BLUE, f"correct, {greedy}", 100, **mark)
+        plot(shares, validation, "format_rate", ORANGE, f"format, {greedy}", 100, **mark)
+    if found:
+        base, label = 100 * found["base"]["strict_accuracy"], "correct, greedy, base on the test"
+        shares.axhline(base, color=BLUE, linestyle=":", label=label)
     plot(length, metrics, "completion_length", GREY, "completion length")
     reward.set_ylabel("mean reward")
     shares.set(ylabel="share of completions, %", ylim=(-3, 103))
     length.set(ylabel="mean length, tokens", xlabel="step")
     length.set_ylim(bottom=0)
-    shares.legend(loc="lower right", fontsize=8)
     for axes in (reward, shares, length):
+        if "best_step" in found:
+            kept = f"step {found['best_step']}, the adapter that was kept"
+            axes.axvline(found["best_step"], color=GREY, linewidth=1, alpha=0.6, label=kept)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def title(records: Records) -> str:
+    """Return what was trained on what, as far as the records tell."""
+    base = records.base.name if records.base else "a base"
+    dataset = short_name(records.trained.get("dataset", "its data"))
+    return f"GRPO with LoRA: {base} on {dataset}"
 
 
 def plot(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lora_grpo.batch import had_signal
 from lora_grpo.card_base import short_name
 from lora_grpo.card_markdown import code, escape, fence, table
 from lora_grpo.card_metadata import Kind
@@ -91,13 +92,34 @@ def gain_by_format(found: dict[str, Any]) -> str | None:
 
 
 def chosen_step(records: Records) -> str | None:
+    """Return which step was kept and why, or that there was nothing to learn."""
     best, steps = records.evaluation.get("best_step"), records.trained.get("steps")
     if best is None or steps is None:
         return None
-    how = "the last"
-    if records.trained.get("num_validation_items"):
-        how = f"the best on {records.trained['num_validation_items']} validation problems"
-    return f"The adapter is that of step {best} of {steps}, {how}."
+    if records.metrics and not any(map(had_signal, records.metrics)):
+        return (
+            "No step of the training had a signal, because all completions of each group earned "
+            "the same: nothing was learnt."
+        )
+    row = next((row for row in records.validation if row["step"] == best), None)
+    if row is None:
+        return f"The adapter is that of step {best} of {steps}, the last."
+    return f"The adapter is that of step {best} of {steps}, {why_best(records, row)}."
+
+
+def why_best(records: Records, row: dict[str, Any]) -> str:
+    """Return by what a step was chosen; older runs recorded neither number nor interval."""
+    items = row.get("num_items", records.trained.get("num_validation_items"))
+    why = f"the best on {items} validation problems"
+    if "ci95" not in row:
+        return why
+    low, high = map(percent, row["ci95"])
+    count = len(records.validation)
+    chosen = f", the highest of {count}, so rather flattered" if count > 1 else ""
+    return (
+        f"{why}: strict accuracy {percent(row['strict_accuracy'])} (95 % interval {low} to "
+        f"{high}{chosen})"
+    )
 
 
 def write_prompt(records: Records) -> str | None:

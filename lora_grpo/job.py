@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from lora_grpo.allocator import prepare_allocator
 from lora_grpo.atomic import read_jsonl
+from lora_grpo.batch import had_signal
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
@@ -83,7 +84,7 @@ def run(config: TrainConfig, why: str) -> int:
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to resume."""
     from lora_grpo.memory_error import MemoryExhaustedError
-    from lora_grpo.record import METRICS, VALIDATION, had_signal
+    from lora_grpo.record import METRICS, VALIDATION
     from lora_grpo.train import Stopped, train
 
     again = f"resume it by: {command_line('train_lora.py', '--resume', plan.run_dir)}"

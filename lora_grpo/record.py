@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.adapter import WEIGHTS, read_step, save_adapter
 from lora_grpo.atomic import append_jsonl, read_jsonl, write_jsonl
-from lora_grpo.batch import Batch, mean
+from lora_grpo.batch import Batch, had_signal, mean
 from lora_grpo.config import TrainConfig
 from lora_grpo.live_rows import dead_groups
 from lora_grpo.peak_memory import PeakMemory
@@ -95,12 +95,6 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
         **{name: logs.get(name) for name in LOGGED},
         **{ours: logs[theirs] for theirs, ours in SAMPLER_LOGS.items() if theirs in logs},
     }
-
-
-def had_signal(row: dict[str, Any]) -> bool:
-    """Return whether a step of `metrics.jsonl` had anything to learn from: a group whose rewards
-    differ, in completions that count."""
-    return row["frac_reward_zero_std"] != 1 and row.get("grad_norm") != 0
 
 
 class Recorder(TrainerCallback):

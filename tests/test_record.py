@@ -10,11 +10,11 @@ from rich.console import Console
 from test_grpo import make_trainer
 from transformers import TrainerControl, TrainerState
 
-from lora_grpo.batch import Batch
+from lora_grpo.batch import Batch, had_signal
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
 from lora_grpo.live_rows import dead_groups
-from lora_grpo.record import LOGGED, Recorder, describe_step, had_signal
+from lora_grpo.record import LOGGED, Recorder, describe_step
 from lora_grpo.trainer import LoraGRPOTrainer
 
 G = 4
