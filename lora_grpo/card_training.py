@@ -12,7 +12,7 @@ from lora_grpo.card_markdown import code, escape, fence, table
 from lora_grpo.card_records import Records
 from lora_grpo.config import TrainConfig, flag
 from lora_grpo.config_file import given_knobs
-from lora_grpo.presets import PRESETS
+from lora_grpo.presets import PRESETS, preset_knobs
 
 SETTINGS = {
     "adapter": "LoRA r {r}, alpha {lora_alpha}, dropout {lora_dropout:g}",
@@ -126,7 +126,7 @@ def reproduce(trained: dict[str, Any]) -> list[str]:
     """Return the command of a run, a flag a line: what differs from its preset or the defaults."""
     preset = trained.get("preset") if trained.get("preset") in PRESETS else None
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    defaults |= PRESETS.get(preset, {})
+    defaults |= preset_knobs(preset, trained.get("dataset"))
     lines = ["python scripts/train_lora.py", *([f"--preset {preset}"] if preset else [])]
     given = given_knobs(trained)
     for name, default in defaults.items():

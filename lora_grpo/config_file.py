@@ -29,7 +29,8 @@ def given_knobs(record: dict[str, Any]) -> dict[str, Any]:
 
     def decided(name: str, value: Any) -> bool:
         never_null = name in KNOBS and type(None) not in typing.get_args(KNOBS[name])
-        return name in unread or own.get(name) == value or (value is None and never_null)
+        from_loss = name in own and own[name] == value
+        return name in unread or from_loss or (value is None and never_null)
 
     return {name: value for name, value in record.items() if not decided(name, value)}
 

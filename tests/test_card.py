@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from merge_models import ROOT, save_adapter
 
+from lora_grpo.atomic import read_jsonl, write_jsonl
 from lora_grpo.card import CardNote, write_adapter_card, write_model_card
 from lora_grpo.card_training import reproduce
 from lora_grpo.config import TrainConfig
@@ -131,6 +132,19 @@ def test_the_text_states_protocol_and_pairs(run: Path) -> None:
         "no other task, language, prompt or way of sampling is on record",
     ):
         assert said in text, said
+
+
+def test_the_chosen_step_is_said_with_its_interval_or_that_nothing_was_learnt(run: Path) -> None:
+    row = {"step": 2, "num_items": 40, "strict_accuracy": 0.5, "format_rate": 1.0}
+    rows = [row | {"step": 1}, row | {"ci95": [0.352, 0.648]}]
+    (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = card_of(run).text
+    assert "step 2 of 40, the best on 40 validation problems: strict accuracy 50.0 %" in text
+    assert "35.2 % to 64.8 %, the highest of 2" in text
+    metrics = read_jsonl(run / "metrics.jsonl")
+    write_jsonl(run / "metrics.jsonl", [row | {"frac_reward_zero_std": 1.0} for row in metrics])
+    text = card_of(run).text
+    assert "nothing was learnt" in text and "the best on" not in text
 
 
 def test_dynamic_sampling_is_said_where_it_was_on(run: Path) -> None:
