@@ -15,7 +15,8 @@ from lora_grpo.gguf_quants import QUANTS
 from lora_grpo.gguf_tokenizer import Vocabulary, describe_tokenizer
 from lora_grpo.gguf_write import write_model
 from lora_grpo.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
-from lora_grpo.model import declared_end_ids, load_tokenizer, read_config
+from lora_grpo.merge_folder import load_tokenizer
+from lora_grpo.model import declared_end_ids, read_config
 from lora_grpo.terminal import join
 
 Report = Callable[[str], None]

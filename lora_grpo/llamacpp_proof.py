@@ -14,6 +14,7 @@ from lora_grpo.gguf_tokenizer import PROBE
 from lora_grpo.llamacpp import LlamaCpp
 from lora_grpo.logit_distance import KEPT_POSITIONS, Distance, measure_distance
 from lora_grpo.merge_checks import Check
+from lora_grpo.merge_folder import load_tokenizer
 from lora_grpo.model import declared_end_ids
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def prove_in_llamacpp(
 
     Returns the checks, and how far llama.cpp is from the merged model and from `expected`.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     room = max(map(len, seen.sequences)) + 1
     model = LlamaCpp(path, room, lora, keep_logits=True)
     try:

@@ -42,8 +42,9 @@ def continue_greedily(
     from transformers import GenerationConfig
 
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    width, padding = max(map(len, rows)), tokenizer.pad_token_id or 0
-    input_ids = torch.full((len(rows), width), padding, device=model.device)  # (B, P)
+    width = max(map(len, rows))
+    # Padding is masked, and a tokenizer's own pad token may lie beyond the embeddings.
+    input_ids = torch.zeros((len(rows), width), dtype=torch.long, device=model.device)  # (B, P)
     mask = torch.zeros_like(input_ids)  # (B, P)
     for index, row in enumerate(rows):
         input_ids[index, width - len(row) :] = torch.tensor(row, device=model.device)
@@ -53,7 +54,7 @@ def continue_greedily(
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=padding,
+        pad_token_id=0,
     )
     with torch.no_grad():
         output = model.generate(

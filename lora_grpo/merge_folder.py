@@ -4,6 +4,7 @@ A plan goes in; a folder that any loader reads as a plain 16-bit model comes out
 """
 
 import json
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -99,6 +100,13 @@ def build_generation_config(
     generation["eos_token_id"] = merge_end_ids(tokenizer, generation.get("eos_token_id"))
     if tokenizer.pad_token_id is not None:
         generation["pad_token_id"] = tokenizer.pad_token_id
+    rows = config.get("vocab_size", math.inf)
+    if beyond := [token for token in tokenizer.all_special_ids if token >= rows]:
+        raise ValueError(
+            f"the tokenizer of {plan.tokenizer_folder} has special tokens {beyond}, but the base's "
+            f"embedding has {rows} rows: copy the base's tokenizer files over it, or resize the "
+            "base as it was for training and name that with --model"
+        )
     if not generation.get("do_sample"):
         generation = {
             name: value for name, value in generation.items() if name not in SAMPLING_ONLY

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from merge_models import (
     fresh_folder,
     make_adapter,
     make_base,
+    make_tokenizer,
     merge_only,
     save_adapter,
 )
@@ -89,6 +91,24 @@ def test_the_adapter_file_adds_what_peft_adds(exported: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.allclose(alpha / a.shape[0] * b @ a, after[name] - before[name], atol=1e-5)
     assert len(stored) == 2 * 14
+
+
+def test_a_turn_that_ends_with_another_token_than_eos_stops_every_export(tmp_path: Path) -> None:
+    """No padding token either, as with Llama 3's own tokenizer: GGUF then names none."""
+    base = Path(shutil.copytree(make_base(), tmp_path / "base"))
+    adapter = save_adapter(tmp_path / "run", base)
+    change_json(base / "config.json", eos_token_id=0)
+    change_json(base / "generation_config.json", eos_token_id=0)
+    change_json(base / "tokenizer_config.json", eos_token="<|endoftext|>", pad_token=None)
+    target = tmp_path / "out"
+    export_model(ExportConfig(adapter, ("ollama",), ("bf16",), target, num_prompts=1), quiet)
+    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [0, end]
+    assert "\nPARAMETER stop <|im_end|>\n" in (target / "Modelfile").read_text()
+    reader = GGUFReader(next(target.glob("*.gguf")))
+    keys = {name: reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+    assert [keys["eos"].contents(), keys["eot"].contents()] == [0, end]
+    assert reader.get_field("tokenizer.ggml.padding_token_id") is None
 
 
 def test_patterns_and_rank_stabilised_scaling_reach_the_adapter_file(tmp_path: Path) -> None:
