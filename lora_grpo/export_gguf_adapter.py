@@ -15,6 +15,7 @@ from lora_grpo.gguf_model import check_config, name_map, permute
 from lora_grpo.gguf_write import write_adapter
 from lora_grpo.lora_delta import CONFIG, Delta, read_deltas
 from lora_grpo.merge_checks import Check
+from lora_grpo.merge_inputs import read_base
 from lora_grpo.model import read_config
 from lora_grpo.terminal import join
 
@@ -33,7 +34,7 @@ def write_gguf_adapter(
     from lora_grpo.llamacpp import is_installed
 
     adapter = read_json(source.adapter_dir / CONFIG)
-    deltas = read_deltas(source.adapter_dir, adapter)
+    deltas = read_deltas(source.adapter_dir, adapter, read_base(source.base))
     config = read_config(source.base)
     check_config(config, source.base)
     path = folder / f"{source.name}-lora-F32.gguf"

@@ -2,7 +2,7 @@
 
 PEFT's file format and formula: scaling * B @ A with scaling = alpha / r, or alpha / sqrt(r) for
 rank-stabilised LoRA (arXiv 2312.03732), r and alpha by module where the config holds patterns.
-Whatever is more than that is refused by name.
+Whatever is more than that is refused by name, with the way to merge it where there is one.
 """
 
 import math
@@ -18,6 +18,8 @@ from lora_grpo.safetensors_stream import StoredTensor, read_header, read_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+COPY_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 ALTERS_THE_BASE = re.compile(r"pissa.*|corda.*|olora|loftq|lora_ga")
 NOT_A_PLAIN_DELTA = (
     "use_dora",
@@ -32,6 +34,15 @@ NOT_A_PLAIN_DELTA = (
     "target_parameters",
     "trainable_token_indices",
     "modules_to_save",
+)
+# What PEFT 0.21 was seen to merge (merged, saved and loaded again, on random models); LoRA on
+# embeddings that are tied it loses, logits are off by 3 to 8.
+KEPT_BY_PEFT = ("use_dora", "target_parameters", "trainable_token_indices", "modules_to_save")
+USE_PEFT = "PEFT's merge_and_unload merges it"
+LEAVE_IT = "use the adapter as it is, with chat.py and evaluate.py"
+TIED = (
+    "no merge keeps it, because the base ties its embeddings and LoRA changed one of the two: "
+    f"{LEAVE_IT}, or train without embed_tokens and lm_head"
 )
 
 
@@ -81,22 +92,31 @@ def check_adapter_dir(directory: Path) -> Path:
     return check_adapter(directory)
 
 
-def refuse_unmergeable(adapter: dict[str, Any]) -> None:
-    """Raise a ValueError unless a config says: plain LoRA on linear layers of an untouched base."""
+def find_way(adapter_dir: Path, tied: bool) -> str:
+    """Return how else an adapter can be merged that is not plain LoRA on linear layers."""
+    keys = read_header(adapter_dir / WEIGHTS)
+    adapted = {key.partition(".lora_")[0].rpartition(".")[2] for key in keys if ".lora_" in key}
+    return TIED if tied and adapted & set(EMBEDDINGS) else USE_PEFT
+
+
+def refuse_unmergeable(adapter: dict[str, Any], way: str = USE_PEFT) -> None:
+    """Raise a ValueError unless a config says: plain LoRA on linear layers of an untouched base.
+
+    `way` says how else the adapter can be merged.
+    """
     if adapter.get("peft_type") != "LORA":
         raise ValueError(
             f"{CONFIG} says peft_type {adapter.get('peft_type')}: only LORA can be merged"
         )
     if adapter.get("bias", "none") != "none":
         raise ValueError(
-            f"{CONFIG} says bias {adapter['bias']!r}: trained biases are not merged here, "
-            "use PEFT's merge_and_unload"
+            f"{CONFIG} says bias {adapter['bias']!r}: trained biases are not merged here; {way}"
         )
     for name in NOT_A_PLAIN_DELTA:
         if adapter.get(name):
             raise ValueError(
                 f"{CONFIG} says {name} {adapter[name]!r}: only plain LoRA on linear layers is "
-                "merged here, use PEFT's merge_and_unload"
+                f"merged here; {way if name in KEPT_BY_PEFT else LEAVE_IT}"
             )
     start = adapter.get("init_lora_weights")
     if isinstance(start, str) and ALTERS_THE_BASE.fullmatch(start.lower()):
@@ -106,8 +126,15 @@ def refuse_unmergeable(adapter: dict[str, Any]) -> None:
         )
 
 
-def read_deltas(adapter_dir: Path, adapter: dict[str, Any]) -> dict[str, Delta]:
+def read_deltas(
+    adapter_dir: Path,
+    adapter: dict[str, Any],
+    base: dict[str, StoredTensor] | None = None,
+    way: str = USE_PEFT,
+) -> dict[str, Delta]:
     """Return the adapter's deltas by the name of the base tensor.
+
+    Copies of tensors of the `base`, which PEFT and Unsloth save for embeddings, change nothing.
 
     Raises:
         ValueError: the file holds more than pairs of LoRA matrices, or others than the config says.
@@ -115,16 +142,50 @@ def read_deltas(adapter_dir: Path, adapter: dict[str, Any]) -> dict[str, Delta]:
     sides: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in read_header(adapter_dir / WEIGHTS).items():
         found = LORA_KEY.fullmatch(key)
-        if found is None:
-            raise ValueError(
-                f"the adapter holds {key}, which is no LoRA matrix of a linear layer: trained "
-                "embeddings, biases and whole modules are not merged here, use PEFT's "
-                "merge_and_unload"
-            )
-        sides.setdefault(found["module"], {})[found["side"]] = tensor
+        if found is not None:
+            sides.setdefault(found["module"], {})[found["side"]] = tensor
+        elif not is_copy(key, tensor, base or {}):
+            raise ValueError(describe_stranger(key, tensor, base or {}, way))
     return {
         f"{module}.weight": build_delta(module, pair, adapter) for module, pair in sides.items()
     }
+
+
+def find_original(key: str, base: dict[str, StoredTensor]) -> StoredTensor | None:
+    """Return the base's tensor under an adapter's key; of a tied pair the base stores one."""
+    found = COPY_KEY.fullmatch(key)
+    if found is None:
+        return None
+    names = [found["module"]]
+    if is_embedding(names[0]):
+        names += [n for n in (name.removesuffix(".weight") for name in base) if is_embedding(n)]
+    return next((base[f"{name}.weight"] for name in names if f"{name}.weight" in base), None)
+
+
+def is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def is_copy(key: str, tensor: StoredTensor, base: dict[str, StoredTensor]) -> bool:
+    original = find_original(key, base)
+    if original is None or original.shape != tensor.shape:
+        return False
+    return read_tensor(tensor).float().equal(read_tensor(original).float())
+
+
+def describe_stranger(
+    key: str, tensor: StoredTensor, base: dict[str, StoredTensor], way: str
+) -> str:
+    original = find_original(key, base)
+    if original is not None and original.shape[0] != tensor.shape[0]:
+        way = (
+            f"call resize_token_embeddings({tensor.shape[0]}) on the base, which has "
+            f"{original.shape[0]} rows, before the adapter is loaded on it; then {way}"
+        )
+    return (
+        f"the adapter holds {key}, which is no LoRA matrix of a linear layer: trained embeddings, "
+        f"biases and whole modules are not merged here; {way}"
+    )
 
 
 def build_delta(module: str, pair: dict[str, StoredTensor], adapter: dict[str, Any]) -> Delta:

@@ -16,13 +16,16 @@ from lora_grpo.adapter import hash_weights, read_json, read_train_config
 from lora_grpo.evaluate import trained_style
 from lora_grpo.lora_delta import (
     CONFIG,
+    LEAVE_IT,
     Delta,
     check_adapter_dir,
     check_learned,
+    find_way,
+    is_embedding,
     read_deltas,
     refuse_unmergeable,
 )
-from lora_grpo.model import choose_placement, resolve_model
+from lora_grpo.model import choose_placement, read_config, resolve_model
 from lora_grpo.prompt import PromptStyle
 from lora_grpo.safetensors_stream import DTYPES, Slot, StoredTensor, read_header
 
@@ -84,19 +87,21 @@ def plan_merge(
     """
     check_adapter_dir(adapter_dir)
     trained, adapter = read_train_config(adapter_dir), read_json(adapter_dir / CONFIG)
-    refuse_unmergeable(adapter)
+    base_name, revision = (model, None) if model else remembered_base(adapter_dir, trained, adapter)
+    config = read_config(resolve_model(base_name, revision, weights=False)).get_text_config()
+    way = find_way(adapter_dir, bool(config.tie_word_embeddings))
+    refuse_unmergeable(adapter, way)
     four_bit = read_four_bit(trained)
     if base == "dequantized" and four_bit is None:
         raise ValueError(
             f"--base dequantized is for adapters that were trained on a 4-bit base, {adapter_dir} "
             "was not: leave --base out"
         )
-    deltas = read_deltas(adapter_dir, adapter)
-    check_learned(adapter_dir, deltas)
-    base_name, revision = (model, None) if model else remembered_base(adapter_dir, trained, adapter)
     base_folder = resolve_model(base_name, revision)
     tensors = read_base(base_folder)
-    check_fit(deltas, tensors, base_folder)
+    deltas = read_deltas(adapter_dir, adapter, tensors, way)
+    check_learned(adapter_dir, deltas)
+    check_fit(deltas, tensors, base_folder, bool(config.tie_word_embeddings))
     sha256 = hash_weights(base_folder)
     warning = compare_hash(trained.get("base_sha256"), sha256, base_folder, named=bool(model))
     return MergePlan(
@@ -162,14 +167,16 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def check_fit(deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path) -> None:
+def check_fit(
+    deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path, tied: bool
+) -> None:
     """Raise a ValueError for an adapter of another base, or one that would untie embeddings."""
-    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
     for name, delta in deltas.items():
-        if tied and delta.module.split(".")[-1] in ("lm_head", "embed_tokens"):
+        if tied and is_embedding(delta.module):
             raise ValueError(
                 f"the adapter changes {delta.module}, but the base {folder} ties its embeddings: "
-                "the two cannot change apart, train on the linear layers of the blocks alone"
+                f"the two cannot change apart; {LEAVE_IT}, or train on the linear layers of the "
+                "blocks alone"
             )
         if name not in tensors:
             raise ValueError(

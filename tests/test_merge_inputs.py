@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from merge_models import (
+    LINEAR,
     Q_PROJ,
     change_json,
     change_tensor,
+    load_all,
     make_adapter,
     make_base,
     merge_only,
     save_adapter,
 )
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lora_grpo.adapter import read_json
 from lora_grpo.lora_delta import read_deltas, refuse_unmergeable
@@ -256,3 +260,61 @@ def test_flags_are_checked_before_anything_loads(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"--output-dir {tmp_path} exists already")):
         MergeConfig(make_adapter(), tmp_path)
     assert MergeConfig(make_adapter()).target == Path("merged/run")
+
+
+EMBEDDING_CASES = {
+    # knobs, tied: what is said of a merge; PEFT's own was tried for each
+    "lora on tied embeddings": (
+        {"target_modules": [*LINEAR, "embed_tokens"]},
+        True,
+        "ties its embeddings",
+    ),
+    "lora on a tied output layer": (
+        {"target_modules": [*LINEAR, "lm_head"]},
+        True,
+        "ties its embeddings",
+    ),
+    "lora on embeddings": (
+        {"target_modules": [*LINEAR, "embed_tokens"]},
+        False,
+        "merge_and_unload",
+    ),
+    "both, tied and saved": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        True,
+        "merge_and_unload",
+    ),
+    "DoRA": ({"use_dora": True}, True, "merge_and_unload"),
+    "token indices": ({"trainable_token_indices": [5, 6]}, True, "merge_and_unload"),
+}
+
+
+@pytest.mark.parametrize("case", EMBEDDING_CASES)
+def test_the_way_named_for_other_adapters_keeps_what_was_trained(tmp_path, case):
+    """PEFT's merge is named where it is right, saved and loaded again, and only there."""
+    knobs, tied, said = EMBEDDING_CASES[case]
+    base, ids = make_base(tied=tied), torch.arange(5, 40)[None]
+    adapter = save_adapter(tmp_path / "run", base, **knobs)
+    change_adapter(adapter, lambda t: [w.normal_(std=0.1) for k, w in t.items() if "lora_e" in k])
+    with pytest.raises(ValueError, match=said):
+        plan_merge(adapter)
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    ).eval()
+    with torch.no_grad():
+        expected = policy(ids).logits
+        policy.merge_and_unload().save_pretrained(tmp_path / "merged")
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert torch.allclose(found, expected, atol=1e-3) == (said != "ties its embeddings")
+
+
+def test_copies_of_the_bases_embeddings_change_nothing(tmp_path):
+    """PEFT saves them beside LoRA on the output layer, and Unsloth beside any."""
+    base = make_base(tied=False)
+    adapter = save_adapter(tmp_path / "run", base, target_modules=[*LINEAR, "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_all(adapter)
+    plan = plan_merge(adapter)
+    assert "lm_head.weight" in plan.deltas and len(plan.deltas) == 15
+    change_adapter(adapter, lambda t: t["base_model.model.lm_head.base_layer.weight"].add_(1))
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight, which is no LoRA"):
+        plan_merge(adapter)
