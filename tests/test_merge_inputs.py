@@ -262,6 +262,7 @@ def test_flags_are_checked_before_anything_loads(tmp_path):
     assert MergeConfig(make_adapter()).target == Path("merged/run")
 
 
+TIED, PEFT = "ties its embeddings", "merge_and_unload"
 EMBEDDING_CASES = {
     # knobs, tied: what is said of a merge; PEFT's own was tried for each
     "lora on tied embeddings": (
@@ -284,8 +285,8 @@ EMBEDDING_CASES = {
         True,
         "merge_and_unload",
     ),
-    "DoRA": ({"use_dora": True}, True, "merge_and_unload"),
-    "token indices": ({"trainable_token_indices": [5, 6]}, True, "merge_and_unload"),
+    "DoRA": ({"use_dora": True}, True, PEFT),
+    "token indices": ({"trainable_token_indices": [5, 6]}, True, PEFT),
 }
 
 
@@ -305,7 +306,7 @@ def test_the_way_named_for_other_adapters_keeps_what_was_trained(tmp_path, case)
         expected = policy(ids).logits
         policy.merge_and_unload().save_pretrained(tmp_path / "merged")
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
-    assert torch.allclose(found, expected, atol=1e-3) == (said != "ties its embeddings")
+    assert torch.allclose(found, expected, atol=1e-3) == (said != TIED)
 
 
 def test_copies_of_the_bases_embeddings_change_nothing(tmp_path):
