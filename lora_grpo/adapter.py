@@ -10,19 +10,26 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lora_grpo.atomic import STAGED, read_json
+from lora_grpo.config import TrainConfig
+from lora_grpo.dataset import Problem
+from lora_grpo.model import resolve_model
+from lora_grpo.prompt import PLAIN, PromptStyle, fit_style
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS, CONFIG, TRAIN_CONFIG = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "train_config.json",
 )
+TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def check_adapter(directory: Path) -> Path:
@@ -56,10 +63,107 @@ def read_train_config(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What a folder remembers of the run that it comes from: its base, and how it was asked.
+
+    `folder` holds an adapter or a whole model; `records` is where the run's own files lie, which
+    for `last` and checkpoints is the run directory. Where no run left a record, the base is held as
+    it is and asked with the built-in prompt. `trained` is the whole of `train_config.json`.
+    """
+
+    folder: Path
+    records: Path
+    is_adapter: bool
+    base: str | None
+    revision: str | None
+    base_sha256: str | None
+    base_named_in: Path
+    load_in_4bit: bool
+    quant_type: str
+    double_quant: bool
+    dtype: str | None
+    style: PromptStyle
+    max_completion_length: int
+    trained: dict[str, Any]
+
+    def find_base(self, model: str | None = None, weights: bool = True) -> Path:
+        """Return the folder of the base, `model` in place of the recorded one; see `resolve_model`.
+
+        Raises:
+            FileNotFoundError, ValueError: no base is recorded, or it cannot be had.
+        """
+        if model is not None:
+            return resolve_model(model, weights=weights)
+        if self.base is None:
+            raise ValueError(
+                f"{self.folder} does not say which base it belongs to: name it with --model"
+            )
+        return resolve_model(self.base, self.revision, weights, self.base_named_in)
+
+    def tokenizer_folder(self, base: Path) -> Path:
+        """Return where the tokenizer and chat template lie: with the adapter, else its run, else
+        its base."""
+        return next(filter(has_tokenizer, (self.folder, self.records)), base)
+
+    def fitted_style(self, tokenizer: "PreTrainedTokenizerBase") -> PromptStyle:
+        """Return what stood around each question, as the tokenizer's chat template renders it."""
+        return fit_style(tokenizer, self.style)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_CORE)
+
+
+def find_records(folder: Path) -> Path:
+    """Return where the records of a folder's run lie: the folder itself, or the run directory of
+    `last` and of a checkpoint."""
+    run_dir, name = folder.resolve().parent, folder.resolve().name
+    is_part = name == "last" or name.startswith("checkpoint-")
+    return run_dir if is_part and (run_dir / TRAIN_CONFIG).is_file() else folder
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Return what an adapter directory or a model folder remembers.
+
+    Raises:
+        ValueError: one of its records is not JSON.
+    """
+    records = find_records(folder)
+    trained = read_train_config(records)
+    adapter = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    named_by_run = bool(trained.get("model"))
+    example = trained.get("example")
+    return RunRecord(
+        folder=folder,
+        records=records,
+        is_adapter=bool(adapter),
+        base=trained["model"] if named_by_run else adapter.get("base_model_name_or_path"),
+        revision=(trained if named_by_run else adapter).get("revision"),
+        base_sha256=trained.get("base_sha256"),
+        base_named_in=records / TRAIN_CONFIG if named_by_run else folder / CONFIG,
+        load_in_4bit=bool(trained.get("load_in_4bit")),
+        quant_type=trained.get("bnb_4bit_quant_type") or "nf4",
+        double_quant=trained.get(
+            "bnb_4bit_use_double_quant", TrainConfig.bnb_4bit_use_double_quant
+        ),
+        dtype=trained.get("dtype"),
+        style=PromptStyle(trained["system_prompt"], Problem(**example) if example else None)
+        if "system_prompt" in trained
+        else PLAIN,
+        max_completion_length=trained.get(
+            "max_completion_length", TrainConfig.max_completion_length
+        ),
+        trained=trained,
+    )
+
+
 def hash_weights(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's safetensors files, in the order of their names."""
+    """Return the SHA-256 of a model folder's safetensors files, or where there are none of its
+    .bin files, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapter import CONFIG, read_train_config
+from lora_grpo.adapter import CONFIG, has_tokenizer, read_record, read_train_config
 from lora_grpo.atomic import read_jsonl
 from lora_grpo.card_base import (
     Base,
@@ -15,8 +15,8 @@ from lora_grpo.card_base import (
     read_licence,
     read_object,
 )
-from lora_grpo.evaluate import trained_style
-from lora_grpo.prompt import Message, build_messages
+from lora_grpo.model import load_tokenizer
+from lora_grpo.prompt import Message, PromptStyle, build_messages
 
 PLAIN_QUESTION = "What is 12 + 30?"
 
@@ -30,6 +30,7 @@ class Records:
     licence: Licence
     languages: list[str]
     trained: dict[str, Any]
+    style: PromptStyle
     adapter: dict[str, Any]
     evaluation: dict[str, Any]
     items: list[dict[str, Any]]
@@ -49,7 +50,7 @@ class Records:
             question = self.items[0]["question"] if self.items else PLAIN_QUESTION
         if "system_prompt" not in self.trained:
             return [{"role": "user", "content": question}]
-        return build_messages(question, trained_style(self.trained))
+        return build_messages(question, self.style)
 
 
 def read_records(records: Path, folder: Path) -> Records:
@@ -63,9 +64,17 @@ def read_records(records: Path, folder: Path) -> Records:
         licence=read_licence(base, folder),
         languages=read_languages(base),
         trained=read_train_config(records),
+        style=fitted_style(records, folder),
         adapter=read_object(records / CONFIG),
         evaluation=evaluation if compared else {},
         items=[item for item in items if {"base", "adapter"} <= item.keys()],
         metrics=read_jsonl(records / "metrics.jsonl"),
         validation=read_jsonl(records / "validation.jsonl"),
     )
+
+
+def fitted_style(records: Path, folder: Path) -> PromptStyle:
+    """Return how the run asked, as the chat template beside the weights renders it, if any."""
+    record = read_record(records)
+    place = next(filter(has_tokenizer, (folder, records)), None)
+    return record.fitted_style(load_tokenizer(place)) if place else record.style

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_grpo.chat_source import ChatSource
-from lora_grpo.model import choose_placement, load_adapter, load_base, load_tokenizer, read_config
+from lora_grpo.model import choose_placement, load_adapter, load_base, read_config
 from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, render
 from lora_grpo.rollout import Completion, cut_at_end, greedy_settings
 
@@ -61,8 +61,8 @@ class Prompter:
 def make_prompter(source: ChatSource, max_completion_length: int) -> Prompter:
     """Return the prompter of a model, whose weights need not be loaded."""
     config = read_config(source.weights).get_text_config()
-    tokenizer = load_tokenizer(source.tokenizer_folder)
-    return Prompter(tokenizer, source.style, max_completion_length, config.max_position_embeddings)
+    positions = config.max_position_embeddings
+    return Prompter(source.tokenizer, source.style, max_completion_length, positions)
 
 
 class TextStream:

@@ -4,17 +4,17 @@ A folder and its records go in; out comes what to load and how it was asked in t
 weights.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lora_grpo.adapter import CONFIG, read_train_config
-from lora_grpo.config import TrainConfig
-from lora_grpo.evaluate import base_of, trained_style
-from lora_grpo.model import resolve_model
+from lora_grpo.adapter import CONFIG, RunRecord, read_record
+from lora_grpo.model import check_architecture, fit_padding, load_tokenizer
 from lora_grpo.prompt import PromptStyle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ITEMS = "eval_items.jsonl"
 
@@ -25,10 +25,12 @@ class ChatSource:
 
     name: str
     folder: Path
+    records: Path
     base: str | None
     weights: Path
     adapter_dir: Path | None
     tokenizer_folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
     style: PromptStyle
     max_completion_length: int
     load_in_4bit: bool
@@ -43,7 +45,7 @@ class ChatSource:
 
     def sample_question(self) -> str:
         """Return the first question that the run was evaluated on, or a plain one."""
-        items = self.folder / ITEMS
+        items = self.records / ITEMS
         if not items.is_file():
             return "What is 2 + 3?"
         with items.open(encoding="utf-8") as file:
@@ -71,23 +73,10 @@ def find_source(
 
 def adapter_source(folder: Path, model: str | None, load_in_4bit: bool | None) -> ChatSource:
     from lora_grpo.lora_delta import check_adapter_dir
-    from lora_grpo.merge_inputs import has_tokenizer
 
-    known = known_settings(check_adapter_dir(folder))
-    base = model or known["model"] or base_of(folder)
-    weights = resolve_model(base, None if model else known["revision"])
-    return ChatSource(
-        name=folder.resolve().name,
-        folder=folder,
-        base=base,
-        weights=weights,
-        adapter_dir=folder,
-        tokenizer_folder=folder if has_tokenizer(folder) else weights,
-        style=trained_style(known),
-        max_completion_length=known["max_completion_length"],
-        load_in_4bit=known["load_in_4bit"] if load_in_4bit is None else load_in_4bit,
-        double_quant=known["bnb_4bit_use_double_quant"],
-    )
+    record = read_record(check_adapter_dir(folder))
+    weights = record.find_base(model)
+    return build_source(record, weights, model or record.base, load_in_4bit)
 
 
 def merged_source(folder: Path, model: str | None, load_in_4bit: bool | None) -> ChatSource:
@@ -100,22 +89,27 @@ def merged_source(folder: Path, model: str | None, load_in_4bit: bool | None) ->
             f"{folder} has no *.safetensors: give a merged model such as merged/<run>, which "
             "merge_adapter.py writes"
         )
-    known = known_settings(folder)
+    check_architecture(folder)
+    return build_source(read_record(folder), folder, None, load_in_4bit)
+
+
+def build_source(
+    record: RunRecord, weights: Path, base: str | None, load_in_4bit: bool | None
+) -> ChatSource:
+    tokenizer = load_tokenizer(tokenizer_folder := record.tokenizer_folder(weights))
+    fit_padding(tokenizer, weights)
+    in_4bit = record.load_in_4bit and record.is_adapter
     return ChatSource(
-        name=folder.resolve().name,
-        folder=folder,
-        base=None,
-        weights=folder,
-        adapter_dir=None,
-        tokenizer_folder=folder,
-        style=trained_style(known),
-        max_completion_length=known["max_completion_length"],
-        load_in_4bit=bool(load_in_4bit),
-        double_quant=known["bnb_4bit_use_double_quant"],
+        name=record.folder.resolve().name,
+        folder=record.folder,
+        records=record.records,
+        base=base,
+        weights=weights,
+        adapter_dir=record.folder if record.is_adapter else None,
+        tokenizer_folder=tokenizer_folder,
+        tokenizer=tokenizer,
+        style=record.fitted_style(tokenizer),
+        max_completion_length=record.max_completion_length,
+        load_in_4bit=in_4bit if load_in_4bit is None else load_in_4bit,
+        double_quant=record.double_quant,
     )
-
-
-def known_settings(folder: Path) -> dict[str, Any]:
-    """Return the run's settings where its record is there, else the defaults on a whole base."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    return defaults | {"model": None, "load_in_4bit": False} | read_train_config(folder)

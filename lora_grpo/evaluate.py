@@ -1,8 +1,6 @@
 """A model and held-out problems become figures: greedy decoding, one sample an item, the training
 prompt."""
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lora_grpo.adapter import CONFIG, check_adapter, read_train_config
-from lora_grpo.atomic import read_jsonl, write_json, write_jsonl
+from lora_grpo.adapter import CONFIG, RunRecord, check_adapter, read_record
+from lora_grpo.atomic import read_json, read_jsonl, write_json, write_jsonl
 from lora_grpo.backend import check_4bit, choose_backend, claim
-from lora_grpo.config import DecimalSeparator, Rollout, TrainConfig
+from lora_grpo.config import DecimalSeparator, Rollout
 from lora_grpo.dataset import BUILT_IN, Problem, read_problems
 from lora_grpo.hardware import find_gpu
-from lora_grpo.model import Placement, choose_placement, load_tokenizer, resolve_model
+from lora_grpo.model import (
+    Placement,
+    choose_placement,
+    fit_padding,
+    is_stored_in_4bit,
+    load_tokenizer,
+    resolve_model,
+)
 from lora_grpo.policy import Policy, open_policy
 from lora_grpo.prepare import Sieve, keep_usable
-from lora_grpo.prompt import PLAIN, PromptStyle, build_messages, count_tokens, render
+from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, render
 from lora_grpo.rewards import build_rewards
 from lora_grpo.rollout import Advance
 from lora_grpo.scoring import Item, build_report, build_rows, judge
@@ -94,16 +99,8 @@ def evaluate_model(
     return [judge(problem, done) for problem, done in zip(problems, completions, strict=True)]
 
 
-def trained_style(saved: dict[str, Any]) -> PromptStyle:
-    """Return what stood around each question in training, from `train_config.json`."""
-    if "system_prompt" not in saved:
-        return PLAIN
-    example = saved.get("example")
-    return PromptStyle(saved["system_prompt"], Problem(**example) if example else None)
-
-
 def held_out_problems(
-    config: EvaluateConfig, saved: dict[str, Any]
+    config: EvaluateConfig, record: RunRecord
 ) -> tuple[list[Problem], str, str, list[str]]:
     """Return the problems to evaluate on, their dataset's and split's names, and notes on how they
     were read and what was dropped.
@@ -111,9 +108,9 @@ def held_out_problems(
     Raises:
         FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
     """
-    kept = config.adapter_dir / "eval_items.jsonl" if config.adapter_dir else None
-    if config.dataset is None and kept and kept.is_file():
-        report = json.loads((config.adapter_dir / "eval.json").read_text(encoding="utf-8"))
+    saved, kept = record.trained, record.records / "eval_items.jsonl"
+    if config.dataset is None and kept.is_file():
+        report = read_json(record.records / "eval.json")
         problems = [
             Problem(row["index"] + 1, row["question"], row["answer"]) for row in read_jsonl(kept)
         ]
@@ -158,26 +155,28 @@ def prepare(config: EvaluateConfig) -> Examination:
     Raises:
         FileNotFoundError, ValueError: no adapter, model or data.
     """
-    saved: dict[str, Any] = {}
     if config.adapter_dir is not None:
-        saved = read_train_config(check_adapter(config.adapter_dir))
-    problems, dataset, split, notes = held_out_problems(config, saved)
-    name = config.model or saved.get("model") or base_of(config.adapter_dir)
-    folder = resolve_model(name, None if config.model else saved.get("revision"))
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    known = defaults | {"load_in_4bit": False} | saved
-    in_4bit = config.load_in_4bit
+        record = read_record(check_adapter(config.adapter_dir))
+        folder = record.find_base(config.model)
+    else:
+        folder = resolve_model(config.model)
+        record = read_record(folder)
+    problems, dataset, split, notes = held_out_problems(config, record)
+    tokenizer = load_tokenizer(record.tokenizer_folder(folder))
+    fit_padding(tokenizer, folder)
+    stored = is_stored_in_4bit(folder)
+    in_4bit = stored or (record.load_in_4bit and record.is_adapter)
     return Examination(
         problems=problems,
         dataset=dataset,
         split=split,
         notes=notes,
         folder=folder,
-        tokenizer=load_tokenizer(folder),
-        style=trained_style(saved),
-        max_completion_length=config.max_completion_length or known["max_completion_length"],
-        load_in_4bit=known["load_in_4bit"] if in_4bit is None else in_4bit,
-        double_quant=known["bnb_4bit_use_double_quant"],
+        tokenizer=tokenizer,
+        style=record.fitted_style(tokenizer),
+        max_completion_length=config.max_completion_length or record.max_completion_length,
+        load_in_4bit=in_4bit if stored or config.load_in_4bit is None else config.load_in_4bit,
+        double_quant=record.double_quant,
     )
 
 
@@ -233,7 +232,7 @@ def evaluation_engine(
     ]
     r = 1
     if config.adapter_dir is not None:
-        adapter = json.loads((config.adapter_dir / CONFIG).read_text(encoding="utf-8"))
+        adapter = read_json(config.adapter_dir / CONFIG)
         r = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
     return EngineSettings(
         placement=placement,
@@ -251,10 +250,3 @@ def free_share() -> float:
 
     free, total = torch.cuda.mem_get_info()
     return min(WHOLE_CARD, MOST_OF_FREE * free / total)
-
-
-def base_of(adapter_dir: Path) -> str:
-    """Return the base that PEFT's own file names."""
-    return json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))[
-        "base_model_name_or_path"
-    ]

@@ -16,8 +16,7 @@ from lora_grpo.merge_checks import (
     check_tokenizer,
     shares_embeddings,
 )
-from lora_grpo.merge_folder import load_tokenizer
-from lora_grpo.model import declared_end_ids, read_config
+from lora_grpo.model import declared_end_ids, read_config, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ OWN_KEYS = {"dtype", "quantization_config", "transformers_version", "_name_or_pa
 
 def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[Check]:
     """Compare what stands around the weights of a loaded folder with the merged one's."""
-    tokenizer = load_tokenizer(merged)
+    tokenizer = read_tokenizer(merged)
     tied = bool(read_config(merged).tie_word_embeddings)
     found = model.generation_config.eos_token_id
     ends = [found] if isinstance(found, int) else found

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.adapter import read_json, read_train_config
-from lora_grpo.evaluate import trained_style
+from lora_grpo.adapter import has_tokenizer, read_json, read_record
 from lora_grpo.lora_delta import CONFIG
 from lora_grpo.merge_checks import Check
-from lora_grpo.merge_inputs import has_tokenizer, plan_merge, read_base
+from lora_grpo.merge_inputs import plan_merge, read_base, read_style
 from lora_grpo.prompt import PromptStyle
 
 if TYPE_CHECKING:
@@ -63,9 +62,9 @@ def inspect_source(config: "ExportConfig") -> Request:
         ValueError, FileNotFoundError: it is neither, or cannot be merged.
     """
     folder = config.source
-    style = trained_style(read_train_config(folder))
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         check_merged(config)
+        style = read_style(read_record(folder), folder)
         return Request(config.name, None, folder, folder, folder, style)
     plan = plan_merge(folder, config.model, config.base)
     return Request(config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style)

@@ -13,10 +13,11 @@ from safetensors import safe_open
 
 from lora_grpo.adapter import read_json
 from lora_grpo.logit_distance import Distance
-from lora_grpo.merge_folder import build_config, load_tokenizer
+from lora_grpo.merge_folder import build_config
 from lora_grpo.merge_inputs import MergePlan
 from lora_grpo.merge_reference import half_ulp, policy_weight
 from lora_grpo.merge_weights import dequantize
+from lora_grpo.model import read_tokenizer
 from lora_grpo.safetensors_stream import BLOCK_ELEMENTS, read_tensor
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def compare_tensor(
 
 def check_tokenizer(folder: Path, expected: "PreTrainedTokenizerBase", texts: list[str]) -> Check:
     """Tokenize prompts and a probe with the merged folder's tokenizer and with the adapter's."""
-    found = load_tokenizer(folder)
+    found = read_tokenizer(folder)
     faults = [
         f"{name} differs"
         for name in ("chat_template", "eos_token_id", "pad_token_id", "bos_token_id")

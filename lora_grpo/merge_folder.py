@@ -6,13 +6,12 @@ A plan goes in; a folder that any loader reads as a plain 16-bit model comes out
 import json
 import math
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.adapter import read_json
 from lora_grpo.merge_inputs import MergePlan
-from lora_grpo.model import choose_template, merge_end_ids
+from lora_grpo.model import merge_end_ids, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,17 +41,6 @@ SAMPLING_ONLY = (
 )
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer as a plain user does, with the one chat template that training takes;
-    unlike there, it may have none."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with suppress(ValueError):
-        tokenizer.chat_template = choose_template(folder, tokenizer.chat_template)
-    return tokenizer
-
-
 def write_side_files(plan: MergePlan, folder: Path) -> None:
     """Write everything but the weights."""
     for name in TOKENIZER_FILES:
@@ -64,7 +52,7 @@ def write_side_files(plan: MergePlan, folder: Path) -> None:
     for licence in plan.base_folder.glob("LICENSE*"):
         shutil.copyfile(licence, folder / licence.name)
     write_json(folder / "config.json", build_config(plan))
-    tokenizer = load_tokenizer(plan.tokenizer_folder)
+    tokenizer = read_tokenizer(plan.tokenizer_folder)
     write_json(folder / "generation_config.json", build_generation_config(plan, tokenizer))
 
 

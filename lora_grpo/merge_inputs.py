@@ -8,12 +8,11 @@ the bytes for its hash.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from lora_grpo.adapter import hash_weights, read_json, read_train_config
-from lora_grpo.evaluate import trained_style
+from lora_grpo.adapter import TRAIN_CONFIG, RunRecord, hash_weights, read_json, read_record
 from lora_grpo.lora_delta import (
     CONFIG,
     LEAVE_IT,
@@ -25,12 +24,11 @@ from lora_grpo.lora_delta import (
     read_deltas,
     refuse_unmergeable,
 )
-from lora_grpo.model import choose_placement, read_config, resolve_model
+from lora_grpo.model import choose_placement, read_config, read_tokenizer
 from lora_grpo.prompt import PromptStyle
 from lora_grpo.safetensors_stream import DTYPES, Slot, StoredTensor, read_header
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SMALL_FILES = 64 << 20
 Dtype = Literal["bfloat16", "float16"]
 Base = Literal["original", "dequantized"]
@@ -86,66 +84,56 @@ def plan_merge(
         ValueError: the adapter cannot be merged, changed nothing, or does not belong to the base.
     """
     check_adapter_dir(adapter_dir)
-    trained, adapter = read_train_config(adapter_dir), read_json(adapter_dir / CONFIG)
-    base_name, revision = (model, None) if model else remembered_base(adapter_dir, trained, adapter)
-    config = read_config(resolve_model(base_name, revision, weights=False)).get_text_config()
+    record, adapter = read_record(adapter_dir), read_json(adapter_dir / CONFIG)
+    config = read_config(record.find_base(model, weights=False)).get_text_config()
     way = find_way(adapter_dir, bool(config.tie_word_embeddings))
     refuse_unmergeable(adapter, way)
-    four_bit = read_four_bit(trained)
+    four_bit = read_four_bit(record)
     if base == "dequantized" and four_bit is None:
         raise ValueError(
             f"--base dequantized is for adapters that were trained on a 4-bit base, {adapter_dir} "
             "was not: leave --base out"
         )
-    base_folder = resolve_model(base_name, revision)
+    base_folder, base_name = record.find_base(model), model or record.base
     tensors = read_base(base_folder)
     deltas = read_deltas(adapter_dir, adapter, tensors, way)
     check_learned(adapter_dir, deltas)
     check_fit(deltas, tensors, base_folder, bool(config.tie_word_embeddings))
     sha256 = hash_weights(base_folder)
-    warning = compare_hash(trained.get("base_sha256"), sha256, base_folder, named=bool(model))
+    warning = compare_hash(record.base_sha256, sha256, base_folder, named=bool(model))
+    tokenizer_folder = record.tokenizer_folder(base_folder)
     return MergePlan(
         adapter_dir=adapter_dir,
         base=base,
         base_name=base_name,
         base_folder=base_folder,
         base_sha256=sha256,
-        tokenizer_folder=adapter_dir if has_tokenizer(adapter_dir) else base_folder,
+        tokenizer_folder=tokenizer_folder,
         tensors=tensors,
         deltas=deltas,
         dtype=dtype or choose_dtype(tensors),
         four_bit=four_bit,
-        style=trained_style(trained),
+        style=read_style(record, tokenizer_folder),
         warning=warning,
     )
 
 
-def read_four_bit(trained: dict[str, Any]) -> FourBit | None:
+def read_four_bit(record: RunRecord) -> FourBit | None:
     """Return how a run's base was quantised, None where it was not."""
-    if not trained.get("load_in_4bit"):
+    if not record.load_in_4bit:
         return None
-    quant_type = trained.get("bnb_4bit_quant_type", "nf4")
-    if quant_type != "nf4":
+    if record.quant_type != "nf4":
         raise ValueError(
-            f"train_config.json says bnb_4bit_quant_type {quant_type!r}: only nf4 is known"
+            f"{record.records / TRAIN_CONFIG} says bnb_4bit_quant_type {record.quant_type!r}: only "
+            "nf4 is known"
         )
-    double_quant = trained.get("bnb_4bit_use_double_quant", True)
-    return FourBit(double_quant, trained.get("dtype") or choose_placement().dtype)
+    return FourBit(record.double_quant, record.dtype or choose_placement().dtype)
 
 
-def remembered_base(
-    adapter_dir: Path, trained: dict[str, Any], adapter: dict[str, Any]
-) -> tuple[str, str | None]:
-    """Return the id or path of the adapter's base, and its revision."""
-    if trained.get("model"):
-        return trained["model"], trained.get("revision")
-    if adapter.get("base_model_name_or_path"):
-        return adapter["base_model_name_or_path"], adapter.get("revision")
-    raise ValueError(f"{adapter_dir} does not say which base it belongs to: name it with --model")
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_CORE)
+def read_style(record: RunRecord, tokenizer_folder: Path) -> PromptStyle:
+    """Return how the run asked; a tokenizer without a chat template renders no turns at all."""
+    tokenizer = read_tokenizer(tokenizer_folder)
+    return record.fitted_style(tokenizer) if tokenizer.chat_template else record.style
 
 
 def read_base(folder: Path) -> dict[str, StoredTensor]:

@@ -33,11 +33,16 @@ from lora_grpo.merge_checks import (
     check_tokenizer,
     shares_embeddings,
 )
-from lora_grpo.merge_folder import load_tokenizer
 from lora_grpo.merge_inputs import MergePlan
 from lora_grpo.merge_reference import load_policy, round_weights
 from lora_grpo.merge_weights import find_quantized
-from lora_grpo.model import choose_placement, load_adapter, load_base, merge_end_ids
+from lora_grpo.model import (
+    choose_placement,
+    load_adapter,
+    load_base,
+    merge_end_ids,
+    read_tokenizer,
+)
 from lora_grpo.prompt import build_messages, render
 
 if TYPE_CHECKING:
@@ -83,7 +88,7 @@ def prove_merge(
     plan: MergePlan, folder: Path, num_prompts: int, report: Callable[[str], None]
 ) -> Proof:
     """Check a merged folder against its plan, with one model in memory at a time."""
-    tokenizer = load_tokenizer(plan.tokenizer_folder)
+    tokenizer = read_tokenizer(plan.tokenizer_folder)
     prompts = build_prompts(plan, tokenizer, num_prompts)
     quantized = find_quantized(plan)
     with quiet_transformers():

@@ -1,14 +1,16 @@
 """The base model and its LoRA adapter: finding the folder, loading it in 4-bit or whole, wrapping
 it with PEFT."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.atomic import read_json
 from lora_grpo.prompt import find_turn_end, has_system_role
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import (
         BitsAndBytesConfig,
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     )
 
 EMBEDDED = "tiny"
+# As PEFT saves an embedding or output layer whole, by its usual names.
+WHOLE_EMBEDDING = re.compile(
+    r"\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings)(\.base_layer)?\.weight$"
+)
 EMBEDDED_FOLDER = Path(__file__).parent / "tiny_model"
 
 
@@ -26,26 +32,39 @@ def is_local(name: str) -> bool:
     return name == EMBEDDED or Path(name).expanduser().is_dir()
 
 
-def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_model(
+    name: str, revision: str | None = None, weights: bool = True, named_in: Path | None = None
+) -> Path:
     """Return the local folder of a model: the embedded one, the user's, or a snapshot from the Hub.
 
-    Without `weights`, a snapshot holds no more than what a plan needs.
+    Without `weights`, a snapshot holds no more than what a plan needs. `named_in` is the file that
+    names the model where no flag did.
 
     Raises:
         FileNotFoundError: the folder holds no model, or there is no such folder and the Hub cannot
         give one.
+        ValueError: a model that cannot be loaded without code of its own.
     """
     folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"--model {name} is a folder without config.json: give a Hugging Face model folder"
-            )
-        return folder.resolve()
-    return download_model(name, revision, ["*.safetensors"] if weights else [])
+    if not folder.is_dir():
+        folder = download_model(name, revision, ["*.safetensors"] if weights else [], named_in)
+    elif not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{name_model(name, named_in)} is a folder without config.json: "
+            f"{'give' if named_in is None else 'give with --model'} a Hugging Face model folder"
+        )
+    if weights:
+        check_architecture(folder)
+    return folder.resolve()
 
 
-def download_model(name: str, revision: str | None, weights: list[str]) -> Path:
+def name_model(name: str, named_in: Path | None) -> str:
+    return f"--model {name}" if named_in is None else f"the base {name}, which {named_in} names,"
+
+
+def download_model(
+    name: str, revision: str | None, weights: list[str], named_in: Path | None = None
+) -> Path:
     """Return a snapshot of a Hub repository from the cache or the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -55,10 +74,14 @@ def download_model(name: str, revision: str | None, weights: list[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"--model {name} is neither a local folder nor a repository that the Hub gave "
-            f"({reason}): "
+        advice = (
             "give the path of a model folder, or use --preset tiny, which needs no network"
+            if named_in is None
+            else "give the path or Hub id of that base with --model"
+        )
+        raise FileNotFoundError(
+            f"{name_model(name, named_in)} is neither a local folder nor a repository that the Hub "
+            f"gave ({reason}): {advice}"
         ) from error
 
 
@@ -109,22 +132,32 @@ def check_architecture(folder: Path) -> None:
     )
 
 
+def read_tokenizer(folder: Path, **settings: Any) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer as it is stored, with one chat template or none.
+
+    Raises:
+        ValueError: it cannot be loaded, or not without code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+    tokenizer.chat_template = choose_template(folder, tokenizer.chat_template)
+    return tokenizer
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer that pads on the left, as generation needs, with one chat template.
 
     Raises:
         ValueError: it has no chat template that can be rendered, or no token that ends a turn.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, padding_side="left", trust_remote_code=False
-        )
-    except ValueError as error:  # code of its own, or a class that is not there
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
-    tokenizer.chat_template = choose_template(folder, tokenizer.chat_template)
+    tokenizer = read_tokenizer(folder, padding_side="left")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{folder} has no chat template: use an instruct model")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {folder} names no EOS token: name one in its tokenizer_config.json"
@@ -135,7 +168,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def choose_template(folder: Path, template: str | dict[str, str] | None) -> str:
+def fit_padding(tokenizer: "PreTrainedTokenizerBase", base: Path) -> None:
+    """Pad with the EOS token where the base has no embedding for the padding token, as happens
+    when tokens were added to a tokenizer and not to the model."""
+    if tokenizer.pad_token_id >= read_config(base).get_text_config().vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def choose_template(folder: Path, template: str | dict[str, str] | None) -> str | None:
     """Return the chat template for plain conversations, of several the one named `default`."""
     if isinstance(template, dict):
         if "default" not in template and len(template) > 1:
@@ -146,9 +186,26 @@ def choose_template(folder: Path, template: str | dict[str, str] | None) -> str:
         template = template.get("default") or next(iter(template.values()), None)
     if not template and (folder / "chat_template.json").is_file():  # where older versions put it
         template = read_json(folder / "chat_template.json").get("chat_template")
-    if not template:
-        raise ValueError(f"{folder} has no chat template: use an instruct model")
-    return template
+    return template or None
+
+
+def is_stored_in_4bit(folder: Path) -> bool:
+    """Return whether a folder holds a model that bitsandbytes quantised to 4 bits."""
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    return bool(stored.get("load_in_4bit") or stored.get("_load_in_4bit"))
+
+
+def check_trainable(folder: Path) -> None:
+    """Raise a ValueError for a quantised base on which no adapter can be trained here."""
+    stored = read_json(folder / "config.json").get("quantization_config") or {}
+    quant_type = stored.get("bnb_4bit_quant_type")
+    if not stored or (is_stored_in_4bit(folder) and quant_type == "nf4"):
+        return
+    raise ValueError(
+        f"the base {folder} is stored quantised ({stored.get('quant_method')}"
+        f"{f' {quant_type}' if quant_type else ''}), and only bitsandbytes NF4 is trained on: name "
+        "the 16-bit original with --model"
+    )
 
 
 def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAndBytesConfig | None":
@@ -204,7 +261,7 @@ def public_name(folder: Path) -> str:
 def load_base(
     folder: Path, placement: Placement, load_in_4bit: bool, double_quant: bool = True
 ) -> "PreTrainedModel":
-    """Load the base model, its linear layers in NF4 where asked, on one device.
+    """Load the base model, its linear layers in NF4 where asked or stored so, on one device.
 
     The model goes by its Hub id where it has one, so that an adapter names that and not a cache's
     folder.
@@ -214,21 +271,24 @@ def load_base(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    stored_in_4bit, dtype = is_stored_in_4bit(folder), getattr(torch, placement.dtype)
+    wanted = load_in_4bit and not stored_in_4bit
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         trust_remote_code=False,
-        dtype=getattr(torch, placement.dtype),
-        quantization_config=quantization(load_in_4bit, double_quant, placement.dtype),
+        dtype=dtype,
+        quantization_config=quantization(wanted, double_quant, placement.dtype),
         device_map={"": placement.device},
     )
     model.name_or_path = model.config._name_or_path = public_name(folder)
-    if load_in_4bit:
-        keep_4bit_as_stored(model)
+    if load_in_4bit or stored_in_4bit:
+        keep_4bit_as_stored(model, dtype)
     return model
 
 
-def keep_4bit_as_stored(model: "PreTrainedModel") -> None:
-    """Keep a processor with AVX512-BF16 from repacking 4-bit weights when it first generates.
+def keep_4bit_as_stored(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
+    """Compute with 4-bit weights in `dtype`, whatever type is stored with them, and keep a
+    processor with AVX512-BF16 from repacking them when it first generates.
 
     bitsandbytes would compute in bfloat16 from then on, other numbers than in training, and the
     repacked weights cannot be trained on.
@@ -238,13 +298,29 @@ def keep_4bit_as_stored(model: "PreTrainedModel") -> None:
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
 
 
 def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
-    """Put a saved adapter on its base, for inference."""
+    """Put a saved adapter on its base, for inference; a base whose vocabulary the adapter was
+    trained to extend is given the rows that the adapter replaces."""
     from peft import PeftModel
 
+    rows = saved_vocabulary(directory)
+    if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
     return PeftModel.from_pretrained(base, directory)
+
+
+def saved_vocabulary(directory: Path) -> int | None:
+    """Return how many tokens the embeddings that an adapter holds have, None where it has none."""
+    from safetensors import safe_open
+
+    if not (directory / "adapter_model.safetensors").is_file():
+        return None
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if WHOLE_EMBEDDING.search(name)]  # noqa: SIM118
+        return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
 def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> Path:
@@ -266,6 +342,7 @@ def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> P
     folder.mkdir(parents=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = read_config(source)
+    vars(config).pop("quantization_config", None)  # whole weights are written
     config.dtype = next(iter(weights.values())).dtype
     config.save_pretrained(folder)
     return folder

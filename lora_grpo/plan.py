@@ -15,11 +15,20 @@ from lora_grpo.idle_knobs import describe_idle, find_idle
 from lora_grpo.memory import GIB
 from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory
 from lora_grpo.memory_report import describe_memory
-from lora_grpo.model import Placement, choose_placement, load_tokenizer, read_config, resolve_model
+from lora_grpo.model import (
+    Placement,
+    check_trainable,
+    choose_placement,
+    is_stored_in_4bit,
+    load_tokenizer,
+    read_config,
+    resolve_model,
+)
 from lora_grpo.model_shape import ModelShape, read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
-from lora_grpo.rewards import Reward, build_rewards, parse_reward_weights
+from lora_grpo.prompt import find_turn_end, perfect_completion
+from lora_grpo.rewards import Reward, build_rewards, has_format, parse_reward_weights
 from lora_grpo.terminal import command_line
 
 if TYPE_CHECKING:
@@ -249,6 +258,10 @@ def make_plan(config: TrainConfig) -> Plan:
     folder = resolve_model(
         config.model, config.revision, weights=not (config.dry_run or config.preview)
     )
+    check_trainable(folder)
+    if is_stored_in_4bit(folder):
+        check_4bit(choice, gpu, True)
+        config = dataclasses.replace(config, load_in_4bit=True)
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
@@ -316,6 +329,50 @@ def describe_update(config: TrainConfig) -> str:
     )
 
 
+def describe_model(plan: Plan) -> list[tuple[str, str]]:
+    """Return what a user would not expect of the base and its chat template."""
+    folder, style, tokenizer, lines = plan.folder, plan.data.style, plan.tokenizer, []
+    if is_stored_in_4bit(folder):
+        lines.append(
+            "stored in 4-bit NF4 and loaded as it is; to merge the adapter later, name the 16-bit "
+            "original by merge_adapter.py --model"
+        )
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        lines.append(
+            "stored as .bin, which trains but cannot be merged into: load it with transformers, "
+            "save_pretrained it into a new folder, and train on that"
+        )
+    if not style.system_role:
+        lines.append(
+            "its chat template writes no system turn: the system prompt opens the first user turn"
+        )
+    if style.prefill:
+        lines.append(
+            f"its chat template begins each answer with {style.prefill!r}: completions are scored "
+            "with that in front" + warn_of_format(plan)
+        )
+    end = find_turn_end(tokenizer)
+    if end not in (None, tokenizer.eos_token_id):
+        lines.append(
+            f"its chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)}, not with "
+            f"the EOS token {tokenizer.eos_token}: either ends a completion"
+        )
+    return [("", line) for line in lines]
+
+
+def warn_of_format(plan: Plan) -> str:
+    """Return what is wrong where no answer that a template has begun can earn the format reward."""
+    prefill, rest = plan.data.style.prefill, perfect_completion(plan.data.train[0])
+    begun = rest if rest.startswith(prefill.strip()) else prefill + rest
+    paid = {"format", "strict_format", "soft_format"} & {reward.name for reward in plan.rewards}
+    if has_format(begun) or not paid:
+        return ""
+    return (
+        f", so that {', '.join(sorted(paid))} can never be paid: use rewards and a system prompt "
+        "that fit the model (--reward-set none --reward, --system-prompt-file)"
+    )
+
+
 def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
     """Return what will happen, as lines of a name and a text."""
     config, data = plan.config, plan.data
@@ -326,6 +383,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
     return [
         ("settings", why),
         ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
+        *describe_model(plan),
         ("backend", f"{plan.choice.backend} ({plan.choice.why_backend})"),
         ("rollout", f"{plan.choice.rollout} ({plan.choice.why_rollout})"),
         (

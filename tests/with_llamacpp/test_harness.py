@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lora_grpo.adapter import read_record
 from lora_grpo.answers import NUMBER_WORD, parse_number
 from lora_grpo.arithmetic import generate_problems
 from lora_grpo.backend import installed
 from lora_grpo.dataset import Problem
-from lora_grpo.evaluate import trained_style
 from lora_grpo.model import EMBEDDED_FOLDER, load_tokenizer
 from lora_grpo.prompt import SYSTEM_PROMPT, build_messages, render
 from lora_grpo.reward_corpus import build_corpus
@@ -202,7 +202,7 @@ def test_a_prompt_of_ones_own_arrives_whole(home: Path) -> None:
         *(home, "lora_grpo_items", f"pretrained={EMBEDDED_FOLDER}"),
         *("--metadata", "records=records", "--limit", 4),
     )
-    tokenizer, style = load_tokenizer(EMBEDDED_FOLDER), trained_style(saved)
+    tokenizer, style = load_tokenizer(EMBEDDED_FOLDER), read_record(records).style
     assert [row["arguments"]["gen_args_0"]["arg_0"] for row in rows] == [
         render(tokenizer, build_messages(item["question"], style))
         for item in read_rows(records / "eval_items.jsonl")[:4]
