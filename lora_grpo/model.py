@@ -272,13 +272,18 @@ def load_base(
 
     logging.disable_progress_bar()
     stored_in_4bit, dtype = is_stored_in_4bit(folder), getattr(torch, placement.dtype)
-    wanted = load_in_4bit and not stored_in_4bit
+    # Where it is stored quantised, naming None would have it read as whole weights.
+    wanted = (
+        {}
+        if stored_in_4bit or not load_in_4bit
+        else {"quantization_config": quantization(True, double_quant, placement.dtype)}
+    )
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         trust_remote_code=False,
         dtype=dtype,
-        quantization_config=quantization(wanted, double_quant, placement.dtype),
         device_map={"": placement.device},
+        **wanted,
     )
     model.name_or_path = model.config._name_or_path = public_name(folder)
     if load_in_4bit or stored_in_4bit:
@@ -299,6 +304,7 @@ def keep_4bit_as_stored(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            layer.weight.quant_state.dtype = dtype
 
 
 def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
