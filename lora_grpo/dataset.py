@@ -25,6 +25,7 @@ from lora_grpo.columns import (
 from lora_grpo.config import DecimalSeparator
 from lora_grpo.gold import (
     choose_separator,
+    describe_units,
     extract_gold,
     find_gold,
     find_golds,
@@ -143,7 +144,7 @@ def to_problems(
     ]
     asked = describe_instructions([problem.question for problem in problems])
     notes = [*describe_chats(rows, question_columns), *asked, *several, *layouts, *separators]
-    return problems, separator, notes
+    return problems, separator, [*notes, *describe_units(texts)]
 
 
 def read_problems(

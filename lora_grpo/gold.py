@@ -8,10 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lora_grpo.answers import parse_answer, parse_number
 from lora_grpo.columns import number_as_text
 from lora_grpo.config import DecimalSeparator
+from lora_grpo.quantity import NOUN, read_quantity
 
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
 PHRASE = re.compile(
@@ -58,13 +60,14 @@ def swap_separators(text: str) -> str | None:
     return DIGITS.sub(lambda found: found[0].replace(".", "").replace(",", "."), text)
 
 
-def is_number(text: str | None) -> bool:
-    return text is not None and parse_number(text) is not None
+def by_comma_value(text: str) -> Fraction | None:
+    swapped = swap_separators(text)
+    return None if swapped is None else parse_number(swapped)
 
 
 def is_readable(text: str) -> bool:
     """Return whether a text is a number in either notation."""
-    return is_number(text) or is_number(swap_separators(text))
+    return parse_number(text) is not None or by_comma_value(text) is not None
 
 
 def bare_number(text: str) -> str | None:
@@ -147,9 +150,8 @@ def find_gold(field: str, sentences: bool = False) -> Gold:
         number = short_number(text)
         if number is not None:
             return Gold(number, name)
-    whole = None if marked else bare_number(field)
-    if whole is not None:
-        return Gold(whole)
+    if not marked and bare_number(field) is not None:
+        return Gold(short_number(field))
     guesses = {**GUESSES, SENTENCE: only_number} if sentences and not marked else GUESSES
     for name, find in guesses.items():
         number = find(field)
@@ -199,12 +201,15 @@ def choose_separator(
     by_point = {
         answer
         for answer in separated
-        if is_number(answer) and all(map(WITH_POINT.fullmatch, DIGITS.findall(answer)))
+        if parse_number(answer) is not None
+        and all(map(WITH_POINT.fullmatch, DIGITS.findall(answer)))
     }
-    by_comma = {answer for answer in separated if is_number(swap_separators(answer))}
-    only_comma = [answer for answer in separated if answer in by_comma - by_point]
-    if only_comma and by_point <= by_comma:
-        return "comma", [describe_separator(only_comma[0], "comma", "point")]
+    by_comma = {answer for answer in separated if by_comma_value(answer) is not None}
+    if by_comma - by_point and by_point <= by_comma:
+        shown = next(
+            (answer for answer in separated if parse_number(answer) != by_comma_value(answer)), None
+        )
+        return "comma", [describe_separator(shown, "comma", "point")] if shown else []
     dotted = [answer for answer in separated if "." in answer and answer in by_point]
     if dotted and all(THOUSANDS_BY_POINT.search(answer) for answer in dotted):
         return "point", [describe_separator(dotted[0], "point", "comma")]
@@ -212,15 +217,26 @@ def choose_separator(
 
 
 def describe_separator(answer: str, separator: str, other: str) -> str:
-    readings = {"point": answer, "comma": swap_separators(answer) or ""}
     values = {
-        name: number_as_text(float(number)) if number is not None else "no number"
-        for name, number in zip(readings, map(parse_number, readings.values()), strict=True)
+        name: "no number" if number is None else number_as_text(float(number))
+        for name, number in (("point", parse_number(answer)), ("comma", by_comma_value(answer)))
     }
     return (
         f"gold answers such as {answer!r} are read with a decimal {separator}, as "
         f"{values[separator]}: --decimal-separator {other} makes it {values[other]}"
     )
+
+
+def describe_units(answers: Sequence[str]) -> list[str]:
+    """Return a note on how the units of gold answers count, if there are any."""
+    for answer in answers:
+        quantity = read_quantity(answer)
+        if quantity and quantity.unit and quantity.unit[0] != NOUN:
+            return [
+                f"gold answers hold units, such as {answer!r}: the same number without a unit is "
+                "paid, with another unit it is not; nothing is converted"
+            ]
+    return []
 
 
 def describe_unreadable(answers: Sequence[str]) -> str:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from lora_grpo.gold import choose_separator, describe_unreadable, extract_gold, find_golds
+from lora_grpo.answers import same_number
+from lora_grpo.gold import (
+    choose_separator,
+    describe_units,
+    describe_unreadable,
+    extract_gold,
+    find_golds,
+)
 
 SENTENCES = [f"Together Ann has {n} pens." for n in range(10)]
 
@@ -72,9 +79,20 @@ def test_the_decimal_separator_is_decided_by_what_can_be_read(
 ) -> None:
     found, notes = choose_separator(answers)
     assert found == separator
-    assert [separator in note and "--decimal-separator point" in note for note in notes] == (
-        [True] if separator == "comma" else []
-    )
+    said = ["decimal comma" in note and "--decimal-separator point" in note for note in notes]
+    # The rewards read `1.234,5` as it is meant in any case.
+    assert said == ([True] if separator == "comma" and answers[0] != "1.234,5" else [])
+
+
+def test_units_are_said() -> None:
+    [note] = describe_units(["5", "5 apples", "2000 cm"])
+    assert "'2000 cm'" in note and "another unit" in note
+    assert describe_units(["5", "5 apples", "A"]) == []
+    assert [same_number("2000 cm", other) for other in ("2000", "2000 m", "20 m")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_thousands_with_points_are_said_and_can_be_asked_for() -> None:
