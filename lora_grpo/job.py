@@ -10,6 +10,7 @@ from lora_grpo.console import Display
 from lora_grpo.custom_rewards import RewardError
 from lora_grpo.memory_report import describe_memory
 from lora_grpo.plan import Plan, describe_plan, make_plan
+from lora_grpo.presets import FALLING
 from lora_grpo.prompt import build_messages, render
 from lora_grpo.terminal import FailedError, command_line
 
@@ -81,20 +82,35 @@ def run(config: TrainConfig, why: str) -> int:
     return run_plan(plan, display)
 
 
+def describe_end(plan: Plan) -> str:
+    """Return that a run is finished, and how it can be prolonged."""
+    schedule = plan.config.lr_scheduler_type
+    done = f"{plan.run_dir} is finished: all {plan.steps} steps are made, nothing was changed"
+    if schedule in FALLING:
+        return f"{done}; --lr-scheduler-type {schedule} ends there, so it cannot be prolonged"
+    more = ("--resume", plan.run_dir, "--max-steps", str(2 * plan.steps))
+    return f"{done}; to prolong it: {command_line('train_lora.py', *more)}"
+
+
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to resume."""
     from lora_grpo.memory_error import MemoryExhaustedError
     from lora_grpo.record import METRICS, VALIDATION
-    from lora_grpo.train import Stopped, train
+    from lora_grpo.train import Stopped, finished_report, train
 
     again = f"resume it by: {command_line('train_lora.py', '--resume', plan.run_dir)}"
     try:
-        report = train(plan, display)
+        report = finished_report(plan)
+        if report:
+            display.say_always(describe_end(plan))
+        else:
+            report = train(plan, display)
     except Stopped as stop:
         display.say(f"stopped by {stop}, everything is saved; {again}")
         return 128 + stop.number
     except KeyboardInterrupt:
-        display.say(f"stopped; {again}")
+        there = plan.run_dir.exists()
+        display.say(f"stopped; {again}" if there else "stopped; nothing was written yet")
         return 130
     except MemoryExhaustedError as error:
         raise FailedError(f"{error}\n{advise_on_memory(plan, error)}; then {again}") from error

@@ -78,6 +78,9 @@ NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b
 # What a resume may change: how much is printed, how long the run is, and how memory is used.
 FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_KNOBS})
 
+# Schedules that end at a rate of 0, so that their length decides every step's rate.
+FALLING = ("linear", "cosine")
+
 
 def choose_preset() -> tuple[str, str]:
     """Return the preset for this machine, and why."""
@@ -190,7 +193,7 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     steps = f"--max-steps was {saved.max_steps}, now {asked.max_steps}"
     if asked.max_steps is None or asked.max_steps < saved.max_steps:
         raise ValueError(f"{steps}: a resumed run can only be prolonged")
-    if saved.max_steps != asked.max_steps and saved.lr_scheduler_type in ("linear", "cosine"):
+    if saved.max_steps != asked.max_steps and saved.lr_scheduler_type in FALLING:
         raise ValueError(
             f"{steps}: with --lr-scheduler-type {saved.lr_scheduler_type} that changes the rate of "
             "the steps already made; start anew"

@@ -33,6 +33,8 @@ LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "kl")
 SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
     "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
+    "sampling/importance_sampling_ratio/mean": "sampler_ratio",
+    "sampling/importance_sampling_ratio/clipped": "sampler_ratio_clipped",
 }
 
 

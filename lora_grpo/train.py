@@ -18,7 +18,14 @@ import transformers
 from transformers import PrinterCallback, set_seed
 
 from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
-from lora_grpo.atomic import STAGED, read_jsonl, staged_directory, write_json, write_jsonl
+from lora_grpo.atomic import (
+    STAGED,
+    read_json,
+    read_jsonl,
+    staged_directory,
+    write_json,
+    write_jsonl,
+)
 from lora_grpo.card import write_adapter_card
 from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
@@ -300,6 +307,15 @@ def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
     return best
 
 
+def finished_report(plan: Plan) -> dict[str, Any] | None:
+    """Return what `eval.json` holds of a resumed run that has made all of its steps, else None."""
+    path = plan.run_dir / EVAL
+    if not (plan.config.resume and path.is_file() and (plan.run_dir / WEIGHTS).is_file()):
+        return None
+    report = read_json(path)
+    return report if report.get("steps") == plan.steps else None
+
+
 def train(plan: Plan, display: Display) -> dict[str, Any]:
     """Run the job, or the rest of it, and return what `eval.json` holds.
 
@@ -320,7 +336,8 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         best = keep_adapters(plan, trainer)
         adapter = judged(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}
-    report = build_report(plan.data.test_name, plan.data.test_split, models) | {"best_step": best}
+    report = build_report(plan.data.test_name, plan.data.test_split, models)
+    report |= {"best_step": best, "steps": plan.steps}
     write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))
     write_json(run_dir / EVAL, report)
     write_adapter_card(run_dir)

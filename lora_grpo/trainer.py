@@ -167,6 +167,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         def sample(rows: list[dict[str, Any]]) -> Draw:
             output = super(LoraGRPOTrainer, self)._generate_and_score_completions(rows)
+            self._log_clipped(output)
             return Draw(output, self.batch)
 
         drawn = sample(inputs)
@@ -184,6 +185,15 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
                 if name.endswith("/max"):  # TRL would log the mean of the draws' maxima
                     found[:] = [max(found)]
         return drawn.output
+
+    def _log_clipped(self, output: dict[str, Any]) -> None:
+        """Log the share of tokens whose ratio to the sampler's log-probs was cut or masked."""
+        ratio, cap = output.get("importance_sampling_ratio"), self.vllm_importance_sampling_clip_max
+        if ratio is not None:  # (B, T), or (B, 1) by sequence
+            mask = output["completion_mask"].bool()
+            clipped = ((ratio == 0) | (ratio >= cap)) & mask
+            share = (clipped.sum() / mask.sum().clamp(min=1)).item()
+            self._metrics["train"]["sampling/importance_sampling_ratio/clipped"].append(share)
 
     def _get_per_token_logps_and_entropies(
         self,

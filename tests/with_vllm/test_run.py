@@ -88,7 +88,17 @@ def test_a_run_says_and_records_what_sampled_it(runs: dict[str, Path]) -> None:
     assert rows[0].keys() - plain[0].keys() == {
         "sampler_logprob_difference",
         "sampler_logprob_difference_max",
+        "sampler_ratio",
+        "sampler_ratio_clipped",
     }
+    for row in rows:
+        assert abs(row["sampler_ratio"] - 1) < 1e-3 and row["sampler_ratio_clipped"] == 0
+
+
+def test_a_cut_distribution_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    flags = ("--preset", "tiny", "--rollout", "vllm", "--adapters-dir", str(tmp_path))
+    told = run_script("train_lora", *flags, "--top-p", "0.9", status=2)
+    assert "--top-p 0.9 with --rollout vllm" in told and not any(tmp_path.iterdir())
 
 
 def test_evaluate_by_vllm_repeats_the_runs_figures(runs: dict[str, Path], tmp_path: Path) -> None:
