@@ -33,6 +33,31 @@ def test_later_iterations_and_the_kl_term(
     compare(tmp_path, 12, loss_type=loss_type, dead=DEAD, truncated=(2,), old=old, beta=beta)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_ratio_of_a_whole_completion(tmp_path: Path, loss_type: str, beta: float) -> None:
+    bounds = {} if loss_type in ("cispo", "sapo") else {"epsilon": 0.1, "epsilon_high": 0.1}
+    compare(
+        tmp_path,
+        6,
+        loss_type=loss_type,
+        importance_sampling_level="sequence",
+        dead=DEAD,
+        truncated=TRUNCATED,
+        old=True,
+        beta=beta,
+        **bounds,
+    )
+
+
+def test_the_level_of_the_ratio_changes_the_gradient(tmp_path: Path) -> None:
+    found = [
+        update(tmp_path, LoraGRPOTrainer, 12, old=True, loss_type="grpo", **level)[1]
+        for level in ({}, {"importance_sampling_level": "sequence"})
+    ]
+    assert worst_difference(*found) > 1e-2
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_attention_and_checkpointing(

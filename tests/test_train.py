@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from run_directory import contents, read_rows
 
+from lora_grpo import job
 from lora_grpo.config import TrainConfig
 from lora_grpo.config_file import read_run
-from lora_grpo.presets import PRESETS
+from lora_grpo.presets import PRESETS, parse_train_config
 
 SMALL = {
     **PRESETS["tiny"],
@@ -89,6 +90,15 @@ def lines_of(name: str, count: int) -> Callable[[Path], bool]:
 
 def there(pattern: str) -> Callable[[Path], bool]:
     return lambda run: any(run.glob(pattern))
+
+
+def test_a_finished_run_says_so_and_is_left_as_it_is(whole_run: Path, capsys) -> None:
+    before = contents(whole_run)
+    config, why = parse_train_config(["--resume", str(whole_run)])
+    assert job.run(config, why) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"--resume {whole_run} --max-steps 12" in told and "strict accuracy" in told
+    assert contents(whole_run) == before
 
 
 MOMENTS = {
