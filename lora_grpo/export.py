@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.export_config import ExportConfig
 from lora_grpo.merge import Report, free_name, say
-from lora_grpo.terminal import FailedError, join
+from lora_grpo.terminal import FailedError
 
 if TYPE_CHECKING:
     from lora_grpo.export_source import Outcome
@@ -24,6 +24,7 @@ class ExportResult:
 
     folder: Path
     report: dict[str, Any]
+    commands: list[str]
 
     @property
     def table(self) -> str:
@@ -31,18 +32,6 @@ class ExportResult:
         from lora_grpo.export_report import build_table
 
         return build_table(self.report)
-
-    @property
-    def commands(self) -> list[str]:
-        """The commands that run what was written."""
-        return [
-            line.replace(
-                "FOLDER",
-                join(self.folder if len(self.report["formats"]) == 1 else self.folder / name),
-            )
-            for name, found in self.report["formats"].items()
-            for line in found["commands"]
-        ]
 
 
 class ExportProofError(FailedError):
@@ -76,7 +65,12 @@ def export_model(config: ExportConfig, report: Report = say) -> ExportResult:
                 f"was kept but {path}, which says more"
             )
         settle(config, request, staged, outcomes, found)
-    return ExportResult(config.target, found)
+    commands = [
+        line
+        for name, outcome in outcomes.items()
+        for line in outcome.commands_in(config.folder(config.target, name))
+    ]
+    return ExportResult(config.target, found, commands)
 
 
 def settle(

@@ -9,7 +9,7 @@ import torch
 from lora_grpo.adapter import read_json, read_train_config
 from lora_grpo.export_checks import check_folder, describe_distance
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Source
+from lora_grpo.export_source import HERE, Outcome, Source
 from lora_grpo.logit_distance import collect_logits
 from lora_grpo.merge_checks import Check, check_reload
 from lora_grpo.merge_inputs import read_base
@@ -52,7 +52,9 @@ def prove_bnb(source: Source, folder: Path, seen: Reference, double_quant: bool)
     ]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     figures = {"bytes": size, "from_merged": describe_distance(seen.logits, logits)}
-    return Outcome(tuple(checks), figures, ("vllm serve FOLDER --quantization bitsandbytes",))
+    return Outcome(
+        tuple(checks), figures, (("vllm", "serve", HERE, "--quantization", "bitsandbytes"),)
+    )
 
 
 def check_settings(folder: Path, double_quant: bool) -> Check:

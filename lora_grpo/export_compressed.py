@@ -21,7 +21,7 @@ from lora_grpo.export_checks import check_folder, describe_distance
 from lora_grpo.export_packed import Stored, describe_settings, is_packed, read_stored, unpack
 from lora_grpo.export_reference import Reference
 from lora_grpo.export_schemes import SCHEMES, Scheme, choose_group, settings
-from lora_grpo.export_source import Outcome, Source
+from lora_grpo.export_source import HERE, Outcome, Source
 from lora_grpo.logit_distance import collect_logits
 from lora_grpo.merge_checks import Check, check_reload
 from lora_grpo.merge_inputs import read_base
@@ -128,7 +128,7 @@ def prove_compressed(
         "weights": f"GPTQ on {calibration.origin}" if calibration else "rounded to nearest",
         "from_merged": describe_distance(seen.logits, logits),
     }
-    return Outcome(tuple(checks), figures, ("vllm serve FOLDER",))
+    return Outcome(tuple(checks), figures, (("vllm", "serve", HERE),))
 
 
 def list_linear(model: "PreTrainedModel") -> set[str]:

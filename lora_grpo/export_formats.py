@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.export_report import SYSTEM_PROMPT
-from lora_grpo.export_source import Outcome, Request, Source
+from lora_grpo.export_source import HERE, Outcome, Request, Source
 from lora_grpo.merge import MergeConfig, MergeProofError, MergeResult, free_name, merge_adapter
 from lora_grpo.merge_checks import Check
 from lora_grpo.merge_folder import TOKENIZER_FILES
@@ -90,7 +90,7 @@ def describe_merge(result: MergeResult) -> Outcome:
     checks = tuple(Check(**check) for check in result.report["checks"])
     size = sum(path.stat().st_size for path in result.folder.glob("*.safetensors"))
     figures = {"bytes": size, "from_policy": result.report["from_policy"]}
-    return Outcome(checks, figures, ("vllm serve FOLDER",))
+    return Outcome(checks, figures, (("vllm", "serve", HERE),))
 
 
 def write_format(

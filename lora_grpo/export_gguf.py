@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Request, Source
+from lora_grpo.export_report import SYSTEM_PROMPT
+from lora_grpo.export_source import Outcome, Request, Source, plain_name
 from lora_grpo.gguf_model import GGUFModel, check_config, read_model
 from lora_grpo.gguf_proof import prove_file
 from lora_grpo.gguf_quants import QUANTS
@@ -17,9 +18,9 @@ from lora_grpo.gguf_write import write_model
 from lora_grpo.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
 from lora_grpo.merge_folder import load_tokenizer
 from lora_grpo.model import declared_end_ids, read_config
-from lora_grpo.terminal import join
 
 Report = Callable[[str], None]
+ASKING = ("--jinja", "-sysf", Path(SYSTEM_PROMPT), "--temp", "0")
 
 
 def check_gguf(request: Request, quants: tuple[str, ...]) -> None:
@@ -65,7 +66,7 @@ def sixteen_bit(model: GGUFModel) -> str:
 
 def name_file(source: Source, quant: str) -> str:
     """Return a file's name, in the way of the Hub's GGUF repositories."""
-    return f"{source.name}-{quant.upper()}.gguf"
+    return f"{plain_name(source.name)}-{quant.upper()}.gguf"
 
 
 def write_gguf(
@@ -85,7 +86,5 @@ def write_gguf(
         proof = prove_file(path, source.merged, model, quant, seen)
         checks += [replace(check, name=f"{quant} {check.name}") for check in proof.checks]
         figures[quant] = proof.figures
-        commands.append(
-            f"llama-cli -m FOLDER/{join(path.name)} --jinja -sysf FOLDER/system_prompt.txt --temp 0"
-        )
+        commands.append(("llama-cli", "-m", Path(path.name), *ASKING))
     return Outcome(tuple(checks), figures, tuple(commands))

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from lora_grpo.adapter import read_json
+from lora_grpo.export_gguf import ASKING
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Source
+from lora_grpo.export_source import Outcome, Source, plain_name
 from lora_grpo.gguf_model import check_config, name_map, permute
 from lora_grpo.gguf_write import write_adapter
 from lora_grpo.lora_delta import CONFIG, Delta, read_deltas
 from lora_grpo.merge_checks import Check
 from lora_grpo.merge_inputs import read_base
 from lora_grpo.model import read_config
-from lora_grpo.terminal import join
 
 # Two float32 products of the same matrices, in another order of scaling.
 SLACK = 2.0**-18
@@ -37,7 +37,7 @@ def write_gguf_adapter(
     deltas = read_deltas(source.adapter_dir, adapter, read_base(source.base))
     config = read_config(source.base)
     check_config(config, source.base)
-    path = folder / f"{source.name}-lora-F32.gguf"
+    path = folder / f"{plain_name(source.name)}-lora-F32.gguf"
     write_adapter(path, config, deltas, adapter["lora_alpha"], source.name)
     report(f"proving {path.name}")
     checks, figures = [check_deltas(path, config, deltas)], {"bytes": path.stat().st_size}
@@ -45,8 +45,8 @@ def write_gguf_adapter(
         found, measured = run_on_base(path, source, seen)
         checks += found
         figures |= measured
-    command = f"llama-cli -m BASE.gguf --lora FOLDER/{join(path.name)} --jinja"
-    return Outcome(tuple(checks), figures, (f"{command} -sysf FOLDER/system_prompt.txt --temp 0",))
+    command = ("llama-cli", "-m", "BASE.gguf", "--lora", Path(path.name), *ASKING)
+    return Outcome(tuple(checks), figures, (command,))
 
 
 def check_deltas(path: Path, config: Any, deltas: dict[str, Delta]) -> Check:

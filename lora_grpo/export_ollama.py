@@ -1,6 +1,5 @@
 """A GGUF file and an Ollama Modelfile: template, stop tokens, system prompt and parameters."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from lora_grpo.adapter import read_train_config
 from lora_grpo.atomic import write_text
 from lora_grpo.export_gguf import name_file, write_gguf
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Request, Source
+from lora_grpo.export_source import Outcome, Request, Source, plain_name
 from lora_grpo.merge_checks import Check
 from lora_grpo.model import load_tokenizer
 from lora_grpo.ollama_modelfile import build_modelfile, parse_modelfile
@@ -41,9 +40,8 @@ def write_ollama(
     write_text(folder / MODELFILE, text)
     report(f"proving {MODELFILE}")
     checks = prove_modelfile_at(folder / MODELFILE, source)
-    # Ollama allows no other characters in a name.
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.name).strip("-.") or "model"
-    commands = (f"ollama create {name} -f FOLDER/{MODELFILE}", f"ollama run {name}")
+    name = plain_name(source.name)
+    commands = (("ollama", "create", name, "-f", Path(MODELFILE)), ("ollama", "run", name))
     return Outcome((*outcome.checks, *checks), outcome.figures, commands)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.adapter import hash_weights
+from lora_grpo.export_source import HERE
 
 if TYPE_CHECKING:
     from lora_grpo.export_config import ExportConfig
@@ -22,6 +23,7 @@ PACKAGES = (
     "compressed-tensors",
 )
 SYSTEM_PROMPT = "system_prompt.txt"
+COLUMNS = ("MB", "mean KL from merged", "same greedy choice", "strict accuracy", "merged", "p")
 LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "ollama": "gguf"}
 
 
@@ -37,7 +39,7 @@ def build_report(
             name: {
                 "checks": [asdict(check) for check in outcome.checks],
                 "figures": outcome.figures,
-                "commands": list(outcome.commands),
+                "commands": outcome.commands_in(HERE),
             }
             for name, outcome in outcomes.items()
         },
@@ -80,31 +82,27 @@ def list_files(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def build_table(report: dict[str, Any]) -> str:
-    """Return size, distance from the merged model and accuracy of every file in Markdown."""
-    lines = [
-        "| format | MB | mean KL from merged | same greedy choice | strict accuracy | merged | p |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, figures in list_files(report):
-        cells = [name, f"{figures['bytes'] / 1e6:.1f}"]
-        distance = figures.get("from_merged") or figures.get("llamacpp_from_merged")
-        cells += (
-            [f"{distance['mean_kl']:.2e}", f"{distance['greedy_agreement']:.2%}"]
-            if distance
-            else ["", ""]
-        )
-        accuracy = figures.get("accuracy")
-        cells += (
-            [
-                f"{accuracy['export']['strict_accuracy']:.1%}",
-                f"{accuracy['merged']['strict_accuracy']:.1%}",
-                f"{accuracy['mcnemar_p']:.2g}",
-            ]
-            if accuracy
-            else ["", "", ""]
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    """Return size, distance from the merged model and accuracy of every file in Markdown, without
+    the columns that no file fills."""
+    rows = [(name, describe_file(figures)) for name, figures in list_files(report)]
+    columns = [column for column in COLUMNS if any(column in cells for _, cells in rows)]
+    lines = [f"| format | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for name, cells in rows:
+        lines.append(f"| {' | '.join((name, *(cells.get(column, '') for column in columns)))} |")
     return "\n".join(lines)
+
+
+def describe_file(figures: dict[str, Any]) -> dict[str, str]:
+    """Return a file's figures as text, by the column that they stand in."""
+    cells = {"MB": f"{figures['bytes'] / 1e6:.1f}"}
+    if distance := figures.get("from_merged") or figures.get("llamacpp_from_merged"):
+        cells["mean KL from merged"] = f"{distance['mean_kl']:.2e}"
+        cells["same greedy choice"] = f"{distance['greedy_agreement']:.2%}"
+    if accuracy := figures.get("accuracy"):
+        cells["strict accuracy"] = f"{accuracy['export']['strict_accuracy']:.1%}"
+        cells["merged"] = f"{accuracy['merged']['strict_accuracy']:.1%}"
+        cells["p"] = f"{accuracy['mcnemar_p']:.2g}"
+    return cells
 
 
 def write_export_card(folder: Path, request: "Request", name: str, outcome: "Outcome") -> None:
@@ -114,7 +112,7 @@ def write_export_card(folder: Path, request: "Request", name: str, outcome: "Out
 
     report = {"formats": {name: {"figures": outcome.figures}}}
     checks = [f"- {escape(check.name)}: {escape(check.detail)}" for check in outcome.checks]
-    commands = "\n".join(outcome.commands).replace("FOLDER", ".")
+    commands = "\n".join(outcome.commands_in(HERE))
     note = CardNote(
         title=f"{request.name}, {name}",
         kind="quantized",

@@ -1,5 +1,6 @@
 """What an export starts from and what it comes to: what every format takes and returns."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,20 @@ from lora_grpo.lora_delta import CONFIG
 from lora_grpo.merge_checks import Check
 from lora_grpo.merge_inputs import plan_merge, read_base, read_style
 from lora_grpo.prompt import PromptStyle
+from lora_grpo.terminal import join
 
 if TYPE_CHECKING:
     from lora_grpo.export_config import ExportConfig
+
+HERE = Path()
+Command = tuple[str | Path, ...]
+
+
+def plain_name(name: str) -> str:
+    """Return a run's name as file systems, llama.cpp, Ollama and the Hub all take it: up to 80
+    letters, digits, `.`, `_` and `-`, the first a letter or a digit."""
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"([-.])\1+", r"\1", kept).strip("-._")[:80].strip("-._") or "model"
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The proof of one exported format, figures without a bound, and commands that run it, with
-    FOLDER for where it will lie."""
+    """The proof of one exported format, figures without a bound, and commands that run it; a path
+    in a command is one within the format's folder."""
 
     checks: tuple[Check, ...]
     figures: dict[str, Any]
-    commands: tuple[str, ...]
+    commands: tuple[Command, ...]
+
+    def commands_in(self, folder: Path) -> list[str]:
+        """Return the commands as they are typed, for the format's folder there."""
+        return [
+            join(*(folder / word if isinstance(word, Path) else word for word in command))
+            for command in self.commands
+        ]
 
 
 def inspect_source(config: "ExportConfig") -> Request:

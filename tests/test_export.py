@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,8 +31,10 @@ from transformers import AutoModelForCausalLM
 from lora_grpo import export_formats, export_gguf, export_gguf_adapter, llamacpp
 from lora_grpo.export import ExportProofError, export_model
 from lora_grpo.export_config import ExportConfig
+from lora_grpo.export_report import build_table
 from lora_grpo.gguf_model import GGUFModel
 from lora_grpo.merge import MergeProofError
+from lora_grpo.ollama_modelfile import parse_modelfile
 
 SCRIPT = ROOT / "scripts" / "export_model.py"
 
@@ -70,6 +74,35 @@ def test_every_folder_stands_alone(exported: Path) -> None:
         assert report["passed"] and list(report["formats"]) == [name]
         assert all(check["passed"] for check in report["formats"][name]["checks"])
     assert not list(exported.rglob(".*"))
+
+
+def test_commands_of_a_run_with_any_name_work_as_printed(tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(make_adapter(), tmp_path / "-My Run: v2 (FOLDER)'s 模"))
+    target = tmp_path / "to Ollama"
+    formats = ("ollama", "gguf-adapter")
+    result = export_model(ExportConfig(adapter, formats, ("bf16",), target, num_prompts=1), quiet)
+    create, run, lora = map(shlex.split, result.commands)
+    assert create[:2] == ["ollama", "create"] and Path(create[4]).name == "Modelfile"
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", create[2]) and run[2] == create[2]
+    named = dict(parse_modelfile(Path(create[4]).read_text()))["FROM"]
+    files = [word for word in (*create, *lora) if str(target) in word]
+    assert len(files) == 3 and all(map(Path.is_file, map(Path, files)))
+    assert (target / "ollama" / named).is_file()
+    with (target / "ollama" / "README.md").open() as card:
+        assert any(shlex.join([*create[:4], "Modelfile"]) == line.strip() for line in card)
+
+
+def test_the_table_has_only_columns_that_hold_something() -> None:
+    distance = {"mean_kl": 1e-4, "greedy_agreement": 1.0}
+    accuracy = {"export": {"strict_accuracy": 0.5}, "merged": {"strict_accuracy": 0.5}}
+    figures = {"q8_0": {"bytes": 1, "from_merged": distance}, "bf16": {"bytes": 2}}
+    lines = build_table({"formats": {"gguf": {"figures": figures}}}).splitlines()
+    assert lines[0] == "| format | MB | mean KL from merged | same greedy choice |"
+    assert {line.count("|") for line in lines} == {5} and len(lines) == 4
+    figures["bf16"]["accuracy"] = {**accuracy, "mcnemar_p": 1.0}
+    assert "| strict accuracy | merged | p |" in build_table(
+        {"formats": {"g": {"figures": figures}}}
+    )
 
 
 def test_the_modelfile_names_the_file_beside_it(exported: Path) -> None:
