@@ -123,12 +123,10 @@ def check_architecture(folder: Path) -> None:
     config = read_json(folder / "config.json")
     if config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
-    code = (
-        "comes with code of its own, which is never run here, and" if "auto_map" in config else ""
-    )
+    code = ", and its code of its own is never run" if "auto_map" in config else ""
     raise ValueError(
-        f"{folder} {code} is of model_type {config.get('model_type')!r} (config.json), for which "
-        "transformers has no causal language model: use a model of an architecture that it has"
+        f"transformers has no causal language model for {folder}, whose config.json says "
+        f"model_type {config.get('model_type')!r}{code}: use a model of another architecture"
     )
 
 
