@@ -192,8 +192,8 @@ def choose_separator(
     """Return the decimal separator of a column's gold answers, `point` or `comma`, and a note where
     they can be read in two ways.
 
-    Unless asked for, it is the comma where some gold answer can only be read with it, and none can
-    only be read with the point.
+    Unless asked for, it is the comma where some gold answers can only be read with it, more than
+    could be thousands as in `1,200`, and none can only be read with the point.
     """
     if wanted != "auto":
         return wanted, []
@@ -205,11 +205,11 @@ def choose_separator(
         and all(map(WITH_POINT.fullmatch, DIGITS.findall(answer)))
     }
     by_comma = {answer for answer in separated if by_comma_value(answer) is not None}
-    if by_comma - by_point and by_point <= by_comma:
-        shown = next(
-            (answer for answer in separated if parse_number(answer) != by_comma_value(answer)), None
-        )
-        return "comma", [describe_separator(shown, "comma", "point")] if shown else []
+    only_comma = [answer for answer in separated if answer in by_comma - by_point]
+    thousands = [answer for answer in separated if answer in by_point and "," in answer]
+    if by_point <= by_comma and len(only_comma) > len(thousands):
+        differing = (text for text in separated if parse_number(text) != by_comma_value(text))
+        return "comma", [describe_separator(text, "comma", "point") for text in differing][:1]
     dotted = [answer for answer in separated if "." in answer and answer in by_point]
     if dotted and all(THOUSANDS_BY_POINT.search(answer) for answer in dotted):
         return "point", [describe_separator(dotted[0], "point", "comma")]

@@ -229,7 +229,7 @@ def prepare_data(
         test, test_split = keep_usable(sieve, "test", test_reading, rewards), test_reading.split
         train = drop_overlap(sieve, train, test)
     else:
-        count = config.num_eval_items or max(1, len(train) // HELD_OUT_SHARE)
+        count = config.num_eval_items or max(1, num_questions(train) // HELD_OUT_SHARE)
         train, test = hold_out(train, count, config.seed)
         test_name = config.dataset
         test_split = f"held out of {reading.split} with seed {config.seed}"
@@ -238,7 +238,7 @@ def prepare_data(
     limits = (style, tokenizer, config.max_prompt_length)
     train, longest = drop_long(sieve, "train", train, *limits)
     test = drop_long(sieve, "test", test, *limits)[0][: config.num_eval_items]
-    count = count_validation_items(config, len(train))
+    count = count_validation_items(config, num_questions(train))
     train, validation = hold_out(train, count, config.seed)
     check_enough(config, train, validation, sieve.notes)
     return Data(
@@ -261,6 +261,11 @@ def read_data(
     columns = (config.question_column, config.answer_column)
     flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
     return read_problems(dataset, split, *columns, flag, decimal_separator)
+
+
+def num_questions(problems: Sequence[Problem]) -> int:
+    """Return how many different questions there are: some datasets repeat each a hundred times."""
+    return len({normalise(problem.question) for problem in problems})
 
 
 def count_validation_items(config: TrainConfig, num_problems: int) -> int:

@@ -131,30 +131,43 @@ def find_rows(path: Path, value: Any, split: str) -> Table:
     if not isinstance(value, dict):
         return Table([value])
     columns = {key: as_list(item) for key, item in value.items()}
-    lists = {key: item for key, item in columns.items() if isinstance(item, list)}
-    if {"columns", "data"} <= lists.keys() and all(isinstance(row, list) for row in lists["data"]):
-        rows = [dict(zip(lists["columns"], row, strict=False)) for row in lists["data"]]
-        return Table(rows, ("rows are read from its keys columns and data",))
-    holders = [
-        key
-        for key, item in lists.items()
-        if not is_chat(item) and all(isinstance(row, dict) for row in item)
-    ]
-    holders += [key for key in (split, *ROW_KEYS) if isinstance(columns.get(key), dict)]
-    if holders:
-        usual = [key for key in (split, *ROW_KEYS) if key in holders]
-        if not usual and len(holders) > 1:
-            raise ValueError(
-                f"{path} holds rows under {', '.join(holders)}: keep one of them, or call it data"
-            )
-        key = (usual or holders)[0]
-        found = find_rows(path, value[key], split)
-        return Table(found.rows, (f"rows are read from its key {key}", *found.notes))
-    lengths = {len(item) for item in lists.values()}
-    if lists.keys() == value.keys() and len(lengths) == 1 and not any(map(is_chat, lists.values())):
-        rows = [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-        return Table(rows, ("each of its keys is read as a column",))
-    return Table([value])
+    rows = columns_to_rows(columns)
+    if rows is not None:
+        return Table(rows, ("its keys are read as columns",))
+    holders = [key for key, item in columns.items() if holds_rows(item)]
+    if not holders:
+        return Table([value])
+    usual = [key for key in (split, *ROW_KEYS) if key in holders]
+    if not usual and len(holders) > 1:
+        raise ValueError(
+            f"{path} holds rows under {', '.join(holders)}: keep one of them, or call it data"
+        )
+    key = (usual or holders)[0]
+    found = find_rows(path, value[key], split)
+    return Table(found.rows, (f"rows are read from its key {key}", *found.notes))
+
+
+def columns_to_rows(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the rows of an object whose values are lists of one length, or that has pandas' keys
+    `columns` and `data`; None of another one."""
+    lists = [column for column in columns.values() if isinstance(column, list)]
+    names, data = columns.get("columns"), columns.get("data")
+    if isinstance(names, list) and isinstance(data, list):
+        return [dict(zip(names, row, strict=False)) for row in data if isinstance(row, list)]
+    plain = [column for column in lists if not all(isinstance(item, dict) for item in column)]
+    if len(lists) < len(columns) or len({len(column) for column in lists}) != 1 or not plain:
+        return None
+    if any(map(is_chat, lists)) and max(map(len, lists)) == 1:  # the fields of one row
+        return None
+    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def holds_rows(value: Any) -> bool:
+    """Return whether a value is a list of rows, or an object of columns."""
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(as_list(item), list) for item in value.values())
+    rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)
+    return rows and not is_chat(value)
 
 
 def fit(text: str, separator: str) -> tuple[bool, float, int]:

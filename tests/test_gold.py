@@ -71,6 +71,7 @@ def test_a_number_inside_of_something_else_is_not_the_answer(text: str) -> None:
         (["0,5 %", "1,0 %"], "comma"),
         (["1,5", "0.5"], "point"),  # of both kinds: nothing is decided against the usual
         (["1,200", "3"], "point"),
+        (["1,200", "2,400", "2,5"], "point"),  # one slip in English notation
         (["1.5", "2"], "point"),
     ],
 )

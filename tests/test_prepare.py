@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_grpo.adapter import read_record
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import Problem, load_problems
 from lora_grpo.evaluate import EvaluateConfig, held_out_problems
@@ -378,6 +379,14 @@ def test_fewer_test_problems_than_were_asked_for_are_said(tmp_path: Path, tokeni
     assert "--num-eval-items 9" in note and "only 3" in note
 
 
+def test_a_tenth_is_of_the_questions_and_not_of_their_repeats(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", make_rows(40) * 30)
+    data = prepare_data(configure(path, num_validation_items=None), tokenizer, REWARDS)
+    parts = (data.train, data.validation, data.test)
+    assert [len(questions_of(part)) for part in parts] == [33, 3, 4]
+    assert len(set().union(*map(questions_of, parts))) == 40
+
+
 def test_a_folder_with_train_alone_has_its_test_held_out(tmp_path: Path, tokenizer) -> None:
     write(tmp_path / "train.jsonl", make_rows(30))
     data = prepare_data(configure(str(tmp_path)), tokenizer, REWARDS)
@@ -411,9 +420,11 @@ def test_decimal_commas_of_train_are_those_of_test(tmp_path: Path, tokenizer) ->
 def test_evaluation_drops_and_counts_what_training_would(tmp_path: Path) -> None:
     rows = [*make_rows(5), {"question": "Who?", "answer": "Ann"}, {"question": "blank"}]
     path = write(tmp_path / "a.jsonl", rows)
-    problems, _, _, notes = held_out_problems(EvaluateConfig(model="tiny", dataset=path), {})
+    problems, _, _, notes = held_out_problems(
+        EvaluateConfig(model="tiny", dataset=path), read_record(tmp_path)
+    )
     assert [problem.row for problem in problems] == [1, 2, 3, 4, 5]
     assert "1 of 7 rows lack" in notes[0] and "1 of 6 gold answers" in notes[1]
     path = write(tmp_path / "b.jsonl", rows[5:])
     with pytest.raises(ValueError, match="none of the 1 gold answers"):
-        held_out_problems(EvaluateConfig(model="tiny", dataset=path), {})
+        held_out_problems(EvaluateConfig(model="tiny", dataset=path), read_record(tmp_path))

@@ -55,6 +55,13 @@ def test_the_split_chooses_between_the_keys_of_one_object(tmp_path: Path) -> Non
     assert (len(read_file(path).rows), len(read_file(path, "test").rows)) == (3, 1)
 
 
+def test_a_column_of_objects_among_others_is_a_column(tmp_path: Path) -> None:
+    chats = [[{"role": "user", "content": row["question"]}] for row in ROWS]
+    truths = [{"ground_truth": row["answer"]} for row in ROWS]
+    path = write(tmp_path / "a.json", json.dumps({"prompt": chats, "reward_model": truths}))
+    assert [row["reward_model"] for row in read_file(path).rows] == truths
+
+
 @pytest.mark.parametrize(
     "row",
     [
