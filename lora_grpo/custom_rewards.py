@@ -5,6 +5,7 @@ not apply". It gets completions as plain strings, in training as in checking. An
 the run and shows the reward's name and the completion.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -31,8 +32,9 @@ def to_texts(completions: list[Completion]) -> list[str]:
     return [text if isinstance(text, str) else text[-1]["content"] for text in completions]
 
 
-def load_custom_reward(spec: str) -> tuple[str, RewardFunction, float]:
-    """Return name, guarded function and weight of `path/to/file.py:function=weight` (1.0 if left).
+def load_custom_reward(spec: str) -> tuple[str, RewardFunction, float, str]:
+    """Return name, guarded function and weight of `path/to/file.py:function=weight` (1.0 if left),
+    and the SHA-256 of the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -44,8 +46,8 @@ def load_custom_reward(spec: str) -> tuple[str, RewardFunction, float]:
     if not (colon and path and name):
         raise ValueError(f"--reward must look like path/to/file.py:function=0.5, got {spec!r}")
     number = parse_weight("--reward", weight, spec) if equals else 1.0
-    function = find_function(import_file(Path(path).expanduser()), path, name)
-    return name, guard(name, function), number
+    module, sha256 = import_file(Path(path).expanduser())
+    return name, guard(name, find_function(module, path, name)), number, sha256
 
 
 def parse_weight(flag: str, text: str, spec: str) -> float:
@@ -63,21 +65,25 @@ def parse_weight(flag: str, text: str, spec: str) -> float:
     return weight
 
 
-def import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> tuple[ModuleType, str]:
+    """Return the module and the SHA-256 of its file."""
     if path.suffix != ".py":
         raise ValueError(f"--reward must name a .py file, got {path}")
     if not path.is_file():
         raise FileNotFoundError(
             f"--reward {path} does not exist: check the path (relative to {Path.cwd()})"
         )
-    spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}", path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    # Two files of one name are two modules.
+    name = f"custom_reward_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up here
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"--reward {path} cannot be imported: {describe(error)}") from error
-    return module
+    return module, sha256
 
 
 def find_function(module: ModuleType, path: str, name: str) -> Callable[..., Any]:

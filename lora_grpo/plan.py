@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.allocator import gives_back
+from lora_grpo.answers import parse_number
 from lora_grpo.backend import Choice, check_4bit, choose_backend, claim
 from lora_grpo.config import TrainConfig
 from lora_grpo.hardware import GPU, available_memory, find_gpu
@@ -28,7 +29,7 @@ from lora_grpo.model_shape import ModelShape, read_shape
 from lora_grpo.prepare import Data, prepare_data
 from lora_grpo.presets import NEEDS_GPU
 from lora_grpo.prompt import find_turn_end, perfect_completion
-from lora_grpo.rewards import Reward, build_rewards, has_format, parse_reward_weights
+from lora_grpo.rewards import Reward, build_rewards, has_format, parse_reward_weights, try_rewards
 from lora_grpo.terminal import command_line
 
 if TYPE_CHECKING:
@@ -241,6 +242,19 @@ def settle_unplanned(
     return {"vllm_gpu_memory_utilization": share}, f"not planned, {sentence}{limited}: {reason}"
 
 
+def describe_words(data: Data) -> list[str]:
+    """Return a note where gold answers are not numbers, which is all that is counted as right."""
+    problems = [*data.train, *data.validation, *data.test]
+    words = [problem.answer for problem in problems if parse_number(problem.answer) is None]
+    if not words:
+        return []
+    return [
+        f"{len(words):,} of {len(problems):,} gold answers are no numbers, such as "
+        f"{words[0]!r:.40}: strict accuracy and the best step count numbers between the tags only, "
+        "so they say nothing about these; judge the run by its rewards"
+    ]
+
+
 def make_plan(config: TrainConfig) -> Plan:
     """Check the run and everything that it reads, without loading weights.
 
@@ -250,6 +264,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     gpu = find_gpu()
     choice = choose_machine(config, gpu)
+    from transformers import TrainerState
+
     from lora_grpo.grpo import check_update  # Unsloth must come before TRL
 
     weights = parse_reward_weights(config.reward_weight)
@@ -265,6 +281,13 @@ def make_plan(config: TrainConfig) -> Plan:
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
+    try_rewards(
+        rewards,
+        data.train,
+        trainer_state=TrainerState(max_steps=count_steps(config, len(data.train))),
+        log_extra=lambda column, values: None,
+        log_metric=lambda name, value: None,
+    )
     placement = choose_placement(config.dtype)
     if gpu is not None and placement.device == "cpu":
         raise ValueError(
@@ -284,7 +307,7 @@ def make_plan(config: TrainConfig) -> Plan:
         memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
         settings = memory.settings
     idle = find_idle(config, choice, placement, memory)
-    notes = describe_idle(config, idle)
+    notes = [*describe_idle(config, idle), *describe_words(data)]
     config = dataclasses.replace(
         config,
         **settings,

@@ -53,6 +53,11 @@ class Data:
     notes: tuple[str, ...]
     longest_prompt: int
 
+    def columns_sha256(self) -> str:
+        """Return the hash of every column of the training rows, which only own rewards read."""
+        rows = [problem.columns for problem in self.train]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
+
     def sha256(self) -> str:
         """Return the hash of every problem that the run uses, split by split."""
         rows = [

@@ -77,6 +77,8 @@ LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
 # What a resume may change: how much is printed, how long the run is, and how memory is used.
 FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_KNOBS})
+# Where a run finds what its record knows by its hash or its text: that decides, not the path.
+LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
 
 # Schedules that end at a rate of 0, so that their length decides every step's rate.
 FALLING = ("linear", "cosine")
@@ -146,18 +148,25 @@ def anchor(name: str) -> str:
     return name if name in ("tiny", "arithmetic") or not path.exists() else str(path.resolve())
 
 
-def keep_last(specs: Iterable[str]) -> tuple[str, ...]:
-    """Return one `name=value` a name, the last: a flag changes what a file or a run began with."""
+def keep_last(specs: Iterable[str], moved: bool = False) -> tuple[str, ...]:
+    """Return the last `name=value` of each name: a flag changes what a file or a run began with.
+
+    A `path:name=value` counts by its path too, unless its file may have moved.
+    """
     by_name = {}
     for spec in specs:
         path, _, call = spec.rpartition(":")
-        by_name[path, call.partition("=")[0]] = spec
+        by_name["" if moved else path, call.partition("=")[0]] = spec
     return tuple(by_name.values())
+
+
+def anchor_reward(spec: str) -> str:
+    path, colon, call = spec.rpartition(":")
+    return f"{anchor(path)}:{call}" if path and colon else spec
 
 
 def settle(config: Config) -> Config:
     """Make local paths absolute and let repeated flags override by name."""
-    rewards = [spec.rpartition(":") for spec in config.reward]
     prompt = config.system_prompt_file
     return dataclasses.replace(
         config,
@@ -165,14 +174,20 @@ def settle(config: Config) -> Config:
         dataset=anchor(config.dataset),
         eval_dataset=config.eval_dataset and anchor(config.eval_dataset),
         system_prompt_file=prompt and Path(anchor(str(prompt))),
-        reward=keep_last(anchor(path) + colon + call for path, colon, call in rewards),
+        reward=keep_last(map(anchor_reward, config.reward), moved=config.resume is not None),
         reward_weight=keep_last(config.reward_weight),
     )
 
 
 def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     """Refuse a resume that changes a knob which the finished steps depended on."""
-    before, now = (vars(c) | c.loss_knobs | c.vllm_correction for c in (saved, asked))
+    before, now = (
+        vars(config)
+        | config.loss_knobs
+        | config.vllm_correction
+        | {"reward": tuple(spec.rpartition(":")[2] for spec in config.reward)}
+        for config in (saved, asked)
+    )
     if saved.completions_per_step != asked.completions_per_step:
         raise ValueError(
             "--per-device-train-batch-size x --gradient-accumulation-steps was "
@@ -183,7 +198,7 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     changed = [
         f"{flag(field.name)} was {before[field.name]}, now {now[field.name]}"
         for field in dataclasses.fields(TrainConfig)
-        if field.name not in FREE_AT_RESUME and before[field.name] != now[field.name]
+        if field.name not in FREE_AT_RESUME | LOCATIONS and before[field.name] != now[field.name]
     ]
     if changed:
         raise ValueError(

@@ -51,6 +51,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         name: str(value) if isinstance(value, Path) else value for name, value in plan.knobs.items()
     }
     warmup_ratio = 0 if "warmup_ratio" in plan.idle else config.warmup_ratio
+    own = {reward.name: reward.sha256 for reward in plan.rewards if reward.sha256}
     snapshot = plan.folder.parent.name == "snapshots"
     return {
         **knobs,
@@ -60,6 +61,8 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
         "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
         "dataset_sha256": plan.data.sha256(),
+        "columns_sha256": plan.data.columns_sha256() if own else None,
+        "rewards_sha256": own,
         "system_prompt": style.system_prompt,
         "example": style.example.as_record() if style.example else None,
         "steps": plan.steps,

@@ -20,6 +20,7 @@ from lora_grpo.rewards import (
     check_columns,
     check_gold,
     parse_reward_weights,
+    reward_columns,
 )
 
 if TYPE_CHECKING:
@@ -92,25 +93,30 @@ def check_rewards(config: CheckRewardsConfig) -> RewardCheck:
 def run_checks(config: CheckRewardsConfig) -> RewardCheck:
     weights = parse_reward_weights(config.reward_weight)
     rewards = build_rewards(config.reward_set, config.reward, weights)
-    gold = check_dataset(config, rewards)
-    return RewardCheck(rewards, rank(rewards, config.reward_set), gold, config.dataset)
+    problems = load(config)
+    row = next(iter(reward_columns(problems[:1]).values()), {})
+    columns = {name: row[name] for name in row.keys() - {"question", "answer"}}
+    ranking = rank(rewards, config.reward_set, columns)
+    return RewardCheck(rewards, ranking, check_dataset(problems, rewards), config.dataset)
 
 
-def check_dataset(config: CheckRewardsConfig, rewards: list[Reward]) -> GoldCheck | None:
-    if config.dataset is None or all(reward.name != "correctness" for reward in rewards):
-        return None
+def load(config: CheckRewardsConfig) -> list["Problem"]:
+    if config.dataset is None:
+        return []
     from lora_grpo.dataset import load_problems
 
-    problems = load_problems(
+    return load_problems(
         config.dataset,
         question_column=config.question_column,
         answer_column=config.answer_column,
     )
-    failing = check_gold(
-        [problem.answer for problem in problems],
-        rewards,
-        **check_columns(problems),
-    )
+
+
+def check_dataset(problems: list["Problem"], rewards: list[Reward]) -> GoldCheck | None:
+    if not problems or all(reward.name != "correctness" for reward in rewards):
+        return None
+    answers = [problem.answer for problem in problems]
+    failing = check_gold(answers, rewards, **check_columns(problems))
     return GoldCheck(len(problems), [problems[index] for index in failing])
 
 
@@ -148,6 +154,12 @@ def ranking_lines(ranking: Ranking) -> list[str]:
         *(f"rule checked: {rule}" for rule in ranking.rules),
         f"ranking: {verdict} ({len(ranking.scores)} completions)",
         *(f"  {violation}" for violation in ranking.violations),
+        *(
+            [f"with your own rewards {len(ranking.remarks)} more, which may be what they are for:"]
+            if ranking.remarks
+            else []
+        ),
+        *(f"  {remark}" for remark in ranking.remarks[:SHOWN_ROWS]),
     ]
 
 

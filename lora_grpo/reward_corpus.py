@@ -6,7 +6,7 @@ a right one teaches the flaw.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lora_grpo.prompt import build_messages
 from lora_grpo.rewards import Reward, score_with
@@ -34,11 +34,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Each case's scores, in the corpus's order, the rules checked, and what broke them."""
+    """Each case's scores, in the corpus's order, the rules checked, what broke them, and where
+    rewards of the user's own pay a flawed case as much as a right one."""
 
     scores: list[tuple[Case, dict[str, float]]]
     rules: list[str]
     violations: list[str]
+    remarks: list[str]
 
 
 def lay_out(answer: str, reasoning: str = REASONING) -> str:
@@ -154,29 +156,36 @@ def build_corpus() -> list[Case]:
     ]
 
 
-def rank(rewards: list[Reward], reward_set: str) -> Ranking:
+def rank(rewards: list[Reward], reward_set: str, columns: dict[str, Any] | None = None) -> Ranking:
     """Score the corpus and check the rules that apply to this set.
 
     The first rule needs a reward named `correctness`. In the `classic` set, which pays for line
-    breaks, `loose` completions are left out of it. The second is for the `default` set.
+    breaks, `loose` completions are left out of it. The second is for the `default` set. Rewards of
+    the user's own are there to pay for something else: the rules hold without them, and what they
+    change is remarked. `columns` holds other columns of a row of the data, for rewards that ask.
     """
-    messages, corpus = build_messages(QUESTION), build_corpus()
-    scores = [
-        (
-            case,
-            score_with(rewards, case.completion, case.answer, prompts=messages, question=QUESTION),
-        )
-        for case in corpus
-    ]
-    rules, violations = [], []
+    told = {**(columns or {}), "prompts": build_messages(QUESTION), "question": QUESTION}
+    corpus = build_corpus()
+    scores = [(case, score_with(rewards, case.completion, case.answer, **told)) for case in corpus]
+    own = {reward.name for reward in rewards if reward.sha256} - {"correctness"}
+    ruled = [(case, without(values, own)) for case, values in scores]
+    rules, violations, remarks = [], [], []
     if any(reward.name == "correctness" for reward in rewards):
         rules.append(OUTRANKS_IN_LAYOUT if reward_set == "classic" else OUTRANKS)
         best = ("right",) if reward_set == "classic" else ("right", "loose")
-        violations += find_outranked(scores, best)
+        violations += find_outranked(ruled, best)
+        remarks += find_outranked(scores, best)
     if reward_set == "default":
         rules.append(TAGLESS)
-        violations += find_paid_tagless(scores)
-    return Ranking(scores, rules, violations)
+        violations += find_paid_tagless(ruled)
+        remarks += find_paid_tagless(scores)
+    return Ranking(scores, rules, violations, [line for line in remarks if line not in violations])
+
+
+def without(values: dict[str, float], names: set[str]) -> dict[str, float]:
+    """Return scores less those of some rewards, and their sum anew."""
+    kept = {name: value for name, value in values.items() if name not in names | {"total"}}
+    return {**kept, "total": sum(kept.values(), start=0.0)}
 
 
 def find_outranked(scores: list[tuple[Case, dict[str, float]]], best: tuple[str, ...]) -> list[str]:

@@ -39,6 +39,7 @@ __all__ = [
     "same_number",
     "score",
     "score_with",
+    "try_rewards",
 ]
 
 LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
@@ -54,11 +55,13 @@ PERFECT = "<reasoning>\nI work it out.\n</reasoning>\n<answer>\n{answer}\n</answ
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward: `function` returns unweighted values, `weight` is what each counts in the sum."""
+    """A reward: `function` returns unweighted values, `weight` is what each counts in the sum;
+    `sha256` is that of the user's file, None for a built-in one."""
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    sha256: str | None = None
 
 
 def correctness(completions: list[Completion], answer: list[str], **columns: Any) -> list[float]:
@@ -244,6 +247,27 @@ def check_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     columns = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
     del columns["answer"]
     return {**columns, "prompts": [build_messages(problem.question) for problem in problems]}
+
+
+def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed: Any) -> None:
+    """Call each reward once as training will: made-up completions of the first problem.
+
+    `passed` is what else the trainer gives: `trainer_state`, `log_extra`, `log_metric`.
+
+    Raises:
+        RewardError, ValueError: a mistake in a user's own function.
+    """
+    columns = next(iter(reward_columns(problems).values()))
+    texts = [PERFECT.format(answer=columns["answer"]), "I do not know.", ""]
+    batch = {name: [value] * len(texts) for name, value in columns.items()}
+    batch["prompts"] = [build_messages(columns["question"]) for _ in texts]
+    for reward in rewards:
+        reward.function(
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=[[0] * len(text) for text in texts],
+            **batch,
+            **passed,
+        )
 
 
 def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import transformers
 from transformers import PrinterCallback, set_seed
 
-from lora_grpo.adapter import TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
+from lora_grpo.adapter import CONFIG, TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
 from lora_grpo.atomic import (
     STAGED,
     read_json,
@@ -35,6 +35,7 @@ from lora_grpo.grpo import build_dataset, dataset_rows, grpo_config, lora_config
 from lora_grpo.peak_memory import PeakMemory, watch_memory
 from lora_grpo.plan import Plan
 from lora_grpo.policy import Policy, open_policy
+from lora_grpo.presets import LOCATIONS
 from lora_grpo.prompt import keep_settings
 from lora_grpo.provenance import provenance
 from lora_grpo.record import Recorder, best_step, cut_back
@@ -49,6 +50,15 @@ from lora_grpo.trainer import (
 )
 
 FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_KNOBS)
+FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
+# What a resumed run must find as it was, by the entry of its record that tells.
+SAME = {
+    "system_prompt": "--system-prompt-file",
+    "rewards_sha256": "--reward",
+    "base_sha256": "--model",
+    "dataset_sha256": "--dataset",
+    "columns_sha256": "--dataset",
+}
 BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
 
 
@@ -65,17 +75,20 @@ def read_record(plan: Plan) -> dict[str, Any]:
     ground, with what a resume may change.
 
     Raises:
-        ValueError: the base model or the data changed since the run began.
+        ValueError: the base model, the data, the system prompt or a reward's file changed since
+            the run began.
     """
     record = provenance(plan)
     if not plan.config.resume:
         return record
     saved = read_train_config(plan.run_dir)
-    for name, flag in (("base_sha256", "--model"), ("dataset_sha256", "--dataset")):
-        if saved[name] != record[name]:
+    for name, flag in SAME.items():
+        if saved.get(name, record[name]) != record[name]:
+            held = record[flag[2:].replace("-", "_")]
+            held = " ".join(held) if isinstance(held, list | tuple) else held or "left out"
             raise ValueError(
-                f"--resume {plan.run_dir}: what {flag} {record[flag[2:]]} holds has changed since "
-                "the run began: put it back, or start anew"
+                f"--resume {plan.run_dir}: what {flag} {held} holds has changed since the run "
+                "began: put it back, or start anew"
             )
     return saved | {name: record[name] for name in FOLLOWED}
 
@@ -83,7 +96,12 @@ def read_record(plan: Plan) -> dict[str, Any]:
 def open_run(plan: Plan, record: dict[str, Any]) -> None:
     """Create the run's directory, or bring the record of a resumed one up to date."""
     if plan.config.resume:
-        if record != read_train_config(plan.run_dir):
+        saved = read_train_config(plan.run_dir)
+        if record["model"] != saved["model"]:
+            for path in plan.run_dir.rglob(CONFIG):
+                moved = {"base_model_name_or_path": str(plan.folder)}
+                write_json(path, read_json(path) | moved)
+        if record != saved:
             write_json(plan.run_dir / TRAIN_CONFIG, record)
         return
     with staged_directory(plan.run_dir) as staged:

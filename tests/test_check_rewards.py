@@ -57,16 +57,17 @@ def test_the_built_in_sets_rank_right(reward_set: str) -> None:
     assert ranking.rules and ranking.violations == []
 
 
-def test_a_reward_for_tagless_numbers_breaks_the_default_set(tmp_path: Path) -> None:
+def test_a_reward_for_tagless_numbers_is_remarked(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", PAYS_ANY_NUMBER)
     ranking = rank(build_rewards(custom=(f"{path}:any_number=0.1",)), "default")
-    assert "'no tags, sentence' gets 0.1, it must get nothing" in ranking.violations
+    assert "'no tags, sentence' gets 0.1, it must get nothing" in ranking.remarks
+    assert not ranking.violations
 
 
-def test_a_reward_for_a_flaw_breaks_the_ranking(tmp_path: Path) -> None:
+def test_a_reward_for_a_flaw_is_remarked(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", PAYS_NO_REASONING)
     ranking = rank(build_rewards("classic", (f"{path}:quick=0.5",)), "classic")
-    assert ranking.violations == ["'empty reasoning' gets 3.5, 'answered $1,200.00' only 3.5"]
+    assert ranking.remarks == ["'empty reasoning' gets 3.5, 'answered $1,200.00' only 3.5"]
 
 
 def test_without_correctness_no_ranking_is_claimed(tmp_path: Path) -> None:
@@ -92,11 +93,28 @@ def test_script_prints_every_case_and_exits_0(reward_set: str) -> None:
     assert f"ranking: right ({len(build_corpus())} completions)" in done.stdout
 
 
-def test_script_exits_1_for_a_wrong_ranking(tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.py", PAYS_ANY_NUMBER)
-    done = run_script("--reward", f"{path}:any_number=0.5")
-    assert done.returncode == 1
-    assert "'no tags, number alone' gets 0.5, it must get nothing" in done.stdout
+def test_what_ones_own_reward_changes_is_shown_and_breaks_no_rule(tmp_path: Path) -> None:
+    """As the README has it: a reward for brevity pays a short flawed completion on purpose."""
+    text = "def brevity(completions, **columns): return [float(len(c) < 200) for c in completions]"
+    path = write(tmp_path / "mine.py", text)
+    done = run_script("--reward", f"{path}:brevity=0.5")
+    assert done.returncode == 0
+    assert "ranking: right" in done.stdout and "with your own rewards" in done.stdout
+    assert "'text before' gets 1.5" in done.stdout
+
+
+def test_script_exits_1_for_a_wrong_ranking() -> None:
+    done = run_script("--reward-weight", "format=-2")
+    assert done.returncode == 1 and "violations" in done.stdout
+
+
+def test_a_reward_that_needs_a_column_gets_a_row_of_the_dataset(tmp_path: Path) -> None:
+    text = "def level(completions, difficulty, **columns): return [d / 9 for d in difficulty]"
+    path = write(tmp_path / "mine.py", text)
+    rows = write(tmp_path / "rows.jsonl", '{"question": "q", "answer": "1", "difficulty": 9}')
+    assert run_script("--reward", f"{path}:level", "--dataset", rows).returncode == 0
+    without = run_script("--reward", f"{path}:level")
+    assert without.returncode == 2 and "'difficulty'" in without.stderr
 
 
 def test_script_takes_weights_and_several_rewards(tmp_path: Path) -> None:
@@ -129,7 +147,8 @@ def test_script_passes_a_good_dataset(tmp_path: Path) -> None:
 
 def test_script_says_when_gold_answers_were_not_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.py", PAYS_ANY_NUMBER)
-    done = run_script("--reward-set", "none", "--reward", f"{path}:any_number", "--dataset", "x")
+    rows = write(tmp_path / "rows.jsonl", '{"question": "q", "answer": "many"}')
+    done = run_script("--reward-set", "none", "--reward", f"{path}:any_number", "--dataset", rows)
     assert done.returncode == 0
     assert "ranking: not checked, the rewards include no `correctness`" in done.stdout
     assert "gold answers: not checked" in done.stdout

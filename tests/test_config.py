@@ -531,9 +531,8 @@ def test_resume_takes_the_saved_knobs(run: Path) -> None:
         (["--no-load-in-4bit"], "--load-in-4bit was True, now False"),
         (["--run-name", "other"], "--run-name was tiny, now other"),
         (["--dynamic-sampling"], "--dynamic-sampling was False, now True"),
-        (["--dataset", "elsewhere.jsonl"], "--dataset was arithmetic, now elsewhere.jsonl"),
         (["--reward-weight", "format=1"], "was ('format=0.5',), now ('format=1',)"),
-        (["--reward", "mine.py:f"], "--reward was (), now ('mine.py:f',)"),
+        (["--reward", "mine.py:f"], "--reward was (), now ('f',)"),
     ],
 )
 def test_resume_refuses_a_changed_knob_and_shows_it(
@@ -570,6 +569,25 @@ def test_resume_finds_the_run_s_files_from_another_folder(
     assert parse("--resume", run, *flags).reward == (f"{tmp_path}/mine.py:f=0.5",)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert parse("--resume", run).dataset == str(tmp_path / "d.jsonl")
+
+
+def test_resume_takes_files_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they hold the same is found by their hashes, before anything is loaded."""
+    flags = ("--dataset", "d.jsonl", "--reward", "mine.py:f=0.5", "--model", "base")
+    flags += ("--system-prompt-file", "p.txt")
+    for name in ("old", "new"):
+        (tmp_path / name / "base").mkdir(parents=True)
+        for file in ("d.jsonl", "mine.py", "p.txt"):
+            write(tmp_path / name / file, "x")
+    monkeypatch.chdir(tmp_path / "old")
+    run = save_run(tmp_path / "run", parse("--preset", "tiny", *flags))
+    monkeypatch.chdir(tmp_path / "new")
+    moved = parse("--resume", run, *flags)
+    assert (moved.model, moved.dataset) == (f"{tmp_path}/new/base", f"{tmp_path}/new/d.jsonl")
+    assert moved.reward == (f"{tmp_path}/new/mine.py:f=0.5",)
+    assert moved.system_prompt_file == tmp_path / "new/p.txt"
+    with pytest.raises(ValueError, match="--reward was"):
+        parse("--resume", run, "--reward", "mine.py:f=0.6")
 
 
 def test_resume_allows_more_steps_and_refuses_fewer(run: Path) -> None:

@@ -304,14 +304,59 @@ def test_the_best_step_is_kept(whole_run: Path) -> None:
     assert (kept == last) == (best["step"] == 6)
 
 
-def test_resume_refuses_another_base(children, whole_run: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_changed_world_and_takes_a_moved_one(
+    children, tmp_path: Path, capsys
+) -> None:
+    from lora_grpo.config_file import read_run
+    from lora_grpo.model import EMBEDDED_FOLDER
     from lora_grpo.plan import make_plan
-    from lora_grpo.train import open_run
+    from lora_grpo.train import read_record
 
-    shutil.copytree(whole_run, tmp_path / "run")
-    path = tmp_path / "run/train_config.json"
-    record = json.loads(path.read_text()) | {"base_sha256": "another"}
-    path.write_text(json.dumps(record))
-    config = TrainConfig(**{**read_run(path.parent), "resume": tmp_path / "run"})
-    with pytest.raises(ValueError, match="what --model tiny holds has changed"):
-        open_run(make_plan(config))
+    run, files = tmp_path / "run", tmp_path / "files"
+    files.mkdir()
+    rows = [{"question": f"q{n}", "answer": str(n), "level": n} for n in range(60)]
+    texts = {
+        "rows.jsonl": "\n".join(map(json.dumps, rows)),
+        "mine.py": "def mine(completions, level, **columns): return [0.0 for _ in level]",
+        "prompt.txt": "Think.",
+    }
+    for name, text in texts.items():
+        (files / name).write_text(text)
+    shutil.copytree(EMBEDDED_FOLDER, files / "base")
+    locations = {
+        "model": str(files / "base"),
+        "dataset": str(files / "rows.jsonl"),
+        "system_prompt_file": files / "prompt.txt",
+        "reward": (f"{files}/mine.py:mine=0.5",),
+    }
+    knobs = {**SMALL, **locations, "max_steps": 1, "max_completion_length": 8}
+    outcome = tmp_path / "outcome"
+    finish(children, outcome, **knobs, adapters_dir=tmp_path, run_name="run")
+
+    def resumed(**changed) -> dict:
+        return read_record(make_plan(TrainConfig(**{**read_run(run), "resume": run, **changed})))
+
+    edits = {
+        "mine.py": (texts["mine.py"] + " # edited", "--reward"),
+        "prompt.txt": ("Think hard.", "--system-prompt-file"),
+        "rows.jsonl": (texts["rows.jsonl"].replace('"level": 7', '"level": 8'), "--dataset"),
+    }
+    for name, (edited, flag) in edits.items():
+        (files / name).write_text(edited)
+        with pytest.raises(ValueError, match=f"what {flag} .*{name}.* holds has changed since"):
+            resumed()
+        (files / name).write_text(texts[name])
+
+    files.rename(tmp_path / "moved")
+    moved = {
+        name: tuple(v.replace(str(files), f"{tmp_path}/moved") for v in value)
+        if isinstance(value, tuple)
+        else type(value)(str(value).replace(str(files), f"{tmp_path}/moved"))
+        for name, value in locations.items()
+    }
+    finish(children, outcome, resume=run, max_steps=2, **moved)
+    record = json.loads((run / "train_config.json").read_text())
+    assert record["model"] == record["base_model"] == f"{tmp_path}/moved/base"
+    assert str(files) not in (run / "train_config.json").read_text()
+    for path in run.rglob("adapter_config.json"):
+        assert json.loads(path.read_text())["base_model_name_or_path"] == record["model"]
