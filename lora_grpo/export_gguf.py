@@ -16,8 +16,7 @@ from lora_grpo.gguf_quants import QUANTS
 from lora_grpo.gguf_tokenizer import Vocabulary, describe_tokenizer
 from lora_grpo.gguf_write import write_model
 from lora_grpo.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
-from lora_grpo.merge_folder import load_tokenizer
-from lora_grpo.model import declared_end_ids, read_config
+from lora_grpo.model import declared_end_ids, read_config, read_tokenizer
 
 Report = Callable[[str], None]
 ASKING = ("--jinja", "-sysf", Path(SYSTEM_PROMPT), "--temp", "0")
@@ -28,7 +27,7 @@ def check_gguf(request: Request, quants: tuple[str, ...]) -> None:
     would have to make and cannot."""
     config = read_config(request.model_folder)
     check_config(config, request.model_folder)
-    tokenizer = load_tokenizer(request.tokenizer_folder)
+    tokenizer = read_tokenizer(request.tokenizer_folder)
     ends = declared_end_ids(request.model_folder, tokenizer)
     describe_tokenizer(tokenizer, config.vocab_size, ends)
     needing = [quant for quant in quants if QUANTS[quant].needs_llamacpp]
@@ -40,7 +39,7 @@ def check_gguf(request: Request, quants: tuple[str, ...]) -> None:
 
 def describe_vocabulary(folder: Path, model: GGUFModel) -> Vocabulary:
     """Return a merged folder's tokenizer as GGUF holds it."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     ends = declared_end_ids(folder, tokenizer)
     return describe_tokenizer(tokenizer, model.config.vocab_size, ends)
 

@@ -27,9 +27,8 @@ from lora_grpo.gguf_tokenizer import (
 )
 from lora_grpo.logit_distance import Distance, collect_logits, measure_distance
 from lora_grpo.merge_checks import PROBE_TEXT, Check, check_distance, shares_embeddings
-from lora_grpo.merge_folder import load_tokenizer
 from lora_grpo.merge_proof import quiet_transformers, release_memory
-from lora_grpo.model import declared_end_ids
+from lora_grpo.model import declared_end_ids, read_tokenizer
 from lora_grpo.safetensors_stream import read_tensor
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def check_keys(reader: "GGUFReader", model: GGUFModel, quant: str) -> Check:
 def check_vocabulary(reader: "GGUFReader", folder: Path, texts: list[str]) -> list[Check]:
     """Compare tokenizer, ends and chat template with the merged folder's, and tokenize texts by
     what the file alone says."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     ends = declared_end_ids(folder, tokenizer)
     found = read_vocabulary(reader)
     expected = describe_tokenizer(tokenizer, len(found.tokens), ends)

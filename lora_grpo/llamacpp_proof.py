@@ -14,8 +14,7 @@ from lora_grpo.gguf_tokenizer import PROBE
 from lora_grpo.llamacpp import LlamaCpp
 from lora_grpo.logit_distance import KEPT_POSITIONS, Distance, measure_distance
 from lora_grpo.merge_checks import Check
-from lora_grpo.merge_folder import load_tokenizer
-from lora_grpo.model import declared_end_ids
+from lora_grpo.model import declared_end_ids, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ def prove_in_llamacpp(
 
     Returns the checks, and how far llama.cpp is from the merged model and from `expected`.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     room = max(map(len, seen.sequences)) + 1
     model = LlamaCpp(path, room, lora, keep_logits=True)
     try:
