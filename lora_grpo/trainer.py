@@ -24,6 +24,7 @@ from lora_grpo.adapter import WEIGHTS
 from lora_grpo.allocator import giving_back
 from lora_grpo.atomic import STAGED
 from lora_grpo.batch import Batch
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.dynamic_sampling import Draw, Replacements, fill_with_signal
 from lora_grpo.lora_layers import one_matrix
 from lora_grpo.memory_error import RowLimit, release_memory
@@ -148,7 +149,15 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         scores = super()._calculate_rewards(told, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         own = scores[first : first + len(prompts)]  # (B, rewards); `scores` holds every process's
-        weighted = (own * self.reward_weights.to(own.device)).tolist()
+        found = own * self.reward_weights.to(own.device)
+        if torch.isinf(found).any():
+            largest = torch.finfo(found.dtype).max
+            names = [self.reward_func_names[i] for i in found.isinf().any(0).nonzero()[:, 0]]
+            raise RewardError(
+                f"reward {', '.join(names)}: a value times its weight is beyond {largest:.1e}, the "
+                "largest number that the update can hold: return smaller ones"
+            )
+        weighted = found.tolist()
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self.batch = Batch(
             questions=[row["question"] for row in inputs],

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 from trl import GRPOTrainer
 from update_cases import PROMPTS, G, compare, crafted_batch, prepare, update, worst_difference
 
@@ -166,6 +173,34 @@ def test_other_architectures(config) -> None:
     for mine, theirs in zip(fast, slow, strict=True):
         assert (mine - theirs).norm() < 1e-4 * theirs.norm()
     assert config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("chunked_logprobs", [False, True])
+def test_a_mixture_of_experts_is_updated_as_trl_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunked_logprobs: bool
+) -> None:
+    """Its loss has a term of the routers, which neither packed rows nor chunks give."""
+    config = Qwen2MoeConfig(
+        **SHAPE | {"vocab_size": 512},
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+
+    def load(*args: object, **knobs: object) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+    monkeypatch.setattr("test_grpo.load_base", load)
+    knobs = {"target_modules": ("q_proj", "v_proj"), "chunked_logprobs": chunked_logprobs}
+    said: list[str] = []
+    loss, gradients, trainer = update(tmp_path, LoraGRPOTrainer, 6, say=said.append, **knobs)
+    assert not trainer.packed and len(said) == 1 and "experts" in said[0]
+    expected_loss, expected, plain = update(tmp_path, GRPOTrainer, 6, **knobs)
+    assert plain.router_aux_loss_coef > 0 and len(plain._metrics["train"]["aux_loss"]) == 2
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert worst_difference(gradients, expected) < 1e-6
 
 
 def test_windows_are_left_to_trl(tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
-from test_grpo import make_trainer
+from test_grpo import SMALL, make_trainer
 from transformers import TrainerControl, TrainerState
 
+from lora_grpo.atomic import read_jsonl
 from lora_grpo.batch import Batch, had_signal
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.live_rows import dead_groups
 from lora_grpo.record import LOGGED, Recorder, describe_step
+from lora_grpo.rewards import Reward
 from lora_grpo.trainer import LoraGRPOTrainer
 
 G = 4
@@ -192,3 +196,56 @@ def test_a_gradient_of_zero_is_no_signal_either() -> None:
     assert not had_signal(row | {"grad_norm": 0.0}) and not had_signal(
         row | {"frac_reward_zero_std": 1.0}
     )
+
+
+def constant(completions: list, **columns: Any) -> list[float]:
+    return [0.1] * len(completions)  # the mean of eight of these is not 0.1 in float32
+
+
+def nothing(completions: list, **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def by_length(completions: list, **columns: Any) -> list[float]:
+    return [float(index) for index in range(len(completions))]
+
+
+SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dapo": (constant, {}),
+    "grpo in TRL's update": (constant, {"loss_type": "grpo", "shared_prefix": False}),
+    "bnpo": (constant, {"loss_type": "bnpo"}),
+    "luspo": (constant, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    "vespo": (nothing, {"loss_type": "vespo"}),
+    "no reward, in chunks": (nothing, {"chunked_logprobs": True, "shared_prefix": False}),
+    "a KL term, two updates": (constant, {"beta": 0.1, "num_iterations": 2, "max_steps": 2}),
+    "truncated, of one token": (
+        by_length,
+        {"max_completion_length": 1, "mask_truncated_completions": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_steps_without_a_signal_change_nothing(tmp_path: Path, name: str) -> None:
+    """From the first step on, for every loss, in both updates: 0 gradient, and a whole record."""
+    function, knobs = SILENT[name]
+    few = {"num_generations": 8, "max_completion_length": 8, "save_steps": 2}
+    knobs = {**SMALL, **few, **knobs}
+    trainer = make_trainer(tmp_path, rewards=[Reward("own", function)], **knobs)
+    before = [parameter.clone() for parameter in trainer.trained]
+    rows: list[dict[str, Any]] = []
+    show = lambda row, batch: rows.append(row)  # noqa: E731
+    recorder = Recorder(TrainConfig(**knobs), tmp_path, None, show, lambda row, kept: None)
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert len(rows) == knobs["max_steps"] and not any(map(had_signal, rows))
+    assert {row["grad_norm"] for row in rows} == {0.0}
+    assert all(map(torch.equal, before, trainer.trained))
+    assert read_jsonl(tmp_path / "metrics.jsonl") == rows
+
+
+def test_a_reward_beyond_float32_stops_the_run(tmp_path: Path) -> None:
+    rewards = [Reward("huge", lambda completions, **columns: [1e39] * len(completions))]
+    with pytest.raises(RewardError, match=r"reward huge: .*3.4e\+38"):
+        make_trainer(tmp_path, rewards=rewards, max_completion_length=2).train()
