@@ -84,12 +84,13 @@ def test_a_kill_changes_nothing(home: Path, data: tuple[object, ...], trained: P
 
 
 def test_the_merged_model_runs_in_llamacpp(home: Path, trained: Path) -> None:
-    """The export merges first, with its proof; then llama.cpp's logits are the merged model's."""
+    """`merge_adapter.py` proves the merge; then llama.cpp's logits are those of the merged model."""
     pytest.importorskip("llama_cpp", reason="make test-llamacpp installs llama-cpp-python")
+    print(run("merge_adapter.py", trained, "--output-dir", home / "merged", cwd=home))
+    assert json.loads((home / "merged/merge_report.json").read_text())["passed"]
     arguments = ("--format", "gguf", "--quant", "q8_0", "--output-dir", home / "out")
-    print(run("export_model.py", trained, *arguments, cwd=home))
+    print(run("export_model.py", home / "merged", *arguments, cwd=home))
     report = json.loads((home / "out/export_report.json").read_text())
-    assert (home / "out/merge_report.json").is_file()
     checks = {check["name"]: check["passed"] for check in report["formats"]["gguf"]["checks"]}
     assert any("llamacpp_logits" in name for name in checks)
     assert all(checks.values())
