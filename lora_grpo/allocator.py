@@ -24,7 +24,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @cache
 def has_huge_pages() -> bool:
-    """Tell whether the kernel gives huge pages to a program that asks for them."""
+    """Return whether the kernel gives huge pages to a program that asks for them."""
     try:
         return "[never]" not in HUGE_PAGES.read_text(encoding="ascii")
     except OSError:
@@ -41,19 +41,21 @@ def prepare_allocator() -> None:
 def c_library() -> ctypes.CDLL | None:
     """Return glibc where there are huge pages, without which mapping would cost time."""
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    return library if hasattr(library, "mallopt") and has_huge_pages() else None
+    # musl and macOS have neither.
+    has_both = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
+    return library if has_both and has_huge_pages() else None
 
 
-def gives_back(hidden_size: int) -> bool:
-    """Tell whether the update of a model of this width gives freed memory back here."""
-    return hidden_size >= NARROW and has_huge_pages()
+def gives_back(hidden_size: int, device: str = "cpu") -> bool:
+    """Return whether the update of a model of this width gives freed memory back here."""
+    return device == "cpu" and hidden_size >= NARROW and has_huge_pages()
 
 
 @contextmanager
-def giving_back(hidden_size: int) -> Iterator[bool]:
-    """Map every tensor of 4 MiB and more that the block makes; tell whether that is done."""
+def giving_back(hidden_size: int, device: str = "cpu") -> Iterator[bool]:
+    """Map every tensor of 4 MiB and more that the block makes; yield whether that is done."""
     library = c_library()
-    if library is None or not gives_back(hidden_size):
+    if library is None or not gives_back(hidden_size, device):
         yield False
         return
     library.malloc_trim(0)

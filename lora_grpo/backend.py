@@ -70,7 +70,7 @@ def choose_backend(
 def refuse_unsloth(gpu: GPU | None, has: Callable[[str], bool]) -> None:
     if gpu is None:
         raise ValueError(
-            "--backend unsloth needs an NVIDIA GPU, and nvidia-smi lists none: use --backend "
+            "--backend unsloth needs an NVIDIA GPU, and none was found: use --backend "
             "transformers, which trains the same adapter on a CPU"
         )
     if not has("unsloth"):

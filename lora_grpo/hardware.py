@@ -1,20 +1,37 @@
-"""The machine: its GPU by what the driver's own tool says, its memory and processor; torch is never
-loaded."""
+"""The machine: its GPU, its memory and processor; torch is never loaded into this process.
 
+The driver's own tool answers at once. Where it does not know what torch would use (it is missing, a
+card is cut into MIG slices, ROCm), torch is asked in a process of its own.
+"""
+
+import json
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 SECONDS = 20
-FIELDS = "name,driver_version,compute_cap,memory.total,memory.free"
+TORCH_SECONDS = 120  # a first import from a slow disk
+FIELDS = "name,driver_version,compute_cap,memory.total,memory.free,mig.mode.current"
+# What a driver puts there, of NVIDIA's, WSL's, ROCm's and Jetson's.
+DEVICES = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvgpu", "nvhost-gpu")
+ASK_TORCH = """
+import json, torch
+if torch.cuda.is_available():
+    card = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    driver = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    print(json.dumps([card.name, driver, float(f"{card.major}.{card.minor}"), total, free]))
+"""
 BFLOAT16_SINCE = 8.0
 
 
 @dataclass(frozen=True)
 class GPU:
-    """The first GPU that nvidia-smi lists; memory in bytes."""
+    """The GPU that a run would use; memory in bytes."""
 
     name: str
     driver: str
@@ -59,7 +76,7 @@ def selection() -> list[str]:
 
 
 def find_gpu() -> GPU | None:
-    """Return the GPU that a run would use, or None where the driver lists none.
+    """Return the GPU that a run would use, or None where there is none.
 
     `CUDA_VISIBLE_DEVICES` is heeded: empty or -1 hides every GPU.
     """
@@ -67,14 +84,37 @@ def find_gpu() -> GPU | None:
     if visible is not None and visible.strip() in ("", "-1"):
         return None
     listed = ask_nvidia_smi(*selection(), f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
-    if not listed or not listed.strip():
-        return None
-    cells = [cell.strip() for cell in listed.strip().splitlines()[0].split(",")]
-    if len(cells) != len(FIELDS.split(",")):
-        return None
-    name, driver, capability, total, free = cells
+    lines = (listed or "").strip().splitlines()
+    cells = [cell.strip() for cell in lines[0].split(",")] if lines else []
+    if len(cells) != len(FIELDS.split(",")) or cells[-1] == "Enabled":
+        return gpu_by_torch(visible) if has_device() else None
+    name, driver, capability, total, free, _ = cells
     mib = 2**20
     return GPU(name, driver, number(capability), int(number(total)) * mib, int(number(free)) * mib)
+
+
+def has_device() -> bool:
+    """Return whether there is any sign of a GPU, so that torch is worth the seconds of asking."""
+    return shutil.which("nvidia-smi") is not None or any(
+        Path("/dev", name).exists() for name in DEVICES
+    )
+
+
+@cache
+def gpu_by_torch(visible: str | None) -> GPU | None:
+    """Return the first GPU that torch finds among the visible ones, asked once; None without one or
+    without torch."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_TORCH],
+            capture_output=True,
+            text=True,
+            timeout=TORCH_SECONDS,
+            check=False,
+        )
+        return GPU(*json.loads(done.stdout.splitlines()[-1]))
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None
 
 
 def total_memory() -> int:

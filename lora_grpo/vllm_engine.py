@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 RAM_DISK = Path("/dev/shm")
-PREFIX = "lora_grpo-"
+PREFIX, LOCK = "lora_grpo-", "lock"
 ADAPTER_ROOM = 2**29
 AT_ONCE = 4
 
@@ -36,13 +37,23 @@ def ram_folder(room: int = ADAPTER_ROOM) -> tempfile.TemporaryDirectory:
     if not os.access(RAM_DISK, os.W_OK):
         return tempfile.TemporaryDirectory(prefix=PREFIX)
     for path in RAM_DISK.glob(f"{PREFIX}*"):
-        owner = path.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError), (path / LOCK).open() as file:
+            flock(file, LOCK_EX | LOCK_NB)  # refused while its run lives
+            shutil.rmtree(path)
     fits = shutil.disk_usage(RAM_DISK).free >= room
-    return tempfile.TemporaryDirectory(
-        prefix=f"{PREFIX}{os.getpid()}-", dir=RAM_DISK if fits else None
-    )
+    return LockedFolder(prefix=PREFIX, dir=RAM_DISK if fits else None)
+
+
+class LockedFolder(tempfile.TemporaryDirectory):
+    """A temporary folder with a lock in it that ends with this process, however that ends.
+
+    Process ids would not do: containers may share a RAM disk without seeing each other's.
+    """
+
+    def __init__(self, prefix: str, dir: Path | None) -> None:
+        super().__init__(prefix=prefix, dir=dir)
+        self.lock = (Path(self.name) / LOCK).open("w")
+        flock(self.lock, LOCK_EX)
 
 
 class Engine:

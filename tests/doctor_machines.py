@@ -42,7 +42,7 @@ def put_nvidia_smi(
     Without `gpu` it fails to describe one; `otherwise` is then its end, as shell text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = f'echo "{gpu}"' if gpu else "exit 6"
+    described = f'echo "{gpu}, [N/A]"' if gpu else "exit 6"
     listed = otherwise or f'echo "GPU 0: {(gpu or "").split(",")[0]} (UUID: GPU-1)"'
     script = folder / "nvidia-smi"
     script.write_text(

@@ -1,5 +1,6 @@
 """The choice of backend and rollout: what it comes to, why, and what is refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def fake_driver(tmp_path: Path, script: str) -> None:
 
 
 def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
-    fake_driver(tmp_path, "echo 'Tesla T4, 535.183.01, 7.5, 15360, 15100'")
+    fake_driver(tmp_path, "echo 'Tesla T4, 535.183.01, 7.5, 15360, 15100, [N/A]'")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     gpu = find_gpu()
@@ -136,6 +137,31 @@ def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
     assert find_gpu() is None
 
 
+SLICE = ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "CUDA 12.8", 8.0, 4_990 * 2**20, 4_900 * 2**20]
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [
+        "echo 'NVIDIA A100-SXM4-40GB, 570.1, 8.0, 40960, 40000, Enabled'",
+        "echo 'No devices were found'; exit 6",
+        "echo 'Unable to determine the device handle'",
+    ],
+)
+def test_where_the_driver_does_not_know_torch_is_asked(
+    driver: str, tmp_path: Path, monkeypatch
+) -> None:
+    """A card in MIG slices, a tool that finds nothing, one that says something else."""
+    torch = tmp_path / "python"
+    torch.write_text(f"#!/bin/sh\necho '{json.dumps(SLICE)}'\n")
+    torch.chmod(0o755)
+    fake_driver(tmp_path, driver)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{driver[:12]}")
+    monkeypatch.setattr("lora_grpo.hardware.sys.executable", str(torch))
+    assert find_gpu() == GPU(*SLICE)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -143,7 +169,7 @@ def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
         (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
         (["--preset", "qwen2.5-3b"], "--preset qwen2.5-3b needs an NVIDIA GPU"),
         (["--preset", "tiny", "--rollout", "vllm"], "--rollout vllm: the package vllm is not"),
-        (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: nvidia-smi lists no GPU"),
+        (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: no GPU was found"),
     ],
 )
 def test_without_a_gpu_one_clear_sentence(flags: list[str], sentence: str) -> None:

@@ -280,7 +280,7 @@ def test_the_tiny_preset_needs_no_network() -> None:
     ("script", "preset"),
     [
         (None, "tiny"),
-        ("echo 'NVIDIA GeForce RTX 3060, 580.65.06, 8.6, 12288, 11700'", "qwen2.5-0.5b"),
+        ("echo 'NVIDIA GeForce RTX 3060, 580.65.06, 8.6, 12288, 11700, [N/A]'", "qwen2.5-0.5b"),
         ("echo 'NVIDIA-SMI has failed' >&2; exit 9", "tiny"),
         ("echo 'No devices were found'", "tiny"),
         ("echo 'GPU access blocked'; exit 4", "tiny"),

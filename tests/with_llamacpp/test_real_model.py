@@ -84,7 +84,7 @@ def test_a_kill_changes_nothing(home: Path, data: tuple[object, ...], trained: P
 
 
 def test_the_merged_model_runs_in_llamacpp(home: Path, trained: Path) -> None:
-    """`merge_adapter.py` proves the merge; then llama.cpp's logits are those of the merged model."""
+    """The merge proves itself; then llama.cpp's logits are those of the merged model."""
     pytest.importorskip("llama_cpp", reason="make test-llamacpp installs llama-cpp-python")
     print(run("merge_adapter.py", trained, "--output-dir", home / "merged", cwd=home))
     assert json.loads((home / "merged/merge_report.json").read_text())["passed"]

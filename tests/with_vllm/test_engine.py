@@ -1,8 +1,6 @@
 """The engine answers as PEFT's policy does, follows it, and never touches the base's weights."""
 
 import hashlib
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +22,7 @@ from lora_grpo.prompt import PLAIN, build_messages, render
 from lora_grpo.rewards import build_rewards
 from lora_grpo.rollout import complete
 from lora_grpo.trainer import LoraGRPOTrainer
-from lora_grpo.vllm_engine import PREFIX, RAM_DISK, Engine, open_engine, ram_folder
+from lora_grpo.vllm_engine import PREFIX, RAM_DISK, Engine, open_engine
 from lora_grpo.vllm_rollout import sample_with_vllm
 
 CPU = Placement("cpu", "float32")
@@ -290,25 +288,6 @@ except KeyboardInterrupt:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.endswith("closed\n"), done.stderr
     assert set(RAM_DISK.glob(f"{PREFIX}*")) == before
-
-
-def test_the_next_run_clears_what_a_killed_one_left_in_memory() -> None:
-    code = (
-        "from lora_grpo.vllm_engine import ram_folder; f = ram_folder(); print(f.name, flush=True)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code + "\nimport time; time.sleep(60)"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    left = Path(child.stdout.readline().strip())
-    assert left.is_dir()
-    with ram_folder():
-        assert left.is_dir(), "the folder of a run that lives is left alone"
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    with ram_folder():
-        assert not left.exists()
 
 
 def test_trl_calls_nothing_else_of_its_sampler() -> None:
