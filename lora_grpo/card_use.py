@@ -47,7 +47,8 @@ inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"{settings}
 ).to(model.device)
 output = model.generate(**inputs, max_new_tokens={length}, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+new_tokens = output[0, inputs["input_ids"].shape[1] :]
+print({begun}tokenizer.decode(new_tokens, skip_special_tokens=True))"""
 
 
 def literal(text: str, indent: str) -> str:
@@ -85,6 +86,7 @@ def ask_in_python(records: Records, folder: Path) -> str:
         messages="\n".join(map(write_message, records.messages())),
         settings=settings if needs_settings(folder) else "",
         length=completion_length(records),
+        begun=f"{json.dumps(prefill)} + " if (prefill := records.style.prefill) else "",
     )
 
 

@@ -162,6 +162,11 @@ def prepare(config: EvaluateConfig) -> Examination:
         folder = resolve_model(config.model)
         record = read_record(folder)
     problems, dataset, split, notes = held_out_problems(config, record)
+    if not record.trained:
+        notes.append(
+            f"no train_config.json lies with {record.folder}: asked with the built-in prompt, on "
+            f"{dataset} ({split})"
+        )
     tokenizer = load_tokenizer(record.tokenizer_folder(folder))
     fit_padding(tokenizer, folder)
     stored = is_stored_in_4bit(folder)

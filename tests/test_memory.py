@@ -1,6 +1,7 @@
 """The terms against real tensors: weights, adapters, optimisers, and what autograd saves."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,13 @@ from lora_grpo.memory_prompts import LightTokenizer
 from lora_grpo.memory_rollout import predict
 from lora_grpo.memory_update import activation_terms, saved_per_token
 from lora_grpo.model_shape import build_shape, read_shape
-from lora_grpo.prompt import PromptStyle, build_messages, count_tokens, render
+from lora_grpo.prompt import (
+    PromptStyle,
+    build_messages,
+    count_tokens,
+    has_system_role,
+    render,
+)
 
 TOKENS = 24
 ROWS = 4
@@ -238,6 +245,17 @@ with torch.no_grad(), giving_back({hidden_size}) as given:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(expected)] * 2
+
+
+def test_the_light_tokenizer_knows_templates_that_refuse(tiny_model_folder, tmp_path) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    template = (folder / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refusal + "{{ strftime_now('%Y') }}" + template)
+    assert not has_system_role(LightTokenizer(folder))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        LightTokenizer(folder)
 
 
 def test_the_light_tokenizer_counts_as_the_real_one(tiny_model_folder: Path, tokenizer) -> None:
