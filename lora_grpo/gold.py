@@ -44,11 +44,10 @@ CHOICE = re.compile(r"\(?([A-Ja-j])[).:]?")
 
 @dataclass(frozen=True)
 class Gold:
-    """A gold answer, the layout that it was found in (None where the field is the answer), and
-    whether it is a number."""
+    """A gold answer, where it stood if it had to be guessed, and whether it is a number."""
 
     answer: str
-    layout: str | None = None
+    guess: str | None = None
     is_number: bool = True
 
 
@@ -129,12 +128,6 @@ def only_number(text: str) -> str | None:
     return ("-" if sign else "") + digits[0]
 
 
-# In the order of trust. What the first two and the tags hold is the gold answer even if no number.
-MARKS: dict[str, Callable[[str], str | None]] = {
-    "after ####": after_hashes,
-    r"in \boxed{}": last_boxed,
-    "in <answer> tags": parse_answer,
-}
 GUESSES: dict[str, Callable[[str], str | None]] = {
     "after `the answer is`": after_phrase,
     "in bold type": in_bold,
@@ -142,46 +135,59 @@ GUESSES: dict[str, Callable[[str], str | None]] = {
 SENTENCE = "the only number of a sentence"
 
 
+def find_marked(field: str) -> str | None:
+    """Return what the last mark of an answer holds, number or not: a line after `####`, a box, or
+    `<answer>` tags. A `####` may also head a section that ends on a box."""
+    boxes = [found.start() for found in BOXED.finditer(field)]
+    marks = [
+        (field.rfind("####"), after_hashes),
+        (max(boxes, default=-1), last_boxed),
+        (field.find("<answer>"), parse_answer),
+    ]
+    for position, find in sorted(marks, key=lambda mark: mark[0], reverse=True):
+        text = find(field) if position >= 0 else None
+        if text is not None:
+            return text
+    return None
+
+
 def find_gold(field: str, sentences: bool = False) -> Gold:
-    """Return the gold answer of one field: the first marked text that is a number, else the field,
-    else a number that stands out in it, else what the first mark holds."""
-    marked = {name: found for name, find in MARKS.items() if (found := find(field)) is not None}
-    for name, text in marked.items():
-        number = short_number(text)
-        if number is not None:
-            return Gold(number, name)
-    if not marked and bare_number(field) is not None:
+    """Return the gold answer of one field: what the last mark holds, else the field if it is a
+    number, else a number that stands out in it, else the field."""
+    marked = find_marked(field)
+    if marked is not None:
+        number = short_number(marked)
+        return Gold(marked if number is None else number, is_number=number is not None)
+    if bare_number(field) is not None:
         return Gold(short_number(field))
-    guesses = {**GUESSES, SENTENCE: only_number} if sentences and not marked else GUESSES
+    guesses = {**GUESSES, SENTENCE: only_number} if sentences else GUESSES
     for name, find in guesses.items():
         number = find(field)
         if number is not None:
             return Gold(number, name)
-    name = next(iter(marked), None)
-    return Gold(marked[name] if name else field.strip(), name, is_number=False)
+    return Gold(field.strip(), is_number=False)
 
 
 def extract_gold(field: str) -> str:
-    r"""Return the gold answer: what follows the last `####`, else in `\boxed{}`, else the field."""
+    """Return the gold answer of one field; see `find_gold`."""
     return find_gold(field).answer
 
 
 def find_golds(fields: Sequence[str]) -> tuple[list[Gold], list[str]]:
-    """Return the gold answers of a column, and a note for each layout that is not as usual. The
+    """Return the gold answers of a column, and a note for each way in which some were guessed. The
     only number of a sentence counts where most fields are such sentences."""
     golds = [find_gold(field) for field in fields]
     unread = [index for index, gold in enumerate(golds) if not gold.is_number]
     guessed = {index: find_gold(fields[index], sentences=True) for index in unread}
-    read = sum(gold.layout == SENTENCE for gold in guessed.values())
+    read = sum(gold.guess == SENTENCE for gold in guessed.values())
     if read >= HALF * len(fields) and read >= MOST * len(unread):
         golds = [guessed.get(index, gold) for index, gold in enumerate(golds)]
-    unusual = [gold.layout for gold in golds if gold.layout in (*GUESSES, SENTENCE)]
     notes = []
-    for layout, count in Counter(unusual).items():
-        index = next(index for index, gold in enumerate(golds) if gold.layout == layout)
+    for guess, count in Counter(gold.guess for gold in golds if gold.guess).items():
+        index = next(index for index, gold in enumerate(golds) if gold.guess == guess)
         notes.append(
-            f"{count} of {len(golds)} gold answers are {layout}, such as {golds[index].answer!r} "
-            f"of {fields[index][-60:]!r}"
+            f"{count} of {len(golds)} gold answers are {guess}, such as {golds[index].answer!r} of "
+            f"{fields[index][-60:]!r}"
         )
     return golds, notes
 

@@ -37,6 +37,8 @@ SENTENCES = [f"Together Ann has {n} pens." for n in range(10)]
         ("First 2 and then 3 pens.", "First 2 and then 3 pens."),
         (r"\boxed{x^2+1} in 3 steps", "x^2+1"),
         ("#### x + 1", "x + 1"),
+        (r"**2** \boxed{3}, the answer is 4 #### x + 1", "x + 1"),
+        (r"**2** and so \boxed{x + 1}", "x + 1"),
     ],
 )
 def test_the_gold_answer_is_what_can_be_one_number(field: str, gold: str) -> None:
