@@ -13,11 +13,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from zipfile import is_zipfile
 
-from lora_grpo.atomic import STAGED, read_json
+from lora_grpo.atomic import STAGED, read_json, read_jsonl
 from lora_grpo.config import TrainConfig
 from lora_grpo.dataset import Problem
-from lora_grpo.model import resolve_model
+from lora_grpo.folders import check_kind
+from lora_grpo.model import EMBEDDED, EMBEDDED_FOLDER, resolve_model
 from lora_grpo.prompt import PLAIN, PromptStyle, fit_style
 
 if TYPE_CHECKING:
@@ -30,19 +32,28 @@ WEIGHTS, CONFIG, TRAIN_CONFIG = (
     "train_config.json",
 )
 TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ADAPTERS = ("run", "adapter", "last", "other")
+METADATA = "__metadata__"
+LOGS = ("metrics.jsonl", "completions.jsonl", "validation.jsonl")
+IN_A_CHECKPOINT = (
+    *(CONFIG, WEIGHTS, "trainer_state.json"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+)
 
 
-def check_adapter(directory: Path) -> Path:
-    """Return the directory if it holds an adapter.
+def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
+    """Return the directory if it holds a whole adapter; `kinds` are those of `folders.KINDS` that
+    the script takes beside the adapter directory.
 
     Raises:
-        FileNotFoundError: it does not; the message says what is missing and what to point at
-        instead.
+        FileNotFoundError, ValueError: it does not; the message says what is missing or broken and
+        what to point at instead.
     """
     if not directory.is_dir():
         raise FileNotFoundError(
             f"adapter directory {directory} does not exist: give one that train_lora.py wrote"
         )
+    check_kind(directory, script, "an adapter directory", (*ADAPTERS, *kinds))
     missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
     if missing:
         inside = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS}"))
@@ -54,7 +65,55 @@ def check_adapter(directory: Path) -> Path:
         raise FileNotFoundError(
             f"{directory} is not an adapter directory, it has no {' and no '.join(missing)}: {hint}"
         )
+    read_json(directory / CONFIG)
+    check_whole(directory / WEIGHTS)
     return directory
+
+
+def check_whole(weights: Path) -> None:
+    """Raise a ValueError for a safetensors file that was cut short or is none."""
+    try:
+        with weights.open("rb") as file:
+            header = read_header(file)
+            ends = [said["data_offsets"][1] for key, said in header.items() if key != METADATA]
+            if file.tell() + max(ends, default=0) != weights.stat().st_size:
+                raise ValueError("its size is not what its header says")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{weights} is no whole safetensors file ({error}): fetch or write it again"
+        ) from error
+
+
+def check_run(run_dir: Path) -> None:
+    """Refuse to resume a run of which files are missing or broken, which the trainer would pass
+    over in silence or find late.
+
+    Raises:
+        FileNotFoundError, ValueError: the message names the file and what to do.
+    """
+    steps = [len(read_jsonl(run_dir / name)) for name in LOGS]
+    found = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if not found:
+        return
+    *older, newest = sorted(found, key=lambda path: int(path.name[11:]))
+    instead = f"remove {newest} to resume from {older[-1]}" if older else "start anew"
+    if not steps[0]:
+        raise FileNotFoundError(
+            f"--resume {run_dir}: {run_dir / LOGS[0]} holds no step, but {newest.name} does: put "
+            "the file back, or start anew"
+        )
+    for name in IN_A_CHECKPOINT:
+        if not (newest / name).is_file():
+            raise FileNotFoundError(f"--resume {run_dir}: {newest / name} is missing: {instead}")
+    try:
+        read_json(newest / "trainer_state.json")
+        for weights in newest.glob("*.safetensors"):
+            check_whole(weights)
+    except ValueError as error:
+        raise ValueError(f"--resume {run_dir}: {error}, or {instead}") from error
+    for path in [*newest.glob("*.pt"), *newest.glob("*.pth")]:
+        if not is_zipfile(path):  # torch's format
+            raise ValueError(f"--resume {run_dir}: {path} was cut short: {instead}")
 
 
 def read_train_config(directory: Path) -> dict[str, Any]:
@@ -180,11 +239,21 @@ def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -
     with tempfile.TemporaryDirectory(dir=directory, prefix=f"{STAGED}adapter.") as staged:
         # No embedding is adapted; PEFT would ask the Hub about that at every call.
         model.save_pretrained(staged, save_embedding_layers=False)
+        name_embedded_base(Path(staged))
         if step is not None:
             write_step(Path(staged) / WEIGHTS, step)
         for name in (CONFIG, WEIGHTS):
             (Path(staged) / name).chmod(0o644)
             os.replace(Path(staged) / name, directory / name)
+
+
+def name_embedded_base(directory: Path) -> None:
+    """Let what PEFT wrote name the embedded model as `--model` does, not by where it lies now."""
+    for name in (CONFIG, "README.md"):
+        path = directory / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(str(EMBEDDED_FOLDER), EMBEDDED), encoding="utf-8")
 
 
 def write_step(weights: Path, step: int) -> None:
@@ -195,7 +264,7 @@ def write_step(weights: Path, step: int) -> None:
     """
     named = weights.with_suffix(".named")
     with weights.open("rb") as source, named.open("wb") as target:
-        header = read_header(source) | {"__metadata__": {"format": "pt", "step": str(step)}}
+        header = read_header(source) | {METADATA: {"format": "pt", "step": str(step)}}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         target.write(len(text).to_bytes(8, "little") + text)
@@ -206,7 +275,7 @@ def write_step(weights: Path, step: int) -> None:
 def read_step(weights: Path) -> int | None:
     """Return the training step that a safetensors file names, or None where it names none."""
     with weights.open("rb") as file:
-        step = read_header(file).get("__metadata__", {}).get("step")
+        step = read_header(file).get(METADATA, {}).get("step")
     return None if step is None else int(step)
 
 

@@ -46,11 +46,23 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a file that may have been cut in the middle of its last one."""
+    """Read the whole lines of a file that may have been cut in the middle of its last one.
+
+    Raises:
+        ValueError: another line is no JSON object.
+    """
     if not path.exists():
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    rows = []
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].split(b"\n"), 1):
+        try:
+            row = json.loads(line) if line else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: no JSON object ({error}): mend or remove that line"
+            ) from error
+        rows += [] if row is None else [row]
+    return rows
 
 
 def read_json(path: Path) -> dict[str, Any]:

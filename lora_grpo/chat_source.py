@@ -4,12 +4,13 @@ A folder and its records go in; out comes what to load and how it was asked in t
 weights.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.adapter import CONFIG, RunRecord, read_record
+from lora_grpo.adapter import ADAPTERS, CONFIG, RunRecord, read_record
+from lora_grpo.atomic import read_jsonl
+from lora_grpo.folders import check_kind
 from lora_grpo.model import check_architecture, fit_padding, load_tokenizer
 from lora_grpo.prompt import PromptStyle
 
@@ -45,15 +46,15 @@ class ChatSource:
 
     def sample_question(self) -> str:
         """Return the first question that the run was evaluated on, or a plain one."""
-        items = self.records / ITEMS
-        if not items.is_file():
-            return "What is 2 + 3?"
-        with items.open(encoding="utf-8") as file:
-            return json.loads(file.readline())["question"]
+        rows = read_jsonl(self.records / ITEMS)
+        return rows[0]["question"] if rows else "What is 2 + 3?"
 
 
 def find_source(
-    folder: Path, model: str | None = None, load_in_4bit: bool | None = None
+    folder: Path,
+    model: str | None = None,
+    load_in_4bit: bool | None = None,
+    script: str = "chat.py",
 ) -> ChatSource:
     """Return what a folder holds; `model` replaces the base that an adapter remembers.
 
@@ -66,6 +67,9 @@ def find_source(
             f"{folder} does not exist: give an adapter directory such as adapters/<run>, or a "
             "merged model such as merged/<run>"
         )
+    runnable = ("export",) if (folder / "config.json").is_file() else ()
+    wanted = "an adapter directory or a merged model"
+    check_kind(folder, script, wanted, (*ADAPTERS, "merged", "model", *runnable))
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         return merged_source(folder, model, load_in_4bit)
     return adapter_source(folder, model, load_in_4bit)

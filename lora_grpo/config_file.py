@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.config import VLLM_CORRECTION, TrainConfig, loss_defaults
+from lora_grpo.folders import RUN_FILE, check_kind, kind_of
 
-RUN_FILE = "train_config.json"
 KNOBS = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = frozenset({"config", "resume"})
 OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview"})
@@ -154,12 +154,13 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         ValueError: its record is broken.
     """
     path = run_dir / RUN_FILE
-    if not path.is_file():
+    if not path.is_file() and kind_of(run_dir) in ("adapter", "other"):
         raise FileNotFoundError(
             f"--resume {run_dir} holds no {RUN_FILE}: give the directory of a run, such as "
             "adapters/tiny"
         )
     try:
+        check_kind(run_dir, "train_lora.py", "the folder of a run, which it wrote itself", ("run",))
         values = read_mapping(path)
         values["max_steps"] = values.get("steps", values.get("max_steps"))
         return convert_all(path, given_knobs(values), KNOBS.keys() - FLAGS_ONLY - OF_ONE_CALL)

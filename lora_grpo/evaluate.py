@@ -156,7 +156,7 @@ def prepare(config: EvaluateConfig) -> Examination:
         FileNotFoundError, ValueError: no adapter, model or data.
     """
     if config.adapter_dir is not None:
-        record = read_record(check_adapter(config.adapter_dir))
+        record = read_record(check_adapter(config.adapter_dir, "evaluate.py", "checkpoint"))
         folder = record.find_base(config.model)
     else:
         folder = resolve_model(config.model)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.adapter import has_tokenizer, read_json, read_record
+from lora_grpo.adapter import ADAPTERS, has_tokenizer, read_json, read_record
+from lora_grpo.folders import check_kind
 from lora_grpo.lora_delta import CONFIG
 from lora_grpo.merge_checks import Check
 from lora_grpo.merge_inputs import plan_merge, read_base, read_style
@@ -81,6 +82,8 @@ def inspect_source(config: "ExportConfig") -> Request:
         ValueError, FileNotFoundError: it is neither, or cannot be merged.
     """
     folder = config.source
+    wanted = "an adapter directory or a merged model"
+    check_kind(folder, "export_model.py", wanted, (*ADAPTERS, "merged", "model"))
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         check_merged(config)
         style = read_style(read_record(folder), folder)

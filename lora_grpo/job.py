@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from lora_grpo.adapter import check_run
 from lora_grpo.allocator import prepare_allocator
 from lora_grpo.atomic import read_jsonl
 from lora_grpo.batch import had_signal
@@ -66,6 +67,8 @@ def run(config: TrainConfig, why: str) -> int:
     """
     prepare_allocator()
     display = Display(config.quiet and not (config.dry_run or config.preview))
+    if config.resume:
+        check_run(config.resume)
     try:
         plan = make_plan(config)
     except RewardError as error:

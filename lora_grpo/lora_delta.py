@@ -74,22 +74,12 @@ def check_adapter_dir(directory: Path) -> Path:
     Raises:
         ValueError, FileNotFoundError: it does not; the message says what to point at instead.
     """
-    if directory.name.startswith("checkpoint-") and (directory.parent / CONFIG).is_file():
-        raise ValueError(
-            f"{directory} is a checkpoint for --resume: point at its run, {directory.parent}, "
-            "which holds the best step"
-        )
-    if (directory / "config.json").is_file() and not (directory / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"{directory} is a whole model, so there is nothing to merge: "
-            "give the adapter directory that it was made from"
-        )
     if (directory / "adapter_model.bin").is_file() and not (directory / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"{directory} holds adapter_model.bin and no {WEIGHTS}: load it with PEFT and save it "
             "again"
         )
-    return check_adapter(directory)
+    return check_adapter(directory, "merge_adapter.py")
 
 
 def find_way(adapter_dir: Path, tied: bool) -> str:

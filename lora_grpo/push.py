@@ -130,7 +130,7 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     from lora_grpo.push_patience import choose_transfer, limit_waiting
     from lora_grpo.push_remote import Target, check_token, look, push_target
 
-    check_adapter(config.adapter_dir)
+    check_adapter(config.adapter_dir, "push_to_hub.py")
     made = list_made(config)
     for part in made:
         part.check(config.adapter_dir)

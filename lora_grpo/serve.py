@@ -82,7 +82,7 @@ def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
     from lora_grpo.chat_source import find_source
     from lora_grpo.serve_command import build_request, build_service, choose_server, curl_line
 
-    source = find_source(config.folder, config.model)
+    source = find_source(config.folder, config.model, script="serve.py")
     server = choose_server(config.server, source)
     service = build_service(source, server, config.host, config.port, config.server_args)
     request = curl_line(config.address, build_request(source, service))

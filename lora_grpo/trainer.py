@@ -20,7 +20,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
-from lora_grpo.adapter import WEIGHTS
+from lora_grpo.adapter import WEIGHTS, name_embedded_base
 from lora_grpo.allocator import giving_back
 from lora_grpo.atomic import STAGED
 from lora_grpo.batch import Batch
@@ -311,6 +311,7 @@ class LoraGRPOTrainer(PackedGRPOTrainer):
         self.args.output_dir = str(staged)
         try:
             super()._save_checkpoint(model, trial)
+            name_embedded_base(staged / name)
             if (run_dir / WEIGHTS).is_file():
                 shutil.copyfile(run_dir / WEIGHTS, staged / name / BEST)
             shutil.rmtree(run_dir / name, ignore_errors=True)

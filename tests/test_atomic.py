@@ -128,7 +128,7 @@ def test_no_file_and_an_empty_one_hold_no_rows(tmp_path: Path) -> None:
 
 def test_a_broken_line_in_the_middle_is_no_cut_end(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2"):
         read_jsonl(tmp_path / "a.jsonl")
 
 

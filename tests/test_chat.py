@@ -263,7 +263,7 @@ def test_base_and_adapter_stand_side_by_side() -> None:
     [
         ({"folder": "nowhere"}, "nowhere does not exist"),
         ({"folder": "."}, "is not an adapter directory, it has no adapter_config.json"),
-        ({"folder": "run/checkpoint-5"}, "checkpoint for --resume: point at its run"),
+        ({"folder": "run/checkpoint-5"}, r"checkpoint .*chat.py \S*run$"),
         ({"folder": "whole", "compare": True}, "--compare needs an adapter directory"),
         ({"folder": "whole", "model": "tiny"}, "--model names the base of an adapter"),
         ({"folder": "empty"}, r"has no \*.safetensors"),

@@ -326,7 +326,7 @@ def test_a_folder_that_is_neither_says_what_to_point_at(tmp_path: Path) -> None:
     (folder / "checkpoint-5").mkdir(parents=True)
     (folder / "adapter_config.json").write_text("{}")
     done = run(folder / "checkpoint-5", "--format", "gguf", cwd=tmp_path)
-    assert done.returncode == 2 and f"point at its run, {folder}" in done.stderr
+    assert done.returncode == 2 and f"export_model.py {folder}\n" in done.stderr
 
 
 def test_a_merge_on_record_as_failed_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ORDER = [
     # knobs, and files that appear whole
-    *("terminal", "own_process"),
+    *("terminal", "folders", "own_process"),
     *("atomic", "config", "config_file", "hardware", "backend", "presets"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     # dataset -> prompt
@@ -89,7 +89,7 @@ ORDER = [
     *("serve_command", "serve"),
 ]
 WITHOUT_TORCH = [
-    *("terminal", "own_process"),
+    *("terminal", "folders", "own_process"),
     *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
     *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
     *(
