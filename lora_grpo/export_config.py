@@ -1,5 +1,6 @@
 """What to export and where: the knobs of `export_model.py`, checked before anything heavy loads."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -98,3 +99,10 @@ def check_names(flag: str, names: tuple[str, ...], known: tuple[str, ...]) -> No
         raise ValueError(
             f"{flag} {' '.join(unknown)}: allowed are {', '.join(known)}, one or more of them"
         )
+
+
+def plain_name(name: str) -> str:
+    """Return a run's name as file systems, llama.cpp, Ollama and the Hub all take it: up to 80
+    letters, digits, `.`, `_` and `-`, the first a letter or a digit."""
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+    return re.sub(r"([-.])\1+", r"\1", kept).strip("-._")[:80].strip("-._") or "model"

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lora_grpo.export_config import plain_name
 from lora_grpo.export_reference import Reference
 from lora_grpo.export_report import SYSTEM_PROMPT
-from lora_grpo.export_source import Outcome, Request, Source, plain_name
+from lora_grpo.export_source import Outcome, Request, Source
 from lora_grpo.gguf_model import GGUFModel, check_config, read_model
 from lora_grpo.gguf_proof import prove_file
 from lora_grpo.gguf_quants import QUANTS

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from lora_grpo.adapter import read_json
+from lora_grpo.export_config import plain_name
 from lora_grpo.export_gguf import ASKING
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Source, plain_name
+from lora_grpo.export_source import Outcome, Source
 from lora_grpo.gguf_model import check_config, name_map, permute
 from lora_grpo.gguf_write import write_adapter
 from lora_grpo.lora_delta import CONFIG, Delta, read_deltas

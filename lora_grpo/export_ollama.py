@@ -5,9 +5,10 @@ from pathlib import Path
 
 from lora_grpo.adapter import read_train_config
 from lora_grpo.atomic import write_text
+from lora_grpo.export_config import plain_name
 from lora_grpo.export_gguf import name_file, write_gguf
 from lora_grpo.export_reference import Reference
-from lora_grpo.export_source import Outcome, Request, Source, plain_name
+from lora_grpo.export_source import Outcome, Request, Source
 from lora_grpo.merge_checks import Check
 from lora_grpo.model import load_tokenizer
 from lora_grpo.ollama_modelfile import build_modelfile, parse_modelfile

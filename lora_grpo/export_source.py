@@ -1,6 +1,5 @@
 """What an export starts from and what it comes to: what every format takes and returns."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,6 @@ if TYPE_CHECKING:
 
 HERE = Path()
 Command = tuple[str | Path, ...]
-
-
-def plain_name(name: str) -> str:
-    """Return a run's name as file systems, llama.cpp, Ollama and the Hub all take it: up to 80
-    letters, digits, `.`, `_` and `-`, the first a letter or a digit."""
-    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
-    return re.sub(r"([-.])\1+", r"\1", kept).strip("-._")[:80].strip("-._") or "model"
 
 
 @dataclass(frozen=True)

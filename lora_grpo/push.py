@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from lora_grpo.adapter import check_adapter, hash_weights, read_json
 from lora_grpo.export import export_model
-from lora_grpo.export_config import QUANTS, ExportConfig, check_names, split
+from lora_grpo.export_config import QUANTS, ExportConfig, check_names, plain_name, split
 from lora_grpo.merge import MergeConfig, Report, merge_adapter, say
 from lora_grpo.push_end import PushError, PushRefused
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lora_grpo.push_files import Published
     from lora_grpo.push_remote import Remote, Target
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 LONGEST_NAME = 96
 MERGED, GGUF = "-merged", "-GGUF"
 
@@ -50,16 +50,19 @@ class PushConfig:
     public: bool = False
     """Make the repositories public; asks first."""
     dry_run: bool = False
-    """List every file, its size and where it would go, and show the card; contacts nothing."""
+    """Show the card, then list every file, its size, where it would go and whether it holds data of
+    your own; contacts nothing."""
     yes: bool = False
     """Answer every question with yes, for scripts."""
 
     def __post_init__(self) -> None:
         longest = len(self.repo.partition("/")[2]) + len(MERGED)
-        if not REPO.fullmatch(self.repo) or ".." in self.repo or "--" in self.repo:
+        forbidden = ".." in self.repo or "--" in self.repo or self.repo.endswith(".git")
+        if not REPO.fullmatch(self.repo) or forbidden:
+            owner, _, name = self.repo.rpartition("/")
             raise ValueError(
                 f"--repo {self.repo} is no repository name: give you/name, of letters, digits, "
-                "'-', '_' and '.'"
+                f"'-', '_' and '.', such as {plain_name(owner or 'you')}/{plain_name(name)}"
             )
         if longest > LONGEST_NAME:
             raise ValueError(
@@ -163,10 +166,15 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
 
 
 def show_plan(config: PushConfig, adapter: "Target", made: list[Made], report: Report) -> None:
-    """Report every file with its size and repository, and the adapter's card."""
+    """Report the adapter's card, then every file with its size and repository."""
     from lora_grpo.push_files import list_folder
 
     kind = "public" if config.public else "private"
+    card = config.adapter_dir / "README.md"
+    if card.is_file():
+        sent = next(file for file in adapter.files if file.name == card.name)
+        text = card.read_bytes() if sent.data is None else sent.data
+        report(f"--- {card}\n{text.decode(errors='replace')}---")
     plans = [(adapter.repo, config.adapter_dir, adapter.files)]
     for part in made:
         files = list_folder(part.folder) if part.folder.exists() else None
@@ -177,12 +185,18 @@ def show_plan(config: PushConfig, adapter: "Target", made: list[Made], report: R
             continue
         report(f"{repo} ({kind}): {len(files)} files of {folder}, {total(files)}")
         for file in files:
-            note = "  (local paths shortened)" if file.data is not None else ""
-            report(f"  {file.size:>13,}  {file.name}{note}")
-    card = config.adapter_dir / "README.md"
-    if card.is_file():
-        report(f"--- {card}\n{card.read_text(encoding='utf-8')}---")
+            report(f"  {file.size:>13,}  {file.name}{describe(file)}")
     report("dry run: nothing was sent, nobody was asked")
+
+
+def describe(file: "Published") -> str:
+    """Return what of a user's own a file holds, and what was changed in it."""
+    from lora_grpo.push_files import CARD, OWN_DATA
+
+    sampled = file.name != CARD or file.path.with_name("eval_items.jsonl").is_file()
+    notes = [f"your own: {OWN_DATA[file.name]}"] if file.name in OWN_DATA and sampled else []
+    notes += ["local paths shortened"] if file.data is not None else []
+    return f"  ({'; '.join(notes)})" if notes else ""
 
 
 def total(files: "list[Published]") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from hub_server import TOKEN, Fault, Handler, Hub, Repository, serve_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
-from merge_models import ENVIRONMENT, ROOT, make_adapter
+from merge_models import ENVIRONMENT, ROOT, make_adapter, make_base, save_adapter
 
 from lora_grpo import push_patience
 from lora_grpo.push import PushConfig, push_to_hub
@@ -82,6 +83,45 @@ def test_no_path_of_this_machine_is_published(hub: Hub, adapter: Path) -> None:
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == Path(base).name
     assert json.loads(files["eval.json"]) == {"dataset": "data.jsonl"}
     assert files["tokenizer.json"] == (adapter / "tokenizer.json").read_bytes()
+
+
+def test_no_byte_that_is_sent_holds_a_path(hub: Hub, tmp_path: Path) -> None:
+    """An adapter trained elsewhere, with PEFT's own card, and everything that is made of it."""
+    place = tmp_path / "my models"
+    base = Path(shutil.copytree(make_base(), place / "base é"))
+    adapter = save_adapter(place / "runs" / "a run", base)
+    data = place / "data.jsonl"
+    data.write_text("{}\n")
+    for name, text in {
+        "README.md": f"\nTrained on `{data}` and /workspace/data/other.jsonl in ~/runs/a.\n",
+        "completions.jsonl": json.dumps({"prompt": f"a\n{data}", "completion": "/no_think 1/2/3"}),
+        "eval.json": json.dumps({"dataset": "../a/b.jsonl", "command": f"--dataset {data}"}),
+        "report.html": f"<p>{data}</p><a href='https://example.com/a/b'>/x</a>",
+    }.items():
+        kept = (adapter / name).read_text() if name == "README.md" else ""
+        (adapter / name).write_text(kept + text)
+    assert str(place) in (adapter / "README.md").read_text()
+    push(hub, adapter, merged=True, gguf=("q8_0",))
+    sent = {
+        f"{repo}/{name}": content
+        for repo, held in hub.repositories.items()
+        for name, content in held.commits[-1].items()
+    }
+    assert len(sent) > 15
+    private = (str(tmp_path), "my models", str(Path.home()) + "/", "/workspace", "../", "~/")
+    forms = {text.encode() for path in private for text in (path, json.dumps(path)[1:-1])}
+    assert not [(name, form) for name, content in sent.items() for form in forms if form in content]
+    card = sent[f"{REPO}/README.md"].decode()
+    assert "base_model" not in card and "Trained on `data.jsonl` and other.jsonl in a." in card
+    assert b"https://example.com/a/b" in sent[f"{REPO}/report.html"]
+    assert json.loads(sent[f"{REPO}/completions.jsonl"])["completion"] == "/no_think 1/2/3"
+
+
+def test_a_file_that_is_no_text_and_holds_a_path_is_refused(hub: Hub, adapter: Path) -> None:
+    (adapter / "curves.png").write_bytes(b"x" * (1 << 20) + str(adapter).encode())
+    with pytest.raises(ValueError, match=r"curves\.png holds .*run, a path of this machine"):
+        push(hub, adapter)
+    assert not hub.repositories
 
 
 def test_a_second_push_changes_nothing(hub: Hub, adapter: Path) -> None:
