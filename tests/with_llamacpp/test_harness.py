@@ -4,7 +4,6 @@ item."""
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_grpo.adapter import read_record
-from lora_grpo.answers import NUMBER_WORD, parse_number
 from lora_grpo.arithmetic import generate_problems
 from lora_grpo.backend import installed
 from lora_grpo.dataset import Problem
 from lora_grpo.model import EMBEDDED_FOLDER, load_tokenizer
 from lora_grpo.prompt import SYSTEM_PROMPT, build_messages, render
+from lora_grpo.quantity import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
 from lora_grpo.reward_corpus import build_corpus
 from lora_grpo.rollout import Completion
 from lora_grpo.scoring import judge
@@ -49,35 +48,60 @@ def load(name: str) -> ModuleType:
 
 
 number = load("number")
-PIECES = [*"0123456789,./ -+$%kKMs\n\t", "\u2212", "\u00a3", "\u00b0", "\u00b2", "\u00a0", "\uff17"]
+PIECES = [
+    *"0123456789,./ -+$%kKMsmx^()\n\t",
+    "\u2212",
+    "\u00a3",
+    "\u00b0",
+    "\u00b2",
+    "\u00a0",
+    "\uff17",
+]
 PIECES += ["12", "1,200", "0.50", " per ", "each ", " million", "halves", "ths", " apples", "b"]
+PIECES += [
+    "\\frac",
+    "{2}",
+    "\u00bd",
+    "e5",
+    "10^",
+    " km",
+    " squared",
+    "\u5143",
+    " a",
+    "\\text{",
+    "}",
+]
 NUMBERS = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
+
+
+def project_reads(text: str) -> tuple | None:
+    found = read_quantity(text)
+    return found and (found.value, found.unit, found.per)
 
 
 @settings(max_examples=2_000, deadline=None)
 @given(NUMBERS)
 @example("9" * 101)
 @example("1/0")
+@example("\u00bd3")
+@example("$16$ cm^2")
 def test_both_statements_of_the_number_rule_agree(text: str) -> None:
-    assert number.read_number(text) == parse_number(text)
+    assert number.read(text) == project_reads(text)
 
 
-def test_both_know_the_same_scale_words() -> None:
-    named = {*re.findall("[a-z]+", NUMBER_WORD.pattern), *number.SCALES}
+def test_both_know_the_same_words() -> None:
+    named = {*NUMBER_WORDS, *CANONICAL, *number.NAMES, *number.REFUSED, *number.POWERS, "apples"}
+    named |= {*SQUARED, *PER, "m", "L", "in"}
     words = {form for word in named for form in (word, f"{word}s", f"{word}ths", word.upper())}
-    read = {word: number.read_number(f"5 {word}") for word in words}
-    assert read == {word: parse_number(f"5 {word}") for word in words}
-    assert read["half"] is None and read["seventhss"] == 5 and read["hundredths"] is None
+    texts = {f"5{gap}{word}" for word in words for gap in (" ", "", "-", "/", " apples per ")}
+    assert {text: number.read(text) for text in texts} == {t: project_reads(t) for t in texts}
+    assert number.read("5 half") is None and number.read("5 km").unit == ("km", 1)
 
 
 def test_the_number_rule_is_no_rule_that_accepts_or_refuses_all() -> None:
-    read = {text: number.read_number(text) for text in ("-$1,200.00", "3/4 cups.", "7,2", "5k")}
-    assert [None if value is None else float(value) for value in read.values()] == [
-        -1200.0,
-        0.75,
-        None,
-        None,
-    ]
+    read = {text: number.read(text) for text in ("-$1,200.00", "3/4 cups.", "7,2", "5k", "5x")}
+    values = [None if found is None else float(found.value) for found in read.values()]
+    assert values == [-1200.0, 0.75, None, 5000.0, None]
 
 
 TAGGED = ["<answer>", "</answer>", "<reasoning>", "</reasoning>", "<answer", "answer>", "\n", "72"]
