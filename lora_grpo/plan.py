@@ -255,6 +255,20 @@ def describe_words(data: Data) -> list[str]:
     ]
 
 
+def read_data(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: list[Reward]
+) -> Data:
+    """Prepare the data; say of the default dataset that it was nobody's choice."""
+    try:
+        return prepare_data(config, tokenizer, rewards)
+    except FileNotFoundError as error:
+        if config.dataset != TrainConfig.dataset:
+            raise
+        raise FileNotFoundError(
+            f"{error}; without --dataset (and --eval-dataset) it is {config.dataset}"
+        ) from error
+
+
 def make_plan(config: TrainConfig) -> Plan:
     """Check the run and everything that it reads, without loading weights.
 
@@ -280,7 +294,7 @@ def make_plan(config: TrainConfig) -> Plan:
         config = dataclasses.replace(config, load_in_4bit=True)
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
-    data = prepare_data(config, tokenizer, rewards)
+    data = read_data(config, tokenizer, rewards)
     try_rewards(
         rewards,
         data.train,

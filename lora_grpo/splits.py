@@ -158,10 +158,12 @@ def load_hub(name: str) -> "dict[str, datasets.Dataset]":
         httpx.HTTPError,
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
+            reason = "the Hub cannot be reached, and the cache of earlier downloads has it not"
         raise FileNotFoundError(
             f"{name} is no local file, and the Hub did not give it ({reason}): name a "
-            "configuration as owner/name:config, give the path of a local file, or use --preset "
-            "tiny, which needs no network"
+            "configuration as owner/name:config, or give the path of a local file, or "
+            "`arithmetic`, which is built in"
         ) from error
 
 

@@ -18,6 +18,7 @@ from lora_grpo.model import EMBEDDED_FOLDER, Placement
 from lora_grpo.plan import check_engine, describe_plan, make_plan, settle_unplanned
 from lora_grpo.presets import PRESETS
 from lora_grpo.provenance import provenance
+from lora_grpo.splits import load_hub
 from lora_grpo.train import base_items, build_trainer, judged, open_run, open_training_policy
 
 CPU = Placement("cpu", "float32")
@@ -90,6 +91,18 @@ def test_the_base_is_asked_without_the_adapter(tmp_path: Path, four_bit: bool) -
         assert all(parameter.requires_grad for parameter in trainer.trained)
         policy.follow(trainer)
         assert judged(plan, policy, "", display) != plain
+
+
+def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_grpo.splits.hub_answers", lambda repository: False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    load_hub.cache_clear()
+    config = small(tmp_path, dataset=TrainConfig.dataset, preset=None)
+    with pytest.raises(FileNotFoundError, match="Hub cannot be reached") as caught:
+        make_plan(config)
+    assert "without --dataset" in str(caught.value) and "Offline" not in str(caught.value)
 
 
 # Knobs that are not read
