@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_grpo.backend import Choice
 from lora_grpo.config import TrainConfig
+from lora_grpo.hardware import GPU
 from lora_grpo.memory import GIB, Job, Prediction, Term
 from lora_grpo.memory_rollout import predict, sequences_in_flight, vllm_share
 from lora_grpo.model_shape import PUBLISHED, ModelShape, build_shape
@@ -17,6 +18,7 @@ from lora_grpo.model_shape import PUBLISHED, ModelShape, build_shape
 FEWEST_SEQUENCES = 4
 LARGEST_CARD = 640  # half GiB steps to look for a card that would do
 SHARE_STEP = 10_000
+UNPLANNED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -248,3 +250,29 @@ def plan_memory(
     if plan.fits or budget_bytes is None:
         return plan
     return replace(plan, advice=advise(job, budget_bytes))
+
+
+def settle_unplanned(
+    config: TrainConfig, choice: Choice, gpu: GPU | None, reason: str
+) -> tuple[dict[str, Any], str]:
+    """Return the settings of a run whose memory cannot be planned, and a sentence about it.
+
+    Raises:
+        ValueError: a --gpu-memory that nothing here could keep to.
+    """
+    if gpu is None:
+        return {}, f"not planned: {reason}"
+    if choice.rollout != "vllm":
+        if config.gpu_memory is not None:
+            raise ValueError(
+                f"--gpu-memory {config.gpu_memory:g} cannot be kept to: {reason}: leave it out, "
+                "and take a small --per-device-train-batch-size and --gradient-checkpointing"
+            )
+        return {}, f"not planned: {reason}"
+    share = config.vllm_gpu_memory_utilization
+    if share is None:
+        limit = min((config.gpu_memory or math.inf) * GIB, gpu.total_bytes)
+        share = round(UNPLANNED_SHARE * limit / gpu.total_bytes, 3)
+    limited = "" if config.gpu_memory is None else "; --gpu-memory limits vLLM alone"
+    sentence = f"vLLM gets {share:.3g} of the card (--vllm-gpu-memory-utilization)"
+    return {"vllm_gpu_memory_utilization": share}, f"not planned, {sentence}{limited}: {reason}"

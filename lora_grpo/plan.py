@@ -14,7 +14,7 @@ from lora_grpo.config import TrainConfig
 from lora_grpo.hardware import GPU, available_memory, find_gpu
 from lora_grpo.idle_knobs import describe_idle, find_idle
 from lora_grpo.memory import GIB
-from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory
+from lora_grpo.memory_plan import MemoryPlan, gigabytes, plan_memory, settle_unplanned
 from lora_grpo.memory_report import describe_memory
 from lora_grpo.model import (
     Placement,
@@ -35,7 +35,6 @@ from lora_grpo.terminal import command_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNPLANNED_SHARE = 0.5
 # They add up the losses of all tokens, so that a ratio of the whole completion counts per token.
 BY_TOKEN = ("dapo", "dr_grpo", "bnpo", "cispo")
 
@@ -214,32 +213,6 @@ def fit_memory(
             f"{gigabytes(plan.peak_bytes)}: {'; '.join(plan.advice)}"
         )
     return plan
-
-
-def settle_unplanned(
-    config: TrainConfig, choice: Choice, gpu: GPU | None, reason: str
-) -> tuple[dict[str, Any], str]:
-    """Return the settings of a run whose memory cannot be planned, and a sentence about it.
-
-    Raises:
-        ValueError: a --gpu-memory that nothing here could keep to.
-    """
-    if gpu is None:
-        return {}, f"not planned: {reason}"
-    if choice.rollout != "vllm":
-        if config.gpu_memory is not None:
-            raise ValueError(
-                f"--gpu-memory {config.gpu_memory:g} cannot be kept to: {reason}: leave it out, "
-                "and take a small --per-device-train-batch-size and --gradient-checkpointing"
-            )
-        return {}, f"not planned: {reason}"
-    share = config.vllm_gpu_memory_utilization
-    if share is None:
-        limit = min((config.gpu_memory or math.inf) * GIB, gpu.total_bytes)
-        share = round(UNPLANNED_SHARE * limit / gpu.total_bytes, 3)
-    limited = "" if config.gpu_memory is None else "; --gpu-memory limits vLLM alone"
-    sentence = f"vLLM gets {share:.3g} of the card (--vllm-gpu-memory-utilization)"
-    return {"vllm_gpu_memory_utilization": share}, f"not planned, {sentence}{limited}: {reason}"
 
 
 def describe_words(data: Data) -> list[str]:

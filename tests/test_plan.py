@@ -14,8 +14,9 @@ from lora_grpo.console import Display
 from lora_grpo.hardware import GPU
 from lora_grpo.idle_knobs import describe_idle, find_idle
 from lora_grpo.memory import GIB
+from lora_grpo.memory_plan import settle_unplanned
 from lora_grpo.model import EMBEDDED_FOLDER, Placement
-from lora_grpo.plan import check_engine, describe_plan, make_plan, settle_unplanned
+from lora_grpo.plan import check_engine, describe_plan, make_plan
 from lora_grpo.presets import PRESETS
 from lora_grpo.provenance import provenance
 from lora_grpo.splits import load_hub
