@@ -230,13 +230,18 @@ def end_of_turn_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
 
 def declared_end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the same as `end_of_turn_ids` from a model folder, without its weights."""
+    return merge_end_ids(tokenizer, read_end_ids(folder))
+
+
+def read_end_ids(folder: Path) -> list[int]:
+    """Return the end ids that a model's own files declare."""
     from transformers import GenerationConfig
 
     try:
         declared = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         declared = read_config(folder).get_text_config().eos_token_id
-    return merge_end_ids(tokenizer, declared)
+    return [declared] if isinstance(declared, int) else list(declared or [])
 
 
 def merge_end_ids(

@@ -18,8 +18,9 @@ from lora_grpo.backend import installed
 from lora_grpo.chat_source import ChatSource
 from lora_grpo.engine_settings import RANKS
 from lora_grpo.hardware import find_gpu
-from lora_grpo.prompt import TEMPLATE_SETTINGS, build_messages
-from lora_grpo.terminal import command_line
+from lora_grpo.model import read_end_ids, read_tokenizer
+from lora_grpo.prompt import TEMPLATE_SETTINGS, build_messages, find_turn_end
+from lora_grpo.terminal import ROOT, command_line
 
 TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 BASE = "base"
@@ -91,9 +92,13 @@ def build_service(
     template = json.dumps(TEMPLATE_SETTINGS)
     more = shlex.split(server_args)
     if server == "transformers":
-        command = ["-m", "transformers.cli.transformers", "serve", str(source.weights)]
+        command = ["-m", "lora_grpo.serve_transformers", source.name, str(source.weights)]
         command += [*where, *dtype, "--chat-template-kwargs", template, *more]
-        return Service(server, (sys.executable, *command), {}, str(source.weights))
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(places)}
+        return Service(server, (sys.executable, *command), environment, source.name)
+    if source.adapter_dir is not None:
+        check_ends(source)
     command = [*vllm_program(source.weights), *where, *dtype]
     command += ["--default-chat-template-kwargs", template]
     command += ["--override-generation-config", json.dumps(GREEDY)]
@@ -109,6 +114,21 @@ def build_service(
         command += ["--chat-template", str(source.tokenizer_folder / "chat_template.jinja")]
     environment = {} if "VLLM_NO_USAGE_STATS" in os.environ else {"VLLM_NO_USAGE_STATS": "1"}
     return Service(server, (sys.executable, *command, *more), environment, model)
+
+
+def check_ends(source: ChatSource) -> None:
+    """Raise a ValueError where vLLM would go on after the end of a turn: beside an adapter it
+    knows only the ends that the base's own files name."""
+    tokenizer = read_tokenizer(source.weights)
+    declared = read_end_ids(source.weights)
+    end = find_turn_end(read_tokenizer(source.tokenizer_folder))
+    if end not in (None, tokenizer.eos_token_id, *declared):
+        raise ValueError(
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)!r}, which "
+            f"{source.weights} does not name as an end, so that vLLM would not stop there: "
+            f"{command_line('merge_adapter.py', source.folder)}, then "
+            f"{command_line('serve.py', f'merged/{source.name}')}"
+        )
 
 
 def vllm_program(weights: Path) -> list[str]:

@@ -86,7 +86,7 @@ ORDER = [
     *("push_end", "push_files", "push_patience", "push_remote", "push_errors", "push"),
     # -> chat and serve
     *("chat_tags", "chat_source", "chat_model", "chat_screen", "chat"),
-    *("serve_command", "serve"),
+    *("serve_transformers", "serve_command", "serve"),
 ]
 WITHOUT_TORCH = [
     *("terminal", "folders", "own_process"),

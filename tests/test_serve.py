@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_base
+from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_base, save_adapter
 
 from lora_grpo import serve as serve_module
 from lora_grpo import serve_command
@@ -113,6 +113,20 @@ def test_the_rank_is_that_of_the_largest_module(adapter) -> None:
         build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
 
 
+def test_vllm_is_refused_where_it_would_not_stop_at_the_end_of_a_turn(tmp_path) -> None:
+    base = Path(shutil.copytree(make_base(), tmp_path / "base"))
+    adapter = save_adapter(tmp_path / "run", base)
+    build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+    for name, key, value in (
+        ("config.json", "eos_token_id", 0),
+        ("generation_config.json", "eos_token_id", 0),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        change_json(base / name, **{key: value})
+    with pytest.raises(ValueError, match=r"ends a turn with '<\|im_end\|>'.*merge_adapter\.py"):
+        build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+
+
 def test_what_is_installed_decides_who_serves(adapter, merged, monkeypatch) -> None:
     both = [find_source(adapter), find_source(merged)]
     has(monkeypatch, "vllm")
@@ -160,7 +174,7 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) 
     said: list[str] = []
     assert serve(ServeConfig(merged, dry_run=True, port=8123), said.append) == 0
     command, request = said
-    assert "transformers.cli.transformers serve" in command and "--port 8123" in command
+    assert "lora_grpo.serve_transformers" in command and "--port 8123" in command
     assert request.startswith("curl http://127.0.0.1:8123/v1/chat/completions ")
 
 
@@ -252,6 +266,13 @@ def test_the_printed_curl_line_gets_the_greedy_answer(merged, tmp_path, server) 
         choice = json.loads(answered.stdout)["choices"][0]
         assert choice["message"]["content"].strip() == expected.text.strip() != ""
         assert (choice["finish_reason"] == "length") is expected.truncated
+        listing = ["curl", "-sf", f"http://127.0.0.1:{port}/v1/models"]
+        (entry,) = json.loads(subprocess.check_output(listing, timeout=60))["data"]
+        assert entry["id"] == "run" and '"model": "run"' in line
+        by_path = shlex.join([*shlex.split(line)]).replace('"model": "run"', f'"model": "{merged}"')
+        if server == "transformers":
+            again = subprocess.check_output(["sh", "-c", by_path], timeout=60)
+            assert json.loads(again)["choices"][0]["message"] == choice["message"]
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
