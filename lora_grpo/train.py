@@ -29,6 +29,7 @@ from lora_grpo.atomic import (
 from lora_grpo.card import write_adapter_card
 from lora_grpo.config import MEMORY_KNOBS
 from lora_grpo.console import Display
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.dynamic_sampling import Replacements
 from lora_grpo.evaluate import evaluate_model
 from lora_grpo.grpo import build_dataset, dataset_rows, grpo_config, lora_config
@@ -38,7 +39,7 @@ from lora_grpo.policy import Policy, open_policy
 from lora_grpo.presets import LOCATIONS
 from lora_grpo.prompt import keep_settings
 from lora_grpo.provenance import provenance
-from lora_grpo.record import Recorder, best_step, cut_back
+from lora_grpo.record import METRICS, Recorder, best_step, cut_back
 from lora_grpo.rewards import reward_columns
 from lora_grpo.scoring import Item, build_report, build_rows, summarise
 from lora_grpo.trainer import (
@@ -334,6 +335,18 @@ def finished_report(plan: Plan) -> dict[str, Any] | None:
     return report if report.get("steps") == plan.steps else None
 
 
+@contextmanager
+def removed_if_never_started(plan: Plan) -> Iterator[None]:
+    """Remove the directory of a new run that a mistake in a reward ends before its first step: no
+    other script takes it, and the mended reward is another, so that it cannot be resumed."""
+    try:
+        yield
+    except (RewardError, ValueError):
+        if not plan.config.resume and not read_jsonl(plan.run_dir / METRICS):
+            shutil.rmtree(plan.run_dir)
+        raise
+
+
 def train(plan: Plan, display: Display) -> dict[str, Any]:
     """Run the job, or the rest of it, and return what `eval.json` holds.
 
@@ -347,10 +360,11 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     with open_training_policy(plan) as policy:
         trainer = build_trainer(plan, policy, record, display)
         open_run(plan, record)
-        base = base_items(plan, policy, trainer, display)
-        display.before(summarise(base))
-        policy.follow(trainer)
-        optimise(plan, policy, trainer, display, peak_memory)
+        with removed_if_never_started(plan):
+            base = base_items(plan, policy, trainer, display)
+            display.before(summarise(base))
+            policy.follow(trainer)
+            optimise(plan, policy, trainer, display, peak_memory)
         best = keep_adapters(plan, trainer)
         adapter = judged(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}

@@ -571,6 +571,11 @@ def test_resume_finds_the_run_s_files_from_another_folder(
     assert parse("--resume", run).dataset == str(tmp_path / "d.jsonl")
 
 
+def test_a_reward_without_its_function_is_shown_as_it_was_given() -> None:
+    """Only the path before the colon is made absolute; no folder is put before the rest."""
+    assert parse("--preset", "tiny", "--reward", "../data/x.py").reward == ("../data/x.py",)
+
+
 def test_resume_takes_files_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they hold the same is found by their hashes, before anything is loaded."""
     flags = ("--dataset", "d.jsonl", "--reward", "mine.py:f=0.5", "--model", "base")

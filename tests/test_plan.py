@@ -11,6 +11,7 @@ import torch
 from lora_grpo.backend import Choice
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
+from lora_grpo.custom_rewards import RewardError
 from lora_grpo.hardware import GPU
 from lora_grpo.idle_knobs import describe_idle, find_idle
 from lora_grpo.memory import GIB
@@ -20,7 +21,7 @@ from lora_grpo.plan import check_engine, describe_plan, make_plan
 from lora_grpo.presets import PRESETS
 from lora_grpo.provenance import provenance
 from lora_grpo.splits import load_hub
-from lora_grpo.train import base_items, build_trainer, judged, open_run, open_training_policy
+from lora_grpo.train import base_items, build_trainer, judged, open_run, open_training_policy, train
 
 CPU = Placement("cpu", "float32")
 GENERATE = Choice("transformers", "generate", "", "")
@@ -56,6 +57,56 @@ def test_what_a_library_would_refuse_is_refused_in_the_plan(
         make_plan(small(tmp_path, **knobs))
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1 / 0 for _ in completions]", "reward 'mine' raised ZeroDivisionError"),
+        ("return [float(len(d)) for d in columns['difficulty']]", "KeyError .*difficulty"),
+        ("return [1.0]", "returned 1 values for 3 completions"),
+    ],
+)
+def test_a_mistake_in_a_reward_is_found_before_anything_is_loaded_or_written(
+    tmp_path: Path, body: str, message: str
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def mine(completions, **columns):\n    {body}\n")
+    with pytest.raises((RewardError, ValueError), match=message):
+        make_plan(small(tmp_path / "adapters", reward=(f"{path}:mine",)))
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_a_run_that_never_made_a_step_leaves_no_directory(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "calls = []\n"
+        "def mine(completions, **columns):\n"
+        "    calls.append(completions)\n"
+        "    return [0.5 if len(calls) == 1 else 'much' for _ in completions]\n"
+    )
+    knobs = {"reward": (f"{path}:mine",), "max_completion_length": 8, "quiet": True}
+    plan = make_plan(small(tmp_path / "adapters", **knobs))
+    with pytest.raises(ValueError, match="reward 'mine' returned 'much'"):
+        train(plan, Display(quiet=True))
+    assert not any((tmp_path / "adapters").iterdir())
+
+
+def test_the_plan_says_that_words_are_counted_as_wrong(tmp_path: Path) -> None:
+    """And calls the reward with all that TRL passes and a real row."""
+    rows = [{"question": f"q{n}", "answer": "yes", "level": n} for n in range(40)]
+    data, path = tmp_path / "rows.jsonl", tmp_path / "mine.py"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text(
+        "def mine(completions, prompts, completion_ids, answer, level, trainer_state, log_metric,\n"
+        "         log_extra, **columns):\n"
+        "    log_metric('level', level[0] + trainer_state.global_step)\n"
+        "    return [float(gold in text) for text, gold in zip(completions, answer, strict=True)]\n"
+    )
+    own = {"dataset": str(data), "reward_set": "none", "reward": (f"{path}:mine",)}
+    [note] = [note for note in make_plan(small(tmp_path, **own)).notes if "no numbers" in note]
+    assert "40 of 40" in note and "strict accuracy" in note
+    assert not any("no numbers" in note for note in make_plan(small(tmp_path)).notes)
 
 
 def test_the_plan_leaves_the_random_numbers_alone(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -555,6 +556,23 @@ def test_a_batch_of_unequal_lengths_is_an_error() -> None:
 
 
 # Building
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Pay:\n    value: float = {}\n"
+        "def {}(completions, **columns): return [Pay().value for _ in completions]\n"
+    )
+    specs = []
+    for folder, value, name in (("a", 1.0, "one"), ("b", 2.0, "two")):
+        (tmp_path / folder).mkdir()
+        specs.append(f"{write_rewards(tmp_path / folder, text.format(value, name))}:{name}")
+    one, two = build_rewards("none", tuple(specs))
+    assert one.function.__name__ == "one" and one.sha256 != two.sha256
+    assert (one.function(completions=["x"]), two.function(completions=["x"])) == ([1.0], [2.0])
+    modules = [name for name in sys.modules if name.startswith("custom_reward_mine_")]
+    assert {sys.modules[name].Pay().value for name in modules} >= {1.0, 2.0}
 
 
 def test_weights_are_changed_by_name() -> None:
