@@ -249,3 +249,15 @@ def test_a_reward_beyond_float32_stops_the_run(tmp_path: Path) -> None:
     rewards = [Reward("huge", lambda completions, **columns: [1e39] * len(completions))]
     with pytest.raises(RewardError, match=r"reward huge: .*3.4e\+38"):
         make_trainer(tmp_path, rewards=rewards, max_completion_length=2).train()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_completions_that_end_at_once(tmp_path: Path, monkeypatch, beta: float) -> None:
+    """Empty texts of one token, EOS; rewards that differ all the same have a gradient."""
+    trainer = make_trainer(tmp_path, rewards=[Reward("own", by_length)], beta=beta)
+    ends = trainer.eos_token_ids[:1]
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda ids, *_: ([ends] * len(ids), None))
+    trainer.train()
+    row = describe_step(trainer.batch, G, trainer.state.log_history[0])
+    assert trainer.batch.completions == [""] * 16 and row["grad_norm"] > 0
+    assert (row["completion_length"], row["clipped_ratio"], row["format"]) == (1.0, 0.0, 0.0)
