@@ -5,6 +5,7 @@ second one, so there is no history to keep. Nothing heavy is imported until a fo
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from lora_grpo.chat_source import ChatSource
     from lora_grpo.rollout import Completion
 
-QUIT = "/quit"
+ENDS, HELPS = ("/exit", "/quit", "/bye", "exit", "quit"), ("/help", "/?", "help", "?")
+COMMANDS = "/exit or /quit or Ctrl-D ends, Ctrl-C stops an answer, /help shows this"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def greet(source: "ChatSource", decoding: "Decoding") -> None:
     screen.note(f"{source.describe()}; {drawn}, up to {decoding.max_completion_length} tokens.")
     screen.note(
         "Each question is asked alone, as in training: earlier ones are not remembered. "
-        f"Ctrl-C stops an answer, {QUIT} or Ctrl-D ends."
+        f"{COMMANDS}."
     )
 
 
@@ -141,7 +143,11 @@ def converse(model: "ChatModel", compare: bool) -> None:
     show = make_show(screen, model, compare, "adapter")
     while (question := read_question()) is not None:
         try:
-            if question:
+            if question in HELPS:
+                screen.note(COMMANDS)
+            elif re.fullmatch(r"/[a-z]+", question):
+                screen.note(f"there is no command {question}: {COMMANDS}")
+            elif question:
                 show(question)
         except ValueError as error:  # too long a question
             screen.note(str(error))
@@ -156,7 +162,7 @@ def read_question() -> str | None:
     except (EOFError, KeyboardInterrupt):
         print()
         return None
-    return None if question == QUIT else question
+    return None if question in ENDS else question
 
 
 def answer_all(model: "ChatModel", questions: Iterable[str], config: ChatConfig) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from merge_models import ENVIRONMENT, LINEAR, ROOT, save_adapter, write_train_config
@@ -206,6 +207,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(model, monkeypatch, capsys) ->
     assert said.count("stopped") == 1 and said.count(f"{whole.tokens} tokens") == 1
     assert said.index("stopped") < said.index(f"{whole.tokens} tokens")
     assert taken == [*range(5), *range(whole.tokens + 1)]  # nothing after /quit
+
+
+@pytest.mark.parametrize("end", ["/exit", "exit", "/quit", "quit"])
+def test_commands_are_not_put_to_the_model(end, monkeypatch, capsys) -> None:
+    def answer(question: str, sides: dict) -> dict:
+        raise AssertionError(f"the model was asked {question!r}")
+
+    typed(monkeypatch, "/help", "help", "/hlep", end, "What is 1 + 1?")
+    converse(SimpleNamespace(answer=answer), compare=False)
+    said = capsys.readouterr().out
+    assert said.count("/exit or /quit or Ctrl-D") == 3 and "no command /hlep" in said
 
 
 def test_too_long_a_question_is_refused_and_the_chat_goes_on(model, monkeypatch, capsys) -> None:
