@@ -16,22 +16,30 @@ from lora_grpo.model import EMBEDDED
 from lora_grpo.prompt import TEMPLATE_SETTINGS, Message
 
 EMBEDDED_IN_SHELL = (
-    "\"$(python -c 'from lora_grpo.model import EMBEDDED_FOLDER; print(EMBEDDED_FOLDER)')\""
+    "\"$(python -c 'from lora_grpo import EMBEDDED_FOLDER; print(EMBEDDED_FOLDER)')\""
 )
+# Its owner is filled in by a push.
+HUB_OWNER = "OWNER"
 LOAD_ADAPTER = """\
+from pathlib import Path
+
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 {imports}
-adapter = {adapter}  # this folder, or its id on the Hub
+places = {places}  # this folder's path, or its id on the Hub
+adapter = next((p for p in places if Path(p, "adapter_config.json").is_file()), places[-1])
 base = {base}
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 model = AutoModelForCausalLM.from_pretrained(base, {revision}dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(model, adapter)
 """
 LOAD_MODEL = """\
+from pathlib import Path
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = {folder}  # this folder, or its id on the Hub
+places = {places}  # this folder's path, or its id on the Hub
+folder = next((p for p in places if Path(p, "config.json").is_file()), places[-1])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
 """
@@ -107,7 +115,8 @@ def ask_by_curl(records: Records, folder: Path, model: str) -> str:
 
 
 def serve_and_ask(served: str, asked: str) -> list[str]:
-    return ["With vLLM:", fence(served, "bash"), "and from another shell:", fence(asked, "bash")]
+    where = "With vLLM, in the folder that this one lies in:"
+    return [where, fence(served, "bash"), "and from another shell:", fence(asked, "bash")]
 
 
 def use_adapter(records: Records, name: str) -> str:
@@ -134,14 +143,25 @@ def peft_code(records: Records, name: str) -> str:
     base, folder = records.base, records.folder
     embedded = base.name == EMBEDDED
     load = LOAD_ADAPTER.format(
-        imports="\nfrom lora_grpo.model import EMBEDDED_FOLDER\n" if embedded else "",
-        adapter=json.dumps(name, ensure_ascii=False),
+        imports="\nfrom lora_grpo import EMBEDDED_FOLDER\n" if embedded else "",
+        places=list_places(name, "adapters"),
         base="EMBEDDED_FOLDER  # comes with lora-grpo" if embedded else name_in_python(base),
         tokenizer="adapter" if (folder / "tokenizer_config.json").is_file() else "base",
         revision=f"revision={json.dumps(base.revision)}, " if base.revision else "",
     )
     parts = ["With PEFT:", fence(f"{load}\n{ask_in_python(records, folder)}", "python")]
     return "\n\n".join([*parts, IN_4BIT] if records.trained.get("load_in_4bit") else parts)
+
+
+def list_places(name: str, home: str) -> str:
+    """Return, in Python, where a folder is looked for: where its user may stand, then the Hub."""
+    places = (".", name, f"{home}/{name}", hub_place(name))
+    return f"({', '.join(json.dumps(place, ensure_ascii=False) for place in places)})"
+
+
+def hub_place(name: str) -> str:
+    """Return the id on the Hub that a card names until it is pushed."""
+    return f"{HUB_OWNER}/{name}"
 
 
 def name_in_python(base: Base) -> str:
@@ -169,7 +189,7 @@ def use_model(records: Records, folder: Path, name: str) -> str:
 
     `folder` is where the model lies now, `name` the name of the folder that it is bound for.
     """
-    load = LOAD_MODEL.format(folder=json.dumps(name, ensure_ascii=False))
+    load = LOAD_MODEL.format(places=list_places(name, "merged"))
     served = f"vllm serve {shlex.quote(name)} --served-model-name {shlex.quote(name)}"
     return "\n\n".join(
         (

@@ -137,7 +137,9 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     made = list_made(config)
     for part in made:
         part.check(config.adapter_dir)
-    adapter = Target(config.repo, list_adapter(config.adapter_dir), "adapter_config.json")
+    adapter = Target(
+        config.repo, list_adapter(config.adapter_dir, config.repo), "adapter_config.json"
+    )
     if config.dry_run:
         show_plan(config, adapter, made, report)
         return []
@@ -150,7 +152,7 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     for part in made:
         if not part.folder.exists():
             part.make(report)
-        files = list_folder(part.folder)
+        files = list_folder(part.folder, config.repo + part.suffix)
         targets.append(Target(config.repo + part.suffix, files, part.report))
     remotes = []
     for target in targets:
@@ -177,8 +179,9 @@ def show_plan(config: PushConfig, adapter: "Target", made: list[Made], report: R
         report(f"--- {card}\n{text.decode(errors='replace')}---")
     plans = [(adapter.repo, config.adapter_dir, adapter.files)]
     for part in made:
-        files = list_folder(part.folder) if part.folder.exists() else None
-        plans.append((config.repo + part.suffix, part.folder, files))
+        repo = config.repo + part.suffix
+        files = list_folder(part.folder, repo) if part.folder.exists() else None
+        plans.append((repo, part.folder, files))
     for repo, folder, files in plans:
         if files is None:
             report(f"{repo} ({kind}): {folder}, which the push makes first")
@@ -195,7 +198,7 @@ def describe(file: "Published") -> str:
 
     sampled = file.name != CARD or file.path.with_name("eval_items.jsonl").is_file()
     notes = [f"your own: {OWN_DATA[file.name]}"] if file.name in OWN_DATA and sampled else []
-    notes += ["local paths shortened"] if file.data is not None else []
+    notes += ["without local paths"] if file.data is not None else []
     return f"  ({'; '.join(notes)})" if notes else ""
 
 

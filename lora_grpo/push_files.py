@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lora_grpo.adapter import TRAIN_CONFIG
+from lora_grpo.card_use import hub_place
 from lora_grpo.model import public_name
 
 ADAPTER_FILES = (
@@ -84,27 +85,33 @@ class Published:
         return self.path if self.data is None else self.data
 
 
-def list_adapter(folder: Path) -> list[Published]:
+def list_adapter(folder: Path, repo: str) -> list[Published]:
     """Return what is published of an adapter directory; no checkpoint, no other step's weights."""
     names = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     names += sorted(path.name for path in folder.glob("LICENSE*"))
     secrets = find_paths(folder)
-    return [publish(folder / name, secrets) for name in names]
+    return [publish(folder / name, secrets, repo) for name in names]
 
 
-def list_folder(folder: Path) -> list[Published]:
+def list_folder(folder: Path, repo: str) -> list[Published]:
     """Return what is published of a merged or exported folder: all but hidden files."""
     paths, secrets = sorted(path for path in folder.iterdir() if path.is_file()), find_paths(folder)
-    return [publish(path, secrets) for path in paths if not path.name.startswith(".")]
+    return [publish(path, secrets, repo) for path in paths if not path.name.startswith(".")]
 
 
-def publish(path: Path, secrets: list[str]) -> Published:
-    """Return a file as it will be published; `secrets` are paths that it may not hold.
+def publish(path: Path, secrets: list[str], repo: str) -> Published:
+    """Return a file as it will be published; `secrets` are paths that it may not hold, `repo` is
+    what its card's code then loads.
 
     Raises:
         ValueError: it is no text, and holds one.
     """
     data = clean_file(path, secrets)
+    if path.name == CARD:
+        text = path.read_bytes() if data is None else data
+        place = hub_place(path.parent.resolve().name)
+        named = text.replace(json.dumps(place, ensure_ascii=False).encode(), f'"{repo}"'.encode())
+        data = named if named != text else data
     sha256, blob = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
     size = path.stat().st_size if data is None else len(data)
     blob.update(f"blob {size}\0".encode())

@@ -233,7 +233,16 @@ def test_the_peft_code_runs_and_answers_as_the_policy_does(
     source = code_in(card_of(run), "python")[0]
     style = PromptStyle(prompt, Problem(**example))
     wanted = answer_greedily(run, base, tokenizer, style)
+    assert "import lora_grpo." not in source and "from lora_grpo." not in source
     assert wanted and execute(source, tmp_path, monkeypatch) == wanted
+    if where == "embedded":
+        assert execute(source, run, monkeypatch) == wanted
+
+
+def test_the_embedded_model_is_a_promised_name_without_torch() -> None:
+    code = "import sys; from lora_grpo import EMBEDDED_FOLDER as f; print(f, 'torch' in sys.modules)"
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert said.split() == [str(EMBEDDED_FOLDER), "False"]
 
 
 def test_a_merged_folders_code_runs_and_its_card_claims_no_figures(

@@ -345,7 +345,7 @@ def press_ctrl_c(process: subprocess.Popen) -> int | None:
     for _ in range(10):
         process.send_signal(signal.SIGINT)
         try:
-            return process.wait(3)
+            return process.wait(10)
         except subprocess.TimeoutExpired:
             continue
     process.kill()  # or leaving Popen's block would wait for ever

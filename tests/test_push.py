@@ -112,6 +112,8 @@ def test_no_byte_that_is_sent_holds_a_path(hub: Hub, tmp_path: Path) -> None:
     forms = {text.encode() for path in private for text in (path, json.dumps(path)[1:-1])}
     assert not [(name, form) for name, content in sent.items() for form in forms if form in content]
     card = sent[f"{REPO}/README.md"].decode()
+    merged = sent[f"{REPO}-merged/README.md"].decode()
+    assert f'"{REPO}-merged")' in merged and "OWNER" not in merged
     assert "base_model" not in card and "Trained on `data.jsonl` and other.jsonl in a." in card
     assert b"https://example.com/a/b" in sent[f"{REPO}/report.html"]
     assert json.loads(sent[f"{REPO}/completions.jsonl"])["completion"] == "/no_think 1/2/3"
