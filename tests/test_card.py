@@ -240,7 +240,9 @@ def test_the_peft_code_runs_and_answers_as_the_policy_does(
 
 
 def test_the_embedded_model_is_a_promised_name_without_torch() -> None:
-    code = "import sys; from lora_grpo import EMBEDDED_FOLDER as f; print(f, 'torch' in sys.modules)"
+    code = (
+        "import sys; from lora_grpo import EMBEDDED_FOLDER as f; print(f, 'torch' in sys.modules)"
+    )
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert said.split() == [str(EMBEDDED_FOLDER), "False"]
 
