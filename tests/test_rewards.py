@@ -571,8 +571,8 @@ def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
     one, two = build_rewards("none", tuple(specs))
     assert one.function.__name__ == "one" and one.sha256 != two.sha256
     assert (one.function(completions=["x"]), two.function(completions=["x"])) == ([1.0], [2.0])
-    modules = [name for name in sys.modules if name.startswith("custom_reward_mine_")]
-    assert {sys.modules[name].Pay().value for name in modules} >= {1.0, 2.0}
+    modules = [module for name, module in sys.modules.items() if "custom_reward_mine" in name]
+    assert {module.Pay().value for module in modules if hasattr(module, "Pay")} == {1.0, 2.0}
 
 
 def test_weights_are_changed_by_name() -> None:
