@@ -82,11 +82,19 @@ def check_adapter_dir(directory: Path) -> Path:
     return check_adapter(directory, "merge_adapter.py")
 
 
-def find_way(adapter_dir: Path, tied: bool) -> str:
+def find_way(adapter_dir: Path, tied: bool, vocab_size: int) -> str:
     """Return how else an adapter can be merged that is not plain LoRA on linear layers."""
     keys = read_header(adapter_dir / WEIGHTS)
-    adapted = {key.partition(".lora_")[0].rpartition(".")[2] for key in keys if ".lora_" in key}
-    return TIED if tied and adapted & set(EMBEDDINGS) else USE_PEFT
+    if tied and any(is_embedding(key.partition(".lora_")[0]) for key in keys if ".lora_" in key):
+        return TIED
+    copies = {key: COPY_KEY.fullmatch(key) for key in keys}
+    rows = {keys[key].shape[0] for key, found in copies.items() if found and is_embedding(found[1])}
+    for count in rows - {vocab_size}:
+        return (
+            f"call resize_token_embeddings({count}) on the base, which has {vocab_size} rows, and "
+            f"put the adapter on that: then {USE_PEFT}"
+        )
+    return USE_PEFT
 
 
 def refuse_unmergeable(adapter: dict[str, Any], way: str = USE_PEFT) -> None:
@@ -135,7 +143,10 @@ def read_deltas(
         if found is not None:
             sides.setdefault(found["module"], {})[found["side"]] = tensor
         elif not is_copy(key, tensor, base or {}):
-            raise ValueError(describe_stranger(key, tensor, base or {}, way))
+            raise ValueError(
+                f"the adapter holds {key}, which is no LoRA matrix of a linear layer: trained "
+                f"embeddings, biases and whole modules are not merged here; {way}"
+            )
     return {
         f"{module}.weight": build_delta(module, pair, adapter) for module, pair in sides.items()
     }
@@ -161,21 +172,6 @@ def is_copy(key: str, tensor: StoredTensor, base: dict[str, StoredTensor]) -> bo
     if original is None or original.shape != tensor.shape:
         return False
     return read_tensor(tensor).float().equal(read_tensor(original).float())
-
-
-def describe_stranger(
-    key: str, tensor: StoredTensor, base: dict[str, StoredTensor], way: str
-) -> str:
-    original = find_original(key, base)
-    if original is not None and original.shape[0] != tensor.shape[0]:
-        way = (
-            f"call resize_token_embeddings({tensor.shape[0]}) on the base, which has "
-            f"{original.shape[0]} rows, before the adapter is loaded on it; then {way}"
-        )
-    return (
-        f"the adapter holds {key}, which is no LoRA matrix of a linear layer: trained embeddings, "
-        f"biases and whole modules are not merged here; {way}"
-    )
 
 
 def build_delta(module: str, pair: dict[str, StoredTensor], adapter: dict[str, Any]) -> Delta:

@@ -86,7 +86,7 @@ def plan_merge(
     check_adapter_dir(adapter_dir)
     record, adapter = read_record(adapter_dir), read_json(adapter_dir / CONFIG)
     config = read_config(record.find_base(model, weights=False)).get_text_config()
-    way = find_way(adapter_dir, bool(config.tie_word_embeddings))
+    way = find_way(adapter_dir, bool(config.tie_word_embeddings), config.vocab_size)
     refuse_unmergeable(adapter, way)
     four_bit = read_four_bit(record)
     if base == "dequantized" and four_bit is None:

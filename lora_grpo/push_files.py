@@ -62,7 +62,9 @@ OWN_DATA = {
 }
 # Two parts or more: `/no_think` is none.
 NAME = r"[^\s/\\\"'`<>|:*?()\[\],;]+"
-PATH = re.compile(rf"(?<![\w/.~<])(?:file://|~|[A-Za-z]:)?(?:[/\\](?![/\\]){NAME}){{2,}}")
+PATH = re.compile(
+    rf"(?<![\w/.~<])(?:(?:file://|~)?(?:/(?!/){NAME}){{2,}}|[A-Za-z]:(?:[/\\]{NAME}){{2,}})"
+)
 SYSTEM = ("bin", "dev", "etc", "lib", "opt", "proc", "sbin", "sys", "usr")
 # Prompts, in which a leading "/" is no path: Qwen3 reads "/no_think".
 PROMPTS = ("system_prompt", "example")
@@ -228,10 +230,10 @@ def clean_text(text: str, secrets: list[str], foreign: bool = False) -> str:
 
 @cache
 def is_here(text: str) -> bool:
-    """Return whether a path, or the folder that it lies in, is on this machine."""
+    """Return whether a path, or the private folder that it lies in, is on this machine."""
     path = Path(text).expanduser()
     try:
-        return is_private(path) and (path.exists() or path.parent.exists())
+        return any(is_private(place) and place.exists() for place in (path, path.parent))
     except OSError:  # too long a name
         return False
 
@@ -248,7 +250,10 @@ def clean_metadata(card: str) -> str:
     import yaml
 
     found = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", card, re.DOTALL)
-    metadata = yaml.safe_load(found[1]) if found else None
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return card
     if not isinstance(metadata, dict):
         return card
     kept = {key: drop_paths(value) for key, value in metadata.items()}

@@ -263,6 +263,7 @@ def test_flags_are_checked_before_anything_loads(tmp_path):
     assert MergeConfig(make_adapter()).target == Path("merged/run")
 
 
+EMBEDDED = ("model.embed_tokens", "lm_head")
 TIED, PEFT = "ties its embeddings", "merge_and_unload"
 EMBEDDING_CASES = {
     # knobs, tied: what is said of a merge; PEFT's own was tried for each
@@ -319,4 +320,14 @@ def test_copies_of_the_bases_embeddings_change_nothing(tmp_path):
     assert "lm_head.weight" in plan.deltas and len(plan.deltas) == 15
     change_adapter(adapter, lambda t: t["base_model.model.lm_head.base_layer.weight"].add_(1))
     with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight, which is no LoRA"):
+        plan_merge(adapter)
+
+
+def test_a_larger_vocabulary_is_merged_on_a_base_made_as_large(tmp_path):
+    adapter = save_adapter(tmp_path / "run", make_base(tied=False))
+    embeddings = {f"base_model.model.{name}.weight": torch.ones(520, 64) for name in EMBEDDED}
+    change_adapter(adapter, lambda t: t.update(embeddings))
+    with pytest.raises(
+        ValueError, match=r"resize_token_embeddings\(520\) on the base, .* 512 rows"
+    ):
         plan_merge(adapter)
