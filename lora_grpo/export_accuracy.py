@@ -8,7 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.adapter import read_train_config
+from lora_grpo.adapter import read_record, read_train_config
 from lora_grpo.evaluate import EvaluateConfig, evaluate_model, held_out_problems
 from lora_grpo.export_source import Outcome, Source
 from lora_grpo.model import choose_placement, load_tokenizer
@@ -33,9 +33,8 @@ class Accuracy:
         self.source, self.batch_size, self.report = source, batch_size, report
         self.problems, self.merged = [], None
         if num_items is not None:
-            trained = read_train_config(source.records)
             asked = EvaluateConfig(adapter_dir=source.records, num_items=num_items)
-            self.problems, *_ = held_out_problems(asked, trained)
+            self.problems, *_ = held_out_problems(asked, read_record(source.records))
 
     def add(self, outcome: Outcome, name: str, folder: Path) -> Outcome:
         """Return the outcome with the accuracy of each of its files among the figures."""
