@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written elsewhere, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,23 +10,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.terminal import find_write_error
+
 STAGED = ".staged-"  # begins the name of whatever is not whole yet, or being removed
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f"{STAGED}{path.name}.", delete=False
-    ) as file:
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{STAGED}{path.name}.")
         try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            Path(name).unlink(missing_ok=True)
             raise
 
 
@@ -41,7 +44,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add JSON objects, a line each, to the end of a file."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -89,12 +92,58 @@ def staged_directory(target: Path) -> Iterator[Path]:
         raise FileExistsError(
             f"{target} exists already and is never overwritten: choose another folder or move it"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield staged
+            staged.chmod(0o755)
+            take_name(staged, target)
+        except BaseException:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise
+
+
+def take_name(staged: Path, target: Path) -> None:
+    """Rename a folder, which fails where another process took the name in the meantime."""
     try:
-        yield staged
-        staged.chmod(0o755)
         staged.rename(target)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise FileExistsError(
+            f"{target} was written by another process in the meantime and is never overwritten: "
+            "choose another name"
+        ) from error
+
+
+@contextmanager
+def naming(place: Path) -> Iterator[None]:
+    """Let an error of writing name the file or folder that the user knows, not a temporary one."""
+    try:
+        yield
+    except Exception as error:
+        found = find_write_error(error)
+        if found is None or (found.filename and not is_beside(Path(found.filename), place)):
+            raise
+        raise OSError(found.errno, found.strerror, str(place)) from error
+
+
+def is_beside(path: Path, place: Path) -> bool:
+    return path.absolute().is_relative_to(place.absolute().parent)
+
+
+def check_room(target: Path, nbytes: int, flag: str) -> None:
+    """Refuse, before anything is made, what could not be written.
+
+    Raises:
+        OSError: the nearest folder that is there cannot be written, or lacks `nbytes` of space.
+    """
+    folder = next(path for path in (target, *target.absolute().parents) if path.exists())
+    with naming(folder), tempfile.TemporaryFile(dir=folder):
+        free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OSError(
+            f"{flag} {target} needs {nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its "
+            "disk: make room or choose another disk"
+        )

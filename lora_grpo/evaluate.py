@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from lora_grpo.adapter import CONFIG, RunRecord, check_adapter, read_record
-from lora_grpo.atomic import read_json, read_jsonl, write_json, write_jsonl
+from lora_grpo.atomic import check_room, read_json, read_jsonl, write_json, write_jsonl
 from lora_grpo.backend import check_4bit, choose_backend, claim
 from lora_grpo.config import DecimalSeparator, Rollout
 from lora_grpo.dataset import BUILT_IN, Problem, read_problems
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lora_grpo.engine_settings import EngineSettings
 
+ROOM_FOR_ITEMS = 2**24
 WHOLE_CARD, MOST_OF_FREE = 0.85, 0.95
 
 
@@ -194,6 +195,8 @@ def evaluate(
     Raises:
         FileNotFoundError, ValueError: no adapter, model or data, each before any weights load.
     """
+    if config.output is not None:
+        check_room(config.output, ROOM_FOR_ITEMS, "--output")
     gpu = find_gpu()
     choice = choose_backend("transformers", config.rollout, gpu)
     claim(choice)
@@ -222,7 +225,11 @@ def evaluate(
     if config.output is not None:
         items = config.output.with_name(config.output.stem + "_items.jsonl")
         write_jsonl(items, build_rows(asked.problems, models))
-        write_json(config.output, report)
+        try:
+            write_json(config.output, report)
+        except BaseException:
+            items.unlink(missing_ok=True)
+            raise
     return report
 
 

@@ -46,13 +46,14 @@ def export_model(config: ExportConfig, report: Report = say) -> ExportResult:
         ExportProofError: a proof failed; `<output-dir>.failed.json` says how.
         MergeProofError: the merge failed its own.
     """
-    from lora_grpo.atomic import staged_directory, write_json
+    from lora_grpo.atomic import check_room, staged_directory, write_json
     from lora_grpo.export_formats import check_formats, write_formats
     from lora_grpo.export_report import build_report, list_failures
     from lora_grpo.export_source import inspect_source
 
     request = inspect_source(config)
     check_formats(config, request)
+    check_room(config.target, 0, "--output-dir")  # the merge knows its size
     with staged_directory(config.target) as staged:
         outcomes = write_formats(config, request, staged, report)
         found = build_report(config, request, outcomes)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from lora_grpo.adapter import check_run
 from lora_grpo.allocator import prepare_allocator
-from lora_grpo.atomic import read_jsonl
+from lora_grpo.atomic import check_room, naming, read_jsonl
 from lora_grpo.batch import had_signal
 from lora_grpo.config import TrainConfig
 from lora_grpo.console import Display
@@ -13,12 +13,18 @@ from lora_grpo.memory_report import describe_memory
 from lora_grpo.plan import Plan, describe_plan, make_plan
 from lora_grpo.presets import FALLING
 from lora_grpo.prompt import build_messages, render
-from lora_grpo.terminal import FailedError, command_line
+from lora_grpo.terminal import (
+    FailedError,
+    command_line,
+    describe_write_error,
+    find_write_error,
+)
 
 if TYPE_CHECKING:
     from lora_grpo.memory_error import MemoryExhaustedError
 
 PREVIEWED = 3
+SMALL_FILES = 2**24  # tokenizer, records, completions
 SHOWN_SOURCE = 80
 
 
@@ -95,6 +101,16 @@ def describe_end(plan: Plan) -> str:
     return f"{done}; to prolong it: {command_line('train_lora.py', *more)}"
 
 
+def needed_space(plan: Plan) -> int:
+    """Return the bytes that a run writes: the best and the last adapter, and its checkpoints, each
+    with two adapters and two moments for every number, one of them beside those that it replaces.
+    """
+    from lora_grpo.trainer import KEPT_CHECKPOINTS
+
+    adapter = 4 * plan.trained_parameters
+    return (2 + (KEPT_CHECKPOINTS + 1) * 4) * adapter + SMALL_FILES
+
+
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to resume."""
     from lora_grpo.memory_error import MemoryExhaustedError
@@ -107,7 +123,13 @@ def run_plan(plan: Plan, display: Display) -> int:
         if report:
             display.say_always(describe_end(plan))
         else:
-            report = train(plan, display)
+            check_room(plan.run_dir, needed_space(plan), "--adapters-dir")
+            with naming(plan.run_dir):
+                report = train(plan, display)
+    except OSError as error:
+        if (written := find_write_error(error)) is None or not plan.run_dir.is_dir():
+            raise
+        raise FailedError(f"{describe_write_error(written)}; then {again}") from error
     except Stopped as stop:
         display.say(f"stopped by {stop}, everything is saved; {again}")
         return 128 + stop.number

@@ -89,16 +89,16 @@ def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
         ValueError, OSError: what was given cannot be merged; the message says what to do.
         MergeProofError: the proof failed; `<output-dir>.failed.json` says how.
     """
-    from lora_grpo.atomic import staged_directory
+    from lora_grpo.atomic import check_room, staged_directory
     from lora_grpo.merge_folder import write_side_files
-    from lora_grpo.merge_inputs import check_space, plan_merge
+    from lora_grpo.merge_inputs import SMALL_FILES, plan_merge
     from lora_grpo.merge_proof import prove_merge
     from lora_grpo.merge_report import build_report
     from lora_grpo.merge_weights import write_weights
 
     started = time.perf_counter()
     plan = plan_merge(config.adapter_dir, config.model, config.base, config.dtype)
-    check_space(config.target, plan.nbytes)
+    check_room(config.target, plan.nbytes + SMALL_FILES, "--output-dir")
     report(
         f"merging {len(plan.deltas)} of {len(plan.tensors)} tensors of {plan.base_name} in "
         f"{plan.dtype}, {plan.nbytes / 1e9:.2f} GB"

@@ -5,7 +5,6 @@ something, that it fits the base and was trained on it. Of the base only the hea
 the bytes for its hash.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -195,14 +194,3 @@ def choose_dtype(tensors: dict[str, StoredTensor]) -> Dtype:
     """Return float16 if most of the base's bytes are of that type, else bfloat16."""
     held = {dtype: sum(t.nbytes for t in tensors.values() if t.dtype == dtype) for dtype in DTYPES}
     return "float16" if held["F16"] == max(held.values()) else "bfloat16"
-
-
-def check_space(target: Path, nbytes: int) -> None:
-    """Raise an OSError if the merged model does not fit on its disk."""
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + SMALL_FILES:
-        raise OSError(
-            f"--output-dir {target} needs {(nbytes + SMALL_FILES) / 1e9:.2f} GB and "
-            f"{free / 1e9:.2f} GB are free on its disk: make room or choose another disk"
-        )

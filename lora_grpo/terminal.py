@@ -49,10 +49,10 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     except Exception as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain(error)):
             return end_interrupted(interrupted)
-        if (written := find_write_error(error)) is not None:
-            return complain(describe_write_error(written), FAILED)
         if isinstance(error, (FailedError, ArithmeticError)):
             return complain(str(error), FAILED)
+        if (written := find_write_error(error)) is not None:
+            return complain(describe_write_error(written), FAILED)
         if isinstance(error, OSError) and error.errno is not None:
             return complain(f"{error.filename or error}: {error.strerror}", BAD_INPUT)
         if isinstance(error, (OSError, ValueError)):
@@ -83,13 +83,16 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def find_write_error(error: BaseException) -> OSError | None:
     """Return the full disk or the forbidden folder behind an exception, or None.
 
-    safetensors, which is written in Rust, gives the number of the system's error in its text alone.
+    safetensors, which is written in Rust, gives the number of the system's error in its text alone;
+    torch's writer, in C++, gives none, and hardly fails for another reason than a full disk.
     """
     for cause in chain(error):
         number = getattr(cause, "errno", None) if isinstance(cause, OSError) else None
         if type(cause).__name__ == "SafetensorError":
             digits = str(cause).rpartition("(os error ")[2].rstrip(")")
             number = int(digits) if digits.isdigit() else None
+        if "inline_container" in str(cause) and "Reader" not in str(cause):
+            number = errno.ENOSPC
         if number in (*FULL, *FORBIDDEN):
             return OSError(number, os.strerror(number), getattr(cause, "filename", None))
     return None
