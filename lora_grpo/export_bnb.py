@@ -40,7 +40,7 @@ def prove_bnb(source: Source, folder: Path, seen: Reference, double_quant: bool)
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
-        keep_4bit_as_stored(model.eval())
+        keep_4bit_as_stored(model.eval(), model.dtype)
         logits = list(collect_logits(model, seen.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         return Outcome((Check("reload", False, f"{type(error).__name__}: {error}"),), {}, ())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lora_grpo.adapter import check_adapter
+from lora_grpo.model import read_config
 from lora_grpo.safetensors_stream import StoredTensor, read_header, read_tensor
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -82,19 +83,28 @@ def check_adapter_dir(directory: Path) -> Path:
     return check_adapter(directory, "merge_adapter.py")
 
 
-def find_way(adapter_dir: Path, tied: bool, vocab_size: int) -> str:
+def find_way(adapter_dir: Path, base: Path) -> str:
     """Return how else an adapter can be merged that is not plain LoRA on linear layers."""
     keys = read_header(adapter_dir / WEIGHTS)
-    if tied and any(is_embedding(key.partition(".lora_")[0]) for key in keys if ".lora_" in key):
+    adapted = [key for key in keys if is_embedding(key.partition(".lora_")[0]) and ".lora_" in key]
+    if adapted and ties_embeddings(base):
         return TIED
     copies = {key: COPY_KEY.fullmatch(key) for key in keys}
     rows = {keys[key].shape[0] for key, found in copies.items() if found and is_embedding(found[1])}
+    if not rows:
+        return USE_PEFT
+    vocab_size = read_config(base).get_text_config().vocab_size
     for count in rows - {vocab_size}:
         return (
             f"call resize_token_embeddings({count}) on the base, which has {vocab_size} rows, and "
             f"put the adapter on that: then {USE_PEFT}"
         )
     return USE_PEFT
+
+
+def ties_embeddings(base: Path) -> bool:
+    """Return whether a model's output layer is its embedding table; many configs do not say."""
+    return bool(read_config(base).get_text_config().tie_word_embeddings)
 
 
 def refuse_unmergeable(adapter: dict[str, Any], way: str = USE_PEFT) -> None:

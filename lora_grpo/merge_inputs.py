@@ -22,8 +22,9 @@ from lora_grpo.lora_delta import (
     is_embedding,
     read_deltas,
     refuse_unmergeable,
+    ties_embeddings,
 )
-from lora_grpo.model import choose_placement, read_config, read_tokenizer
+from lora_grpo.model import choose_placement, read_tokenizer
 from lora_grpo.prompt import PromptStyle
 from lora_grpo.safetensors_stream import DTYPES, Slot, StoredTensor, read_header
 
@@ -84,8 +85,7 @@ def plan_merge(
     """
     check_adapter_dir(adapter_dir)
     record, adapter = read_record(adapter_dir), read_json(adapter_dir / CONFIG)
-    config = read_config(record.find_base(model, weights=False)).get_text_config()
-    way = find_way(adapter_dir, bool(config.tie_word_embeddings), config.vocab_size)
+    way = find_way(adapter_dir, record.find_base(model, weights=False))
     refuse_unmergeable(adapter, way)
     four_bit = read_four_bit(record)
     if base == "dequantized" and four_bit is None:
@@ -97,7 +97,7 @@ def plan_merge(
     tensors = read_base(base_folder)
     deltas = read_deltas(adapter_dir, adapter, tensors, way)
     check_learned(adapter_dir, deltas)
-    check_fit(deltas, tensors, base_folder, bool(config.tie_word_embeddings))
+    check_fit(deltas, tensors, base_folder)
     sha256 = hash_weights(base_folder)
     warning = compare_hash(record.base_sha256, sha256, base_folder, named=bool(model))
     tokenizer_folder = record.tokenizer_folder(base_folder)
@@ -154,12 +154,10 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
     return {name: tensor for header in headers for name, tensor in header.items()}
 
 
-def check_fit(
-    deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path, tied: bool
-) -> None:
+def check_fit(deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path) -> None:
     """Raise a ValueError for an adapter of another base, or one that would untie embeddings."""
     for name, delta in deltas.items():
-        if tied and is_embedding(delta.module):
+        if is_embedding(delta.module) and ties_embeddings(folder):
             raise ValueError(
                 f"the adapter changes {delta.module}, but the base {folder} ties its embeddings: "
                 f"the two cannot change apart; {LEAVE_IT}, or train on the linear layers of the "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_models import ENVIRONMENT, ROOT, make_adapter
+from merge_models import ENVIRONMENT, ROOT, make_adapter, make_tokenizer
 from safetensors.torch import save_file
 
 SCRIPT = ROOT / "scripts" / "merge_adapter.py"
@@ -103,7 +103,8 @@ def write_large(folder: Path, count: int, size: int) -> None:
     weights = {f"{name}.weight": torch.ones(size, size).bfloat16() for name in names}
     rest = {f"{name}.other": torch.ones(size, size).bfloat16() for name in names}
     save_file({**weights, **rest}, base / "model.safetensors")
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "qwen2"}')
+    make_tokenizer().save_pretrained(base)
     a = {f"base_model.model.{name}.lora_A.weight": torch.ones(4, size) for name in names}
     b = {f"base_model.model.{name}.lora_B.weight": torch.ones(size, 4) for name in names}
     save_file({**a, **b}, adapter / "adapter_model.safetensors")
