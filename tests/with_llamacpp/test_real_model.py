@@ -1,6 +1,7 @@
 """SmolLM2-135M on the real GSM8K, as a user runs it: trained where most groups are dead, killed and
 resumed, merged with its proof, exported and run in llama.cpp."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 from run_directory import contents, read_rows
 
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None,
+    reason="a real model takes minutes; make test-llamacpp runs it",
+)
 ROOT = Path(__file__).parents[2]
 REWARD = ROOT / "tests/gpu/varied_reward.py"
 STEPS = 3
@@ -85,7 +90,6 @@ def test_a_kill_changes_nothing(home: Path, data: tuple[object, ...], trained: P
 
 def test_the_merged_model_runs_in_llamacpp(home: Path, trained: Path) -> None:
     """The merge proves itself; then llama.cpp's logits are those of the merged model."""
-    pytest.importorskip("llama_cpp", reason="make test-llamacpp installs llama-cpp-python")
     print(run("merge_adapter.py", trained, "--output-dir", home / "merged", cwd=home))
     assert json.loads((home / "merged/merge_report.json").read_text())["passed"]
     arguments = ("--format", "gguf", "--quant", "q8_0", "--output-dir", home / "out")
