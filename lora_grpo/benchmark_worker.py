@@ -74,7 +74,8 @@ def build_project(plan: "Plan", folder: Path, policy: "Policy") -> "GRPOTrainer"
     from lora_grpo.console import Display
     from lora_grpo.train import build_trainer
 
-    return build_trainer(replace(plan, run_dir=folder), policy, {"warmup_steps": 0}, Display())
+    record = {"warmup_steps": 0, "shared_prefix": plan.config.shared_prefix}
+    return build_trainer(replace(plan, run_dir=folder), policy, record, Display())
 
 
 def build_trl(plan: "Plan", folder: Path, policy: "Policy") -> "GRPOTrainer":

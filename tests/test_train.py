@@ -290,7 +290,7 @@ def test_peft_loads_the_directory_and_answers_as_recorded(whole_run: Path) -> No
     assert model.peft_config["default"].base_model_name_or_path == "tiny"
     again = evaluate(EvaluateConfig(whole_run))
     recorded = json.loads((whole_run / "eval.json").read_text())
-    recorded.pop("best_step")
+    del recorded["best_step"], recorded["steps"]
     assert again == recorded
 
 
