@@ -129,9 +129,13 @@ LEAD_IN = re.compile(
 WRAPPED = re.compile(
     r"""
     \*\*([^*]+)\*\* | `([^`]+)` | "([^"]+)" | \u201c([^\u201d]+)\u201d
-    | \\\((.+)\\\) | \\\[(.+)\\\] | (?<!\\)\$\$?((?:[^$\\]|\\.)+)\$\$?(?![0-9])
+    | \\\((.+)\\\) | \\\[(.+)\\\]
     """,
     re.VERBOSE,
+)
+# `$72$` or `$$72$$`, where those are all the dollar signs there are.
+MATHS = re.compile(
+    r"\A((?:[^$\\]|\\.)*)(\$\$?)((?:[^$\\]|\\.)+)\2((?!\$|[0-9])(?:[^$\\]|\\.)*)\Z", re.DOTALL
 )
 
 # LaTeX and typography that mean the same as plain text, in the order in which they are undone.
@@ -213,7 +217,8 @@ def read_quantity(text: str) -> Quantity | None:
     text = text.strip()
     if len(text) > LONGEST_NUMBER:
         return None
-    text = " ".join(to_plain(WRAPPED.sub(unwrap, text)).split())
+    text = MATHS.sub(r"\1 \3 \4", WRAPPED.sub(unwrap, text))
+    text = " ".join(to_plain(text).split())
     text = LEAD_IN.sub("", text, count=1)
     if text[-1:] in tuple(".,;\u3002"):
         text = text[:-1].rstrip()

@@ -160,15 +160,15 @@ def unwrap(text: str) -> str:
         inside, closed, after = rest.partition(right)
         if opened and closed and inside:
             text = f"{before} {inside} {after}"
-    text = text.replace("$$", "$") if text.count("$$") == 2 else text
-    dollars = [found.start() for found in re.finditer(r"(?<!\\)\$", text)]
-    if (
-        len(dollars) == 2
-        and dollars[1] > dollars[0] + 1
-        and not text[dollars[1] + 1 :][:1].isdigit()
-    ):
-        first, second = dollars
-        text = f"{text[:first]} {text[first + 1 : second]} {text[second + 1 :]}"
+    places = [found.start() for found in re.finditer(r"\\.|\$", text) if found[0] == "$"]
+    half = len(places) // 2
+    first, last = places[:half], places[half:]
+    paired = half in (1, 2) and all(
+        len(side) == half and side[-1] - side[0] == half - 1 for side in (first, last)
+    )
+    if paired and last[0] > first[-1] + 1 and not text[last[-1] + 1 :][:1].isdigit():
+        inside = text[first[-1] + 1 : last[0]]
+        text = f"{text[: first[0]]} {inside} {text[last[-1] + 1 :]}"
     return text
 
 

@@ -83,6 +83,9 @@ def project_reads(text: str) -> tuple | None:
 @given(NUMBERS)
 @example("9" * 101)
 @example("1/0")
+@example("$$0$")  # marks that do not pair
+@example("$0$$")
+@example("$$0$$")
 @example("\u00bd3")
 @example("$16$ cm^2")
 def test_both_statements_of_the_number_rule_agree(text: str) -> None:
