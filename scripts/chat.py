@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> None:
     import tyro
 
-    from lora_grpo.chat import ChatConfig, chat
+    from lora_grpo.deploy.chat import ChatConfig, chat
 
     chat(tyro.cli(ChatConfig))
 

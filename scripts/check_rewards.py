@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> int:
     import tyro
 
-    from lora_grpo.reward_check import CheckRewardsConfig, check_rewards, print_check
+    from lora_grpo.rewards.check import CheckRewardsConfig, check_rewards, print_check
 
     check = check_rewards(tyro.cli(CheckRewardsConfig, description=__doc__))
     print_check(check)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> int:
     import tyro
 
-    from lora_grpo.doctor import DoctorConfig, examine, print_report, show_progress, to_json
+    from lora_grpo.doctor.command import DoctorConfig, examine, print_report, show_progress, to_json
 
     config = tyro.cli(DoctorConfig, description=__doc__)
     with show_progress():

@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> None:
     import tyro
 
-    from lora_grpo.console import Display
-    from lora_grpo.evaluate import EvaluateConfig, evaluate
+    from lora_grpo.results.evaluate import EvaluateConfig, evaluate
+    from lora_grpo.train.console import Display
 
     config, display = tyro.cli(EvaluateConfig), Display()
     report = evaluate(config, display.bar)

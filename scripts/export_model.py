@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> None:
     import tyro
 
-    from lora_grpo.export import export_model
-    from lora_grpo.export_config import ExportConfig
+    from lora_grpo.export.command import export_model
+    from lora_grpo.export.config import ExportConfig
 
     result = export_model(tyro.cli(ExportConfig, description=__doc__))
     print(result.table)

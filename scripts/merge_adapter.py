@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import command_line, run_command
+from lora_grpo.machine.terminal import command_line, run_command
 
 
 def main() -> None:
     import tyro
 
-    from lora_grpo.merge import MergeConfig, merge_adapter
+    from lora_grpo.merge.command import MergeConfig, merge_adapter
 
     result = merge_adapter(tyro.cli(MergeConfig))
     print(result.table)

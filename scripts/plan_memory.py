@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> int:
-    from lora_grpo.memory_command import run
+    from lora_grpo.memory.command import run
 
     return run(sys.argv[1:])
 

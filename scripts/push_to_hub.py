@@ -13,13 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.terminal import run_command
+from lora_grpo.machine.terminal import run_command
 
 
 def main() -> None:
     import tyro
 
-    from lora_grpo.push import PushConfig, push_to_hub
+    from lora_grpo.deploy.hub import PushConfig, push_to_hub
 
     push_to_hub(tyro.cli(PushConfig, description=__doc__))
 

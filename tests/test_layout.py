@@ -1,4 +1,4 @@
-"""DESIGN.md, sections 2 and 3: a module imports only from modules to its left in one line."""
+"""The rooms of the package and their order: a room imports only from rooms to its left."""
 
 import ast
 import re
@@ -12,113 +12,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lora_grpo"
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
-ORDER = [
-    # knobs, and files that appear whole
-    *("terminal", "folders", "own_process"),
-    *("atomic", "config", "config_file", "hardware", "backend", "presets"),
-    *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
-    # dataset -> prompt
-    *(
-        "arithmetic",
-        "table",
-        "splits",
-        "columns",
-        "quantity",
-        "answers",
-        "gold",
-        "dataset",
-        "prompt",
-    ),
-    # -> rollout
-    *("memory_error", "model", "lora_layers", "rollout", "unsloth_model", "unsloth_policy"),
-    # -> reward
-    *("custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
-    *("pretrain", "tiny_card"),
-    "prepare",
-    # -> what a run holds in memory
-    *(
-        "allocator",
-        "model_shape",
-        "memory",
-        "memory_update",
-        "memory_packed",
-        "memory_rollout",
-        "memory_plan",
-    ),
-    *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
-    # -> GRPO update -> adapter -> evaluate
-    *("adapter", "grpo", "batch", "engine_settings", "vllm_engine"),
-    *("seams", "tiled_logprobs", "shared_prefix", "live_rows", "dynamic_sampling"),
-    *("shared_sampling", "packed_trainer", "trainer"),
-    *(
-        "vllm_rollout",
-        "policy",
-        "peak_memory",
-        "record",
-        "console",
-        "evaluate",
-        "idle_knobs",
-        "plan",
-        "provenance",
-    ),
-    # the model card
-    *("card_markdown", "card_base", "card_records", "card_metadata", "card_evaluation"),
-    *("card_training", "card_use", "card_curves", "card"),
-    *(
-        "train",
-        "job",
-    ),
-    # -> merge
-    *("safetensors_stream", "lora_delta", "logit_distance"),
-    *("merge_inputs", "merge_folder", "merge_weights", "merge_reference", "merge_checks"),
-    *("merge_proof", "merge_report", "merge"),
-    # how fast update and merge are
-    *("benchmark_cases", "benchmark_worker", "benchmark_report", "benchmark"),
-    # -> export
-    *("export_config", "export_source", "export_reference", "export_report"),
-    *("gguf_tokenizer", "gguf_quants", "gguf_model", "gguf_write", "llamacpp", "llamacpp_proof"),
-    *("gguf_proof", "export_gguf", "export_gguf_adapter"),
-    *("ollama_gotemplate", "ollama_template", "ollama_modelfile", "ollama_proof", "export_ollama"),
-    *("export_checks", "export_bnb"),
-    *("export_schemes", "export_packed", "export_calibration", "export_compressed"),
-    *("export_accuracy", "export_formats", "export"),
-    # -> push
-    *("push_end", "push_files", "push_patience", "push_remote", "push_errors", "push"),
-    # -> chat and serve
-    *("chat_tags", "chat_source", "chat_model", "chat_screen", "chat"),
-    *("serve_transformers", "serve_command", "serve"),
+ROOMS = [
+    *("machine", "data", "config", "rewards", "policy", "grpo", "memory", "results", "train"),
+    *("proof", "merge", "export", "deploy", "doctor", "dev"),
 ]
+# What answers `--help`, wrong flags and the doctor's questions, and outside checks.
 WITHOUT_TORCH = [
-    *("terminal", "folders", "own_process"),
-    *("atomic", "config", "config_file", "hardware", "backend", "presets", "arithmetic", "table"),
-    *("doctor_machine", "doctor_probes", "doctor_packages", "doctor_gpu", "doctor"),
-    *(
-        "splits",
-        "columns",
-        "quantity",
-        "answers",
-        "gold",
-        "dataset",
-        "prompt",
-        "engine_settings",
-        "vllm_engine",
-        "vllm_rollout",
-        "policy",
-    ),
-    *("model", "rollout", "unsloth_model", "unsloth_policy"),
-    *("custom_rewards", "rewards", "scoring", "reward_corpus", "reward_check"),
-    "prepare",
-    *(
-        "allocator",
-        "model_shape",
-        "memory",
-        "memory_update",
-        "memory_packed",
-        "memory_rollout",
-        "memory_plan",
-    ),
-    *("memory_report", "memory_prompts", "memory_measure", "memory_command"),
+    *("config.presets", "config.files", "data.problems", "data.prompt", "data.sources"),
+    *("machine.backend", "machine.terminal", "policy.open", "policy.unsloth", "policy.vllm"),
+    *("grpo.vllm_rollout", "rewards.check", "memory.command", "train.prepare"),
+    *("merge.command", "export.command", "deploy.hub_files", "deploy.chat", "deploy.serve"),
+    "doctor.command",
 ]
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -134,23 +40,36 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_its_place() -> None:
-    there = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert len(set(ORDER)) == len(ORDER)
-    assert set(ORDER) == there, "give each module its place in ORDER"
-    assert not {"utils", "common", "types", "helpers", "misc"} & there
-    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
+def dotted(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("module", ["__init__", *ORDER])
-def test_a_module_imports_only_from_its_left(module: str) -> None:
-    own = {
-        name.partition(".")[2]
-        for name in imports_of(PACKAGE / f"{module}.py")
-        if name.partition(".")[0] == "lora_grpo"
-    }
-    left = ORDER[: ORDER.index(module)] if module in ORDER else []
-    assert own <= set(left), f"{module} imports {sorted(own - set(left))} from its right"
+def own_imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports."""
+    return {name for name in imports_of(path) if name.startswith("lora_grpo.")}
+
+
+def test_the_rooms_are_these() -> None:
+    assert {path.name for path in PACKAGE.iterdir() if list(path.glob("*.py"))} == set(ROOMS)
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_its_left(room: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room) + 1], "EMBEDDED_FOLDER"}
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        rooms = {name.split(".")[1] for name in own_imports(path)}
+        assert rooms <= allowed, f"{dotted(path)} imports from {sorted(rooms - allowed)}"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    imports = {dotted(path): own_imports(path) for path in MODULES}
+    left = dict(imports)
+    while free := [name for name, needed in left.items() if not needed & left.keys() - {name}]:
+        for name in free:
+            del left[name]
+    assert not left, f"these modules are in a circle: {sorted(left)}"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
@@ -171,6 +90,7 @@ for heavy in ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"
 import lora_grpo
 for name in {WITHOUT_TORCH}:
     importlib.import_module("lora_grpo." + name)
+import lora_grpo.rewards
 assert lora_grpo.rewards.score("<answer>1</answer>", "1")["correctness"] == 1
 """
     done = subprocess.run(
@@ -182,7 +102,7 @@ assert lora_grpo.rewards.score("<answer>1</answer>", "1")["correctness"] == 1
 def test_no_model_s_own_code_is_ever_run() -> None:
     """transformers asks `[y/N]` on standard input where `trust_remote_code` is left out."""
     checked = 0
-    for path in PACKAGE.glob("*.py"):
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if not re.fullmatch(r"Auto(Config|Tokenizer|Model\w*)\.from_\w+", called):

@@ -37,7 +37,7 @@ def small_card(size: int) -> Iterator[int]:
 
     A card that has no more than that free is left as it is.
     """
-    from lora_grpo.hardware import find_gpu
+    from lora_grpo.machine.hardware import find_gpu
 
     free = find_gpu().free_bytes
     if free <= size + CONTEXT:
@@ -77,10 +77,10 @@ class Watch(threading.Thread):
 
 def train(size: int, free: int, arguments: list[str]) -> tuple[int, dict]:
     """Make the run; return its exit status and what was planned and held."""
-    from lora_grpo.console import Display
-    from lora_grpo.job import run_plan
-    from lora_grpo.plan import make_plan
-    from lora_grpo.presets import parse_train_config
+    from lora_grpo.config.presets import parse_train_config
+    from lora_grpo.train.command import run_plan
+    from lora_grpo.train.console import Display
+    from lora_grpo.train.plan import make_plan
 
     config, _ = parse_train_config(arguments)
     plan = make_plan(config)  # claims the backend before torch is imported

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.backend import Choice, check_4bit, installed
-from lora_grpo.hardware import find_gpu
+from lora_grpo.machine.backend import Choice, check_4bit, installed
+from lora_grpo.machine.hardware import find_gpu
 
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 ON_CPU = os.environ.get("GPU_TESTS_ON_CPU") == "1"

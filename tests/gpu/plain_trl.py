@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerState
 
-from lora_grpo.atomic import append_jsonl
-from lora_grpo.plan import Plan, make_plan
-from lora_grpo.presets import parse_train_config
+from lora_grpo.config.presets import parse_train_config
+from lora_grpo.machine.files import append_jsonl
+from lora_grpo.train.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -26,7 +26,7 @@ VLLM_SHARE = 0.3  # TRL's default
 
 
 class Clock(TrainerCallback):
-    """Times a step between the two points that lora_grpo.record takes, and writes it down."""
+    """Times a step between the two points that the recorder takes, and writes it down."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -71,7 +71,7 @@ def settings(plan: Plan) -> "GRPOConfig":
     """Return the step's size for TRL, all else at its defaults."""
     from trl import GRPOConfig
 
-    from lora_grpo.prompt import TEMPLATE_SETTINGS
+    from lora_grpo.data.prompt import TEMPLATE_SETTINGS
 
     config, placement = plan.config, plan.placement
     return GRPOConfig(
@@ -102,8 +102,8 @@ def main() -> int:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from trl import GRPOTrainer
 
-    from lora_grpo.grpo import build_dataset, lora_config
-    from lora_grpo.model import load_base
+    from lora_grpo.grpo.settings import build_dataset, lora_config
+    from lora_grpo.policy.base import load_base
 
     config = plan.config
     plan.run_dir.mkdir(parents=True)

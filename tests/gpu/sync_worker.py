@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-    from lora_grpo.vllm_engine import Engine
+    from lora_grpo.policy.vllm import Engine
 
 PROMPTS, TOKENS, SYNCS, NAPS = 8, 32, 10, 5
 STIR = 0.1
@@ -132,24 +132,24 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--dtype")
     asked = parser.parse_args()
-    from lora_grpo.backend import Choice, claim
+    from lora_grpo.machine.backend import Choice, claim
 
     claim(Choice("transformers", "vllm", "", ""))
     import torch
     from peft import get_peft_model
 
-    from lora_grpo.config import TrainConfig
-    from lora_grpo.dataset import load_problems
-    from lora_grpo.grpo import lora_config
-    from lora_grpo.model import (
+    from lora_grpo.config.knobs import TrainConfig
+    from lora_grpo.data.problems import load_problems
+    from lora_grpo.data.prompt import build_messages, render
+    from lora_grpo.grpo.settings import lora_config
+    from lora_grpo.policy.base import (
         choose_placement,
         declared_end_ids,
         load_base,
         load_tokenizer,
         resolve_model,
     )
-    from lora_grpo.prompt import build_messages, render
-    from lora_grpo.vllm_engine import EngineSettings, open_engine
+    from lora_grpo.policy.vllm import EngineSettings, open_engine
 
     folder, placement = resolve_model(asked.model), choose_placement(asked.dtype)
     tokenizer = load_tokenizer(folder)

@@ -1,21 +1,17 @@
 """Random models of each family in llama.cpp: its logits are those of transformers."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from gguf_models import CONFIGS, make_model
 from merge_models import make_tokenizer
+from transformers import AutoModelForCausalLM
 
-from lora_grpo.gguf_model import read_model
-from lora_grpo.gguf_tokenizer import describe_tokenizer
-from lora_grpo.gguf_write import write_model
-from lora_grpo.llamacpp import LlamaCpp
+from lora_grpo.export.gguf.llamacpp import LlamaCpp
+from lora_grpo.export.gguf.tokenizer import describe_tokenizer
+from lora_grpo.export.gguf.write import read_model, write_model
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,

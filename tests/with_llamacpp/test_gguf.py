@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.model import EMBEDDED_FOLDER
-from lora_grpo.prompt import build_messages, render
+from lora_grpo.data.prompt import build_messages, render
+from lora_grpo.policy.base import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.adapter import read_record
-from lora_grpo.arithmetic import generate_problems
-from lora_grpo.backend import installed
-from lora_grpo.dataset import Problem
-from lora_grpo.model import EMBEDDED_FOLDER, load_tokenizer
-from lora_grpo.prompt import SYSTEM_PROMPT, build_messages, render
-from lora_grpo.quantity import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
-from lora_grpo.reward_corpus import build_corpus
-from lora_grpo.rollout import Completion
-from lora_grpo.scoring import judge
+from lora_grpo.data.arithmetic import generate_problems
+from lora_grpo.data.numbers import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
+from lora_grpo.data.problems import Problem
+from lora_grpo.data.prompt import SYSTEM_PROMPT, build_messages, render
+from lora_grpo.machine.backend import installed
+from lora_grpo.policy.adapter import read_record
+from lora_grpo.policy.base import EMBEDDED_FOLDER, load_tokenizer
+from lora_grpo.policy.generate import Completion
+from lora_grpo.results.scoring import judge
+from lora_grpo.rewards.corpus import build_corpus
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "docs/lm_eval"

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lora_grpo.export import ExportProofError, export_model
-from lora_grpo.export_config import ExportConfig
-from lora_grpo.export_packed import is_packed, read_stored, unpack
-from lora_grpo.model import EMBEDDED_FOLDER
+from lora_grpo.export.command import ExportProofError, export_model
+from lora_grpo.export.compressed_format import is_packed, read_stored, unpack
+from lora_grpo.export.config import ExportConfig
+from lora_grpo.policy.base import EMBEDDED_FOLDER
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llmcompressor") is None,
@@ -133,7 +133,7 @@ DAMAGES = {
     [(name, damage) for damage, (_, _, names, _) in DAMAGES.items() for name in names],
 )
 def test_damage_is_caught_by_name(name: str, damage: str, tmp_path: Path, monkeypatch) -> None:
-    from lora_grpo import export_compressed
+    from lora_grpo.export import compressed as export_compressed
 
     how, what, _, check = DAMAGES[damage]
     prove = export_compressed.prove_compressed

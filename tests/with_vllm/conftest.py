@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.backend import Choice, claim, installed
+from lora_grpo.machine.backend import Choice, claim, installed
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,7 @@ else:
 @pytest.fixture(autouse=True)
 def no_engine_left() -> Iterator[None]:
     """No test leaves a folder in memory behind."""
-    from lora_grpo.vllm_engine import PREFIX, RAM_DISK
+    from lora_grpo.policy.vllm import PREFIX, RAM_DISK
 
     before = set(RAM_DISK.glob(f"{PREFIX}*"))
     yield

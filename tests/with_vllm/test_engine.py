@@ -12,18 +12,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback
 from trl import GRPOTrainer
 
-from lora_grpo.config import LINEAR_LAYERS, TrainConfig
-from lora_grpo.dataset import load_problems
-from lora_grpo.engine_settings import EngineSettings
-from lora_grpo.grpo import build_dataset, grpo_config, lora_config
-from lora_grpo.model import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
-from lora_grpo.presets import PRESETS
-from lora_grpo.prompt import PLAIN, build_messages, render
-from lora_grpo.rewards import build_rewards
-from lora_grpo.rollout import complete
-from lora_grpo.trainer import LoraGRPOTrainer
-from lora_grpo.vllm_engine import PREFIX, RAM_DISK, Engine, open_engine
-from lora_grpo.vllm_rollout import sample_with_vllm
+from lora_grpo.config.knobs import LINEAR_LAYERS, TrainConfig
+from lora_grpo.config.presets import PRESETS
+from lora_grpo.data.problems import load_problems
+from lora_grpo.data.prompt import PLAIN, build_messages, render
+from lora_grpo.grpo.settings import build_dataset, grpo_config, lora_config
+from lora_grpo.grpo.trainer import LoraGRPOTrainer
+from lora_grpo.grpo.vllm_rollout import sample_with_vllm
+from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
+from lora_grpo.policy.generate import complete
+from lora_grpo.policy.vllm import PREFIX, RAM_DISK, Engine, EngineSettings, open_engine
+from lora_grpo.rewards.builtin import build_rewards
 
 CPU = Placement("cpu", "float32")
 TOLERANCE = 1e-4  # nats, in float32

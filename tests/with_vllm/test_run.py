@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from run_directory import contents
 
-from lora_grpo.atomic import read_jsonl
-from lora_grpo.dataset import Problem
-from lora_grpo.model import EMBEDDED_FOLDER
-from lora_grpo.prompt import build_messages
-from lora_grpo.scoring import judge
+from lora_grpo.data.problems import Problem
+from lora_grpo.data.prompt import build_messages
+from lora_grpo.machine.files import read_jsonl
+from lora_grpo.policy.base import EMBEDDED_FOLDER
+from lora_grpo.results.scoring import judge
 
 ROOT = Path(__file__).parents[2]
 # Two processes of two threads on two cores would wait for each other.
@@ -181,7 +181,7 @@ def ask(address: str, model: str, question: str) -> str:
 
 
 def test_the_adapter_is_served_over_the_openai_api(server: str, runs: dict[str, Path]) -> None:
-    from lora_grpo.rollout import Completion
+    from lora_grpo.policy.generate import Completion
 
     with urllib.request.urlopen(f"{server}/models", timeout=30) as response:
         models = {model["id"] for model in json.load(response)["data"]}

@@ -1,0 +1,390 @@
+"""The training run's knobs: one frozen dataclass, its checks, and what is derived from them.
+
+`presets` says where the defaults come from. Nothing heavy is imported here, so that `--help` and a
+wrong flag answer at once. A field's docstring is one line: tyro shows the breaks of a longer one.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import UseAppendAction
+
+from lora_grpo.data.gold import DecimalSeparator
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"]
+Backend = Literal["auto", "unsloth", "transformers"]
+Rollout = Literal["auto", "vllm", "generate"]
+Level = Literal["token", "sequence"]
+Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+# How memory is used, which changes no result: a resumed run may change these.
+MEMORY_KNOBS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("eval_batch_size", "chunked_logprobs", "shared_prefix", "gpu_memory"),
+    *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
+)
+Repeatable = Annotated[tuple[str, ...], UseAppendAction]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a LoRA adapter with GRPO, evaluate it against its base, and save it in adapters/<run>.
+
+    Without --preset, --model, --config or --resume the preset is chosen from the hardware.
+    """
+
+    preset: Preset | None = None
+    """A tested set of defaults, which other flags override."""
+    config: Path | None = None
+    """A saved train_config.json or a YAML file: defaults that other flags override."""
+    resume: Path | None = None
+    """Go on with the run in this adapter directory; of its knobs only --max-steps may change."""
+    run_name: str | None = None
+    """Directory to write; by default the preset's or model's name, numbered if taken."""
+    adapters_dir: Path = Path("adapters")
+    """Where adapter directories live."""
+    seed: int = 0
+    """Seeds the adapter's first weights, the order of prompts and the sampling."""
+    dry_run: bool = False
+    """Print the resolved configuration and the plan, load no weights, write nothing."""
+    preview: bool = False
+    """Show three problems as the model will see them, with their gold answers, and stop."""
+    quiet: bool = False
+    """Print only warnings and the final table."""
+
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    """A Hub id, a local model folder, or `tiny` for the embedded model."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model; the commit is recorded."""
+    backend: Backend = "auto"
+    """What loads and trains the model; auto is unsloth where it is installed and a GPU is there."""
+    rollout: Rollout = "auto"
+    """What samples completions and evaluates; auto is vllm where it is installed with a GPU."""
+    load_in_4bit: bool = True
+    """Hold the base's linear layers in NF4: a quarter of the memory, slower on a CPU."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the NF4 scales too, as QLoRA does: 0.4 bits a weight less."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type to compute in; by default bfloat16 or float16 as the GPU can, float32 on a CPU."""
+    gpu_memory: float | None = None
+    """GB of GPU memory to stay within; by default what is free on the card. The plan fits to it."""
+    vllm_gpu_memory_utilization: float | None = None
+    """Share of the card for vLLM's weights and cache; by default what the memory plan leaves."""
+    vllm_max_num_seqs: int | None = None
+    """Completions that vLLM writes at once; by default all of a step, if their cache fits."""
+    vllm_importance_sampling_mode: Correction | None = None
+    """Bound on the ratio to vLLM's log-probs; token_truncate, as a sequence's is mostly noise."""
+    vllm_importance_sampling_clip_max: float | None = None
+    """Largest such ratio, by default 3: one above it is cut to it (truncate) or to 0 (mask)."""
+
+    dataset: str = "openai/gsm8k:main"
+    """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
+    eval_dataset: str | None = None
+    """Held-out problems; by default the dataset's test or validation split, or a tenth of it."""
+    question_column: str | None = None
+    """Column of the question, or several joined as body+question; by default a usual name."""
+    answer_column: str | None = None
+    """Column of the gold answer; by default a usual name, such as answer or solution."""
+    decimal_separator: DecimalSeparator = "auto"
+    """How gold answers write decimals: auto is comma where they can be read in no other way."""
+    system_prompt_file: Path | None = None
+    """Text file to use in place of the built-in system prompt."""
+    one_shot: bool = False
+    """Put one worked training problem before each question; it is then not trained on."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens; longer ones are counted and dropped, never cut."""
+    strict_data: bool = False
+    """Stop on a row that would be dropped: blank, bad gold answer, overlap, prompt too long."""
+    num_eval_items: int | None = None
+    """Evaluate on the first so many held-out problems, before and after; by default on all."""
+    num_validation_items: int | None = None
+    """Problems held out to choose the best step; by default a tenth, 256 at most. 0: no choice."""
+
+    r: int = 16
+    """Rank of the adapter: 16 follows GRPO's sparse signal without many more weights."""
+    lora_alpha: int = 32
+    """Scale of the adapter: twice the rank, the usual ratio."""
+    lora_dropout: float = 0.0
+    """0, because with dropout the policy that is trained is not the policy that sampled."""
+    target_modules: tuple[str, ...] = LINEAR_LAYERS
+    """The seven linear layers of a block; never lm_head or embed_tokens, which Qwen2.5 ties."""
+    use_rslora: bool = False
+    """Scale by alpha/sqrt(r) (arXiv 2312.03732): for ranks of 64 and more."""
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    """Start of the adapter; each of these leaves the base as it is."""
+
+    num_generations: int = 8
+    """G, completions a prompt: 8 or more, so that most groups hold both right and wrong ones."""
+    max_completion_length: int = 512
+    """Longest completion in tokens: GSM8K needs 512, and a truncated completion earns nothing."""
+    temperature: float = 1.0
+    """1, so that the sampled policy is the one that is trained."""
+    top_p: float = 1.0
+    """1, for the same reason."""
+    beta: float = 0.0
+    """Weight of the KL term: 0 saves the reference pass; LoRA stays close to its base anyway."""
+    loss_type: LossType = "dapo"
+    """How token losses are averaged: dapo counts each token once, so no length is favoured."""
+    importance_sampling_level: Level | None = None
+    """Ratio per token, or per completion: luspo needs sequence, GSPO is grpo with sequence."""
+    epsilon: float | None = None
+    """Lower clipping of the ratio: by default 0.2 (PPO), for GSPO 3e-4, for luspo 2e-3."""
+    epsilon_high: float | None = None
+    """Upper clipping: by default 0.28 (DAPO), for GSPO 4e-4, luspo 2.5e-3; cispo's cap is 5."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the spread of the group, of the batch, or not at all."""
+    num_iterations: int = 1
+    """Updates on one batch of completions: 1 keeps every update on-policy."""
+    dynamic_sampling: bool = False
+    """Replace groups whose completions all earned the same (DAPO): more signal, more sampling."""
+    dynamic_sampling_rounds: int = 3
+    """Most rounds a step in which --dynamic-sampling draws; what then lacks a signal stays in."""
+    mask_truncated_completions: bool = False
+    """Leave truncated completions out of the loss instead of letting their low reward count."""
+
+    reward_set: Literal["default", "classic", "none"] = "default"
+    """Built-in rewards: `default`, `classic` (the five of the usual GSM8K recipe), or `none`."""
+    reward: Repeatable = ()
+    """Your own, as path/to/file.py:function=weight."""
+    reward_weight: Repeatable = ()
+    """Change a reward's weight, as name=value."""
+
+    learning_rate: float = 2e-5
+    """LoRA wants about ten times the rate of full fine-tuning."""
+    lr_scheduler_type: Schedule = "constant_with_warmup"
+    """Constant after warm-up, so that a run can be prolonged without changing its past."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = 0.0
+    """0: the adapter's weights are few."""
+    max_grad_norm: float = 0.2
+    """Clips the gradient; small, because one odd group can dominate a step."""
+    optim: str = "adamw_torch"
+    """An optimiser by its transformers name; `paged_adamw_8bit` saves memory on a GPU."""
+    per_device_train_batch_size: int = 8
+    """Micro-batch in completions: memory, not mathematics; it does not change the gradient."""
+    gradient_accumulation_steps: int = 8
+    """Micro-batches an update; times the micro-batch it gives the completions of a step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    shared_prefix: bool = True
+    """Compute a prompt once for its completions in an update, without padding or whole logits."""
+    chunked_logprobs: bool = False
+    """Without --shared-prefix: never hold a micro-batch's logits, for more arithmetic."""
+    max_steps: int | None = 250
+    """Updates to make; `None` makes num_train_epochs passes over the data."""
+    num_train_epochs: float = 1.0
+    """Passes over the data, used where max_steps is None."""
+
+    eval_steps: int = 25
+    """Choose the best adapter among every so many steps, by accuracy on validation problems."""
+    eval_batch_size: int = 32
+    """Problems answered at once in an evaluation."""
+    save_steps: int = 25
+    """Write a checkpoint for --resume every so many steps; the two newest are kept."""
+    log_completions_steps: int = 5
+    """Print one completion and keep a step's completions every so many steps."""
+
+    def __post_init__(self) -> None:
+        for least, names in AT_LEAST.items():
+            for name in names:
+                self._at_least(name, least)
+        for name in ABOVE_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
+        share = self.vllm_gpu_memory_utilization
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"--vllm-gpu-memory-utilization must be in (0, 1), got {share}")
+        if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
+            raise ValueError(f"--gpu-memory must be greater than 0 GB, got {self.gpu_memory}")
+        cap = self.vllm_importance_sampling_clip_max
+        if cap is not None and not 1 < cap < math.inf:
+            raise ValueError(
+                f"--vllm-importance-sampling-clip-max must be greater than 1, got {cap:g}: a ratio "
+                "of 1 is perfect agreement"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        self._check_groups()
+        self._check_loss()
+        self._check_update()
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
+
+    def _check_groups(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"--num-generations must be at least 2, got {self.num_generations}: a group of "
+                "one has no advantage"
+            )
+        if self.completions_per_step % self.num_generations:
+            raise ValueError(
+                "--per-device-train-batch-size x --gradient-accumulation-steps must be a "
+                "multiple of --num-generations, so that a step holds whole groups: got "
+                f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps} with "
+                f"{self.num_generations}"
+            )
+
+    def _check_loss(self) -> None:
+        loss, known = f"--loss-type {self.loss_type}", self.loss_knobs
+        level, needed = known["importance_sampling_level"], NEEDED_LEVEL.get(self.loss_type)
+        if needed and level != needed:
+            raise ValueError(
+                f"--importance-sampling-level {level}: {loss} is made for {needed}: leave it out"
+            )
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and name not in known:
+                raise ValueError(f"{flag(name)} {value:g}: {loss} does not read it: leave it out")
+            if value is not None:
+                self._check_bound(name, value, level)
+        mode = self.vllm_correction["vllm_importance_sampling_mode"]
+        if self.loss_type == "vespo" and not mode.startswith("token"):
+            raise ValueError(
+                f"--vllm-importance-sampling-mode {mode}: {loss} adds up the ratios of tokens: use "
+                "token_truncate or token_mask"
+            )
+
+    def _check_bound(self, name: str, value: float, level: str) -> None:
+        own = loss_defaults(self.loss_type, level)[name]
+        got = f"with --loss-type {self.loss_type}, got {value:g}"
+        if self.loss_type == "cispo" and value < 1:
+            raise ValueError(
+                f"{flag(name)} must be at least 1 {got}: cispo caps the ratio itself, not its "
+                f"distance from 1, so every weight would become {value:g} (the default is {own:g})"
+            )
+        if self.loss_type != "cispo" and value > LARGEST_EPSILON[level]:
+            why = {
+                "token": "it bounds the ratio's distance from 1; only cispo caps the ratio itself",
+                "sequence": "the ratio of a completion is the mean of its tokens', so the bound "
+                "would never be reached",
+            }[level]
+            raise ValueError(
+                f"{flag(name)} must be at most {LARGEST_EPSILON[level]:g} {got}: {why} (the "
+                f"default is {own:g})"
+            )
+
+    def _check_update(self) -> None:
+        if self.loss_type == "bnpo" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "--loss-type bnpo divides by each micro-batch's tokens, so its gradient would "
+                "depend on the micro-batch: use dapo, or --gradient-accumulation-steps 1 (got "
+                f"{self.gradient_accumulation_steps})"
+            )
+        if self.dynamic_sampling and self.scale_rewards == "batch":
+            raise ValueError(
+                "--dynamic-sampling with --scale-rewards batch would divide by the spread of "
+                "completions that are not learnt from: use group or none"
+            )
+        banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
+        if banned or not self.target_modules:
+            raise ValueError(
+                f"--target-modules must name linear layers such as {' '.join(LINEAR_LAYERS)}, got "
+                f"{' '.join(self.target_modules) or 'none'}: tied embeddings cannot be adapted"
+            )
+        if self.init_lora_weights == "orthogonal" and (self.r % 2 or self.load_in_4bit):
+            got = f"--r {self.r}" if self.r % 2 else "--load-in-4bit"
+            raise ValueError(
+                f"--init-lora-weights orthogonal with {got}: PEFT pairs the rows of an even rank, "
+                "over weights that are not quantised: use gaussian, or change the other flag"
+            )
+        if self.save_steps % self.num_iterations:
+            raise ValueError(
+                f"--save-steps must be a multiple of --num-iterations, got {self.save_steps} and "
+                f"{self.num_iterations}: a checkpoint inside one batch of completions could not "
+                "be resumed exactly"
+            )
+
+    @property
+    def loss_knobs(self) -> dict[str, Any]:
+        """The knobs that the loss reads, by TRL's names: those given, else those of its paper."""
+        own = loss_defaults(self.loss_type, self.importance_sampling_level)
+        return {name: given_or(getattr(self, name), value) for name, value in own.items()}
+
+    @property
+    def vllm_correction(self) -> dict[str, Any]:
+        """How the update corrects for vLLM's own log-probs, by TRL's names."""
+        return {n: given_or(getattr(self, n), value) for n, value in VLLM_CORRECTION.items()}
+
+    @property
+    def completions_per_step(self) -> int:
+        """B, completions that one update learns from on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_step(self) -> int:
+        """P = B / G."""
+        return self.completions_per_step // self.num_generations
+
+
+AT_LEAST = {
+    0: ("num_validation_items", "beta", "weight_decay", "epsilon", "epsilon_high"),
+    1: (
+        "r",
+        "lora_alpha",
+        "max_completion_length",
+        "max_prompt_length",
+        "num_iterations",
+        "dynamic_sampling_rounds",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_eval_items",
+        "eval_steps",
+        "eval_batch_size",
+        "save_steps",
+        "log_completions_steps",
+        "vllm_max_num_seqs",
+    ),
+}
+# Of one token the ratio is within rounding of 1. Of a completion it is the product of hundreds:
+# rounding alone takes it past the bound, and TRL's own sequence_mask then drops the completion.
+VLLM_CORRECTION = {
+    "vllm_importance_sampling_mode": "token_truncate",
+    "vllm_importance_sampling_clip_max": 3.0,
+}
+NEEDED_LEVEL = {"luspo": "sequence", "vespo": "token"}
+CLIPPING = {
+    # ScaleRL's (arXiv 2510.13786): MiniMax-M1 (2506.13585), whose loss it is, gives no number.
+    "cispo": {"epsilon_high": 5.0},
+    # Gates and weights in place of clipping: TRL's values of them are the papers' own.
+    "sapo": {},
+    "vespo": {},
+    # arXiv 2602.05261, section 5.1.
+    "luspo": {"epsilon": 2e-3, "epsilon_high": 2.5e-3},
+}
+# PPO's and DAPO's (arXiv 2503.14476), wider above so that rare good tokens can grow; and GSPO's
+# (2507.18071, section 5.1).
+BY_LEVEL = {
+    "token": {"epsilon": 0.2, "epsilon_high": 0.28},
+    "sequence": {"epsilon": 3e-4, "epsilon_high": 4e-4},
+}
+LARGEST_EPSILON = {"token": 1.0, "sequence": 0.1}
+ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs")
+
+
+def loss_defaults(loss_type: str, level: str | None = None) -> dict[str, Any]:
+    """Return the knobs that a loss reads in TRL 1.14.2, with the values of its paper."""
+    level = level or NEEDED_LEVEL.get(loss_type, "token")
+    return {"importance_sampling_level": level, **CLIPPING.get(loss_type, BY_LEVEL[level])}
+
+
+def given_or(given: Any, default: Any) -> Any:
+    return default if given is None else given
+
+
+def flag(name: str) -> str:
+    """Return a field's name as the user types it."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,208 @@
+"""Questions become chat prompts: the system prompt that asks for the tags, maybe an example.
+
+What a chat template does with them is found out by rendering a probe: whether it has a system turn,
+what it writes of the answer itself, and which token ends a turn.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_grpo.data.problems import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Qwen3's template would have the model think before the reasoning that the prompt asks for; others
+# have no such setting and ignore it.
+TEMPLATE_SETTINGS = {"enable_thinking": False}
+SYSTEM_PROMPT = """\
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
+SYSTEM_PROBE, QUESTION_PROBE, ANSWER_PROBE = "systemprobe", "questionprobe", "answerprobe"
+# A block that the template opens and closes itself, as Qwen3's does to leave the thinking out.
+CLOSED_BLOCK = re.compile(r"<(\w+)>.*?</\1>\s*", re.DOTALL)
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """What stands around each question: a system prompt, and maybe one worked example.
+
+    Where the chat template has no system turn (`system_role`), the system prompt opens the first
+    user turn. `prefill` is what the template writes of the answer itself, such as `<think>`: the
+    completion that is scored begins with it. `fit_style` finds both out.
+    """
+
+    system_prompt: str = SYSTEM_PROMPT
+    example: Problem | None = None
+    system_role: bool = True
+    prefill: str = ""
+
+
+PLAIN = PromptStyle()
+
+
+def read_system_prompt(path: Path | None) -> str:
+    """Return the text of a system prompt file, or the built-in prompt.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is blank or not UTF-8 text.
+    """
+    if path is None:
+        return SYSTEM_PROMPT
+    if not path.is_file():
+        raise FileNotFoundError(f"--system-prompt-file {path} does not exist: give a text file")
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--system-prompt-file {path} is not UTF-8 text ({error.reason}): convert it"
+        ) from None
+    if not text:
+        raise ValueError(f"--system-prompt-file {path} is blank: write the prompt in it")
+    return text
+
+
+def perfect_completion(problem: Problem) -> str:
+    """Return the completion that the prompt asks for, GSM8K's `<<calculations>>` left out."""
+    reasoning = re.sub(r"<<[^<>]*>>", "", problem.solution or problem.answer)
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>"
+
+
+def build_messages(question: str, style: PromptStyle = PLAIN) -> list[Message]:
+    """Return the chat messages of one prompt."""
+    turns = []
+    if style.example:
+        turns = [
+            {"role": "user", "content": style.example.question},
+            {"role": "assistant", "content": perfect_completion(style.example)},
+        ]
+    turns.append({"role": "user", "content": question})
+    if style.system_role:
+        return [{"role": "system", "content": style.system_prompt}, *turns]
+    turns[0]["content"] = f"{style.system_prompt}\n\n{turns[0]['content']}"
+    return turns
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], to_continue: bool = True
+) -> str:
+    """Return the text that the model continues, or the conversation as it stands."""
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=to_continue, tokenize=False, **TEMPLATE_SETTINGS
+    )
+
+
+def fit_style(tokenizer: "PreTrainedTokenizerBase", style: PromptStyle = PLAIN) -> PromptStyle:
+    """Return the style as the tokenizer's chat template can render it.
+
+    Raises:
+        ValueError: the template cannot render a question; the message says why.
+    """
+    return replace(style, system_role=has_system_role(tokenizer), prefill=find_prefill(tokenizer))
+
+
+def has_system_role(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the chat template writes a system turn: some refuse it, some drop it.
+
+    Raises:
+        ValueError: the template is broken, or leaves the question out.
+    """
+    system, user = probe_turn("system", SYSTEM_PROBE), probe_turn("user", QUESTION_PROBE)
+    text = try_to_render(tokenizer, [system, user])
+    if isinstance(text, str) and SYSTEM_PROBE in text and QUESTION_PROBE in text:
+        return True
+    text = try_to_render(tokenizer, [user])
+    if isinstance(text, str) and QUESTION_PROBE in text:
+        return False
+    reason = "it leaves the question out" if isinstance(text, str) else describe_error(text)
+    raise ValueError(
+        f"the chat template of {tokenizer.name_or_path} cannot be used ({reason}): mend its "
+        "chat_template.jinja, or use a model whose template works"
+    )
+
+
+def find_prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the text with which the chat template begins each answer itself.
+
+    That is what the generation prompt adds to the header of an assistant turn that was answered
+    earlier, as a decoded completion would show it. A block that is closed already is no part of it.
+    """
+    user, answer = probe_turn("user", QUESTION_PROBE), probe_turn("assistant", ANSWER_PROBE)
+    prompt = try_to_render(tokenizer, [user], to_continue=True)
+    answered = try_to_render(tokenizer, [user, answer, user])
+    if not (isinstance(prompt, str) and isinstance(answered, str) and ANSWER_PROBE in answered):
+        return ""
+    header = answered.partition(QUESTION_PROBE)[2].partition(ANSWER_PROBE)[0]
+    header = CLOSED_BLOCK.sub("", header).rstrip()
+    opening = prompt.rpartition(QUESTION_PROBE)[2]
+    if not opening.startswith(header):
+        return ""
+    added = CLOSED_BLOCK.sub("", opening.removeprefix(header))
+    for token in tokenizer.all_special_tokens:
+        added = added.replace(token, "")
+    return added.lstrip()
+
+
+def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the special token that the chat template writes after an assistant's turn, if any."""
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    turns = [probe_turn("user", QUESTION_PROBE), probe_turn("assistant", ANSWER_PROBE)]
+    text = try_to_render(tokenizer, turns)
+    if not isinstance(text, str):
+        return None
+    after = tokenizer.encode(text.rpartition(ANSWER_PROBE)[2], add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return next((token for token in after if token in special), None)
+
+
+def probe_turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def try_to_render(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], to_continue: bool = False
+) -> "str | Exception":
+    """Return the rendered text, or the error that the chat template raised."""
+    from jinja2 import TemplateError
+
+    try:
+        return render(tokenizer, messages, to_continue)
+    except (TemplateError, TypeError) as error:
+        return error
+
+
+def describe_error(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    return f"{error}, line {line}" if line else str(error)
+
+
+def keep_settings(template: str) -> str:
+    """Return a chat template that has `TEMPLATE_SETTINGS` as its defaults, where it knows them, so
+    that whoever runs the model asks as it was asked in training."""
+    defaults = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {str(value).lower()} %}}"
+        "{%- endif -%}\n"
+        for name, value in TEMPLATE_SETTINGS.items()
+        if name in template
+    ]
+    return "".join([*defaults, template])
+
+
+def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[int]:
+    """Return each text's length in tokens, the template's own special tokens counted once."""
+    batch = list(texts)
+    if not batch:  # of which a tokenizer makes an IndexError
+        return []
+    return [len(ids) for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]]

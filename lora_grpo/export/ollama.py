@@ -1,0 +1,380 @@
+"""A GGUF file and an Ollama Modelfile: template, stop tokens, system prompt and parameters."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.data.prompt import Message, PromptStyle, build_messages
+from lora_grpo.export.config import plain_name
+from lora_grpo.export.gguf.files import name_file, write_gguf
+from lora_grpo.export.ollama_gotemplate import render as render_go
+from lora_grpo.export.ollama_template import Turns, adds_bos, build_template, expected_prompt, probe
+from lora_grpo.export.source import Outcome, Request, Source
+from lora_grpo.machine.files import write_text
+from lora_grpo.policy.adapter import read_train_config
+from lora_grpo.policy.base import declared_end_ids, load_tokenizer, read_config
+from lora_grpo.proof.checks import Check
+from lora_grpo.proof.reference import Reference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What Ollama itself takes on a small card; room for a few turns.
+CONVERSATION_TOKENS = 4096
+NAMES = ("FROM", "TEMPLATE", "SYSTEM", "MESSAGE", "PARAMETER", "LICENSE")
+GREEDY = {"temperature": "0", "repeat_penalty": "1"}
+Command = tuple[str, str]
+
+
+def build_modelfile(
+    merged: Path, gguf_name: str, style: PromptStyle, max_completion_length: int | None
+) -> str:
+    """Return the Modelfile for a GGUF file that lies beside it.
+
+    Raises:
+        ValueError: the chat template, the system prompt or the example cannot be said in it.
+    """
+    tokenizer = load_tokenizer(merged)
+    turns = probe(tokenizer)
+    sections = [
+        ("", [("FROM", f"./{gguf_name}")]),
+        (describe_template(turns), [("TEMPLATE", build_template(turns))]),
+        (
+            "Used unless a request has a system message of its own.",
+            write_prompt(turns, style),
+        ),
+        (
+            "What ends a completion.",
+            [("PARAMETER stop", text) for text in end_texts(merged, tokenizer)],
+        ),
+        (
+            "Greedy, as evaluated: Ollama would sample, and may punish repeated numbers.",
+            [(f"PARAMETER {name}", value) for name, value in GREEDY.items()],
+        ),
+        *write_limits(merged, max_completion_length),
+        ("", [("LICENSE", text) for text in read_licences(merged)]),
+    ]
+    return "\n".join(write_section(note, commands) for note, commands in sections if commands)
+
+
+def describe_template(turns: Turns) -> str:
+    if not turns.trimmed:
+        return "Writes what the tokenizer's chat template writes."
+    return (
+        "Writes what the tokenizer's chat template writes, which trims white space around a "
+        "message; Ollama does not."
+    )
+
+
+def write_prompt(turns: Turns, style: PromptStyle) -> list[Command]:
+    """Return SYSTEM, and MESSAGE lines for a worked example."""
+    commands = []
+    for message in build_messages("", style)[:-1]:
+        role, content = message["role"], message["content"]
+        text = content.strip() if role in turns.trimmed else content
+        commands.append(("SYSTEM" if role == "system" else f"MESSAGE {role}", text))
+    return commands
+
+
+def end_texts(merged: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Return the text of every token that ends a completion, the end of a turn first."""
+    ids = declared_end_ids(merged, tokenizer)
+    return [tokenizer.decode([index], skip_special_tokens=False) for index in ids]
+
+
+def write_limits(
+    merged: Path, max_completion_length: int | None
+) -> list[tuple[str, list[Command]]]:
+    positions = read_config(merged).get_text_config().max_position_embeddings
+    trained = read_train_config(merged).get("max_prompt_length", 0) + (max_completion_length or 0)
+    room = min(positions, max(CONVERSATION_TOKENS, trained))
+    limits = [
+        (
+            f"A conversation has room for {room} tokens: at least a training prompt and its "
+            f"completion, at most the model's {positions} positions.",
+            [("PARAMETER num_ctx", str(room))],
+        )
+    ]
+    if max_completion_length is not None:
+        note = f"Trained on completions of up to {max_completion_length} tokens."
+        limits.append((note, [("PARAMETER num_predict", str(max_completion_length))]))
+    return limits
+
+
+def read_licences(merged: Path) -> list[str]:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(merged.glob("LICENSE*"))]
+    return [keep_printable(text) for text in texts]
+
+
+def write_section(note: str, commands: list[Command]) -> str:
+    lines = [f"# {note}\n"] if note else []
+    return "".join([*lines, *(write_command(name, value) for name, value in commands)])
+
+
+def write_command(name: str, value: str) -> str:
+    """Return one command, in the quotes that its value needs.
+
+    Raises:
+        ValueError: Ollama would not read back what was written.
+    """
+    plain = value.isprintable() and value == value.strip() != "" and '"' not in value
+    text = f"{name} {value}\n" if plain else f'{name} """{value}"""\n'
+    if not reads_back(text, (name, value)):
+        raise ValueError(
+            f"{name} cannot be written to an Ollama Modelfile: a line of it ends with three double "
+            "quotes, or it holds characters that Ollama drops (control characters, no-break and "
+            "zero-width spaces). Export gguf instead, or train with another prompt"
+        )
+    return text
+
+
+def reads_back(text: str, command: Command) -> bool:
+    try:
+        return parse_modelfile(text) == [command]
+    except ValueError:
+        return False
+
+
+def keep_printable(text: str) -> str:
+    """Return text less the characters that Ollama drops."""
+    return "".join(
+        character for character in text if character.isprintable() or character in "\t\r\n"
+    )
+
+
+def unquote(text: str) -> str | None:
+    """Return a value without its quotes, or None while they are open."""
+    for mark in ('"""', '"'):
+        if text.startswith(mark):
+            closed = len(text) >= 2 * len(mark) and text.endswith(mark)
+            return text[len(mark) : -len(mark)] if closed else None
+    return text
+
+
+def parse_modelfile(text: str) -> list[Command]:
+    """Return a Modelfile's commands, read as Ollama does.
+
+    A value ends with the first line at whose end its quotes are closed, and loses the characters
+    that are not printable. A parameter's or a message's name is in the command's.
+
+    Raises:
+        ValueError: it is no Modelfile.
+    """
+    commands, lines = [], keep_printable(text).splitlines(keepends=True)
+    while lines:
+        line = lines.pop(0)
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, value = line.lstrip("\t ").partition(" ")
+        if name not in NAMES:
+            raise ValueError(f"{name!r} is no command of a Modelfile")
+        if name in ("PARAMETER", "MESSAGE"):
+            word, _, value = value.partition(" ")
+            name = f"{name} {word}"
+        while (found := unquote(value.strip())) is None:
+            if not lines:
+                raise ValueError(f"the quotes after {name} are not closed")
+            value += lines.pop(0)
+        commands.append((name, found))
+    return commands
+
+
+def values_of(commands: list[Command], name: str) -> list[str]:
+    return [value for found, value in commands if found == name]
+
+
+def embedded_messages(commands: list[Command]) -> tuple[str, list[Message]]:
+    """Return the system prompt and the example's messages of a Modelfile."""
+    messages = [
+        {"role": name.removeprefix("MESSAGE "), "content": value}
+        for name, value in commands
+        if name.startswith("MESSAGE ")
+    ]
+    return "".join(values_of(commands, "SYSTEM")[-1:]), messages
+
+
+CONTENTS = (
+    "12 + 34?",
+    "He said \"hi\" and 'bye' \\n",
+    "{{ .System }} {{ end }} }} {% if x %} {{",
+    "two\n\nlines\n- of\ttext",
+    "naïve 数学 😀 العدد",
+    "<answer>7</answer> & more",
+    'def f():\n    """x"""\n    return 1',
+)
+EDGES = "\n  edge \n"
+QUESTION = "What is 12 + 34?"
+
+
+def collate(messages: list[Message]) -> dict[str, Any]:
+    """Return what Ollama hands a template for a conversation.
+
+    Messages of one role in a row become one; `.System` is every system message.
+    """
+    merged: list[dict[str, str]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if merged and merged[-1]["Role"] == role:
+            merged[-1]["Content"] += "\n\n" + content
+        else:
+            merged.append({"Role": role, "Content": content})
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    return {"System": "\n\n".join(system), "Messages": merged}
+
+
+def answer_request(commands: list[Command], request: list[Message]) -> list[Message]:
+    """Return the conversation that Ollama's chat makes of a request to a Modelfile's model."""
+    system, example = embedded_messages(commands)
+    own = request[0]["role"] == "system" or not system
+    return [*([] if own else [{"role": "system", "content": system}]), *example, *request]
+
+
+def conversations(trimmed: frozenset[str]) -> Iterator[list[Message]]:
+    """Yield conversations whose texts are hard to carry, each part in each role."""
+
+    def talk(roles: str, contents: tuple[str, ...]) -> list[Message]:
+        names = {"s": "system", "u": "user", "a": "assistant"}
+        return [
+            {"role": names[role], "content": contents[index % len(contents)]}
+            for index, role in enumerate(roles)
+        ]
+
+    for shift in range(len(CONTENTS)):
+        contents = CONTENTS[shift:] + CONTENTS[:shift]
+        for roles in ("su", "u", "sua", "suau", "uau"):
+            yield talk(roles, contents)
+    yield talk("suauauauau", CONTENTS)
+    for message in talk("suau", (EDGES,)):
+        if message["role"] not in trimmed:
+            plain = talk("suau", CONTENTS)
+            yield [message if other["role"] == message["role"] else other for other in plain]
+
+
+def prove_template(
+    template: str, tokenizer: "PreTrainedTokenizerBase", talks: list[list[Message]], name: str
+) -> Check:
+    """Compare a Go template's text with the tokenizer's own for each conversation."""
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    for talk in talks:
+        expected = expected_prompt(tokenizer, talk)
+        try:
+            found = bos + render_go(template, collate(talk))
+        except ValueError as error:
+            return Check(name, False, f"the template does not render: {error}")
+        if found != expected:
+            return Check(name, False, describe_difference(found, expected))
+    return Check(name, True, f"{len(talks)} conversations render as the tokenizer's own")
+
+
+def describe_difference(found: str, expected: str) -> str:
+    pairs = zip(found, expected, strict=False)
+    place = next(
+        (index for index, (left, right) in enumerate(pairs) if left != right),
+        min(len(found), len(expected)),
+    )
+    shown = slice(max(place - 10, 0), place + 20)
+    return f"writes {found[shown]!r} where the tokenizer writes {expected[shown]!r}"
+
+
+def prove_modelfile(text: str, merged: Path, style: PromptStyle) -> list[Check]:
+    """Read a Modelfile back and hold it against the merged folder that it was made for.
+
+    Raises:
+        ValueError: the folder's chat template cannot be said in a Go template at all.
+    """
+    tokenizer = load_tokenizer(merged)
+    try:
+        commands = parse_modelfile(text)
+    except ValueError as error:
+        return [Check("modelfile", False, str(error))]
+    files, templates = values_of(commands, "FROM"), values_of(commands, "TEMPLATE")
+    if len(files) != 1 or len(templates) != 1:
+        detail = f"{len(files)} FROM and {len(templates)} TEMPLATE commands, expected one of each"
+        return [Check("modelfile", False, detail)]
+    talks = list(conversations(probe(tokenizer).trimmed))
+    return [
+        Check("modelfile", True, f"{len(commands)} commands for {files[0]}"),
+        prove_template(templates[0], tokenizer, talks, "template"),
+        prove_trained_prompt(commands, templates[0], tokenizer, style),
+        check_stops(values_of(commands, "PARAMETER stop"), merged, tokenizer),
+        check_greedy(commands),
+    ]
+
+
+def prove_trained_prompt(
+    commands: list[Command],
+    template: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    style: PromptStyle,
+) -> Check:
+    """Compare a bare question to the model with the prompt that it was trained on, then the same
+    question with a system message of its own."""
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    for request, system in ((own[1:], style.system_prompt), (own, own[0]["content"])):
+        expected = expected_prompt(
+            tokenizer, build_messages(QUESTION, PromptStyle(system, style.example))
+        )
+        try:
+            found = bos + render_go(template, collate(answer_request(commands, request)))
+        except ValueError as error:
+            return Check("trained_prompt", False, f"the template does not render: {error}")
+        if found != expected:
+            return Check("trained_prompt", False, describe_difference(found, expected))
+    return Check("trained_prompt", True, "a bare question gives the prompt of training")
+
+
+def check_stops(found: list[str], merged: Path, tokenizer: "PreTrainedTokenizerBase") -> Check:
+    """Hold the stop texts against the ids that end a completion: each one token, none left."""
+    expected = sorted(declared_end_ids(merged, tokenizer))
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in found]
+    fits = sorted(tokens) == [[index] for index in expected]
+    return Check("stops", fits, f"stops on {found}, tokens {tokens}; the model ends on {expected}")
+
+
+def check_greedy(commands: list[Command]) -> Check:
+    found = {name: values_of(commands, f"PARAMETER {name}") for name in GREEDY}
+    fits = all(found[name] == [value] for name, value in GREEDY.items())
+    return Check("greedy_parameters", fits, f"{found}, evaluated with {GREEDY}")
+
+
+MODELFILE = "Modelfile"
+
+
+def check_ollama(request: Request, quants: tuple[str, ...]) -> None:
+    """Raise a ValueError for a chat template that a Modelfile cannot say, or several types."""
+    if len(quants) > 1:
+        raise ValueError(
+            f"--format ollama takes one --quant, got {' '.join(quants)}: a Modelfile names one file"
+        )
+    build_template(probe(load_tokenizer(request.tokenizer_folder)))
+
+
+def write_ollama(
+    source: Source, folder: Path, quant: str, seen: Reference, report: Callable[[str], None]
+) -> Outcome:
+    """Write the GGUF file and its Modelfile, and prove both.
+
+    Raises:
+        ValueError: a weight does not fit the type, or the system prompt cannot be said.
+    """
+    outcome = write_gguf(source, folder, (quant,), seen, report)
+    length = read_train_config(source.records).get("max_completion_length")
+    text = build_modelfile(source.merged, name_file(source, quant), source.style, length)
+    write_text(folder / MODELFILE, text)
+    report(f"proving {MODELFILE}")
+    checks = prove_modelfile_at(folder / MODELFILE, source)
+    name = plain_name(source.name)
+    commands = (("ollama", "create", name, "-f", Path(MODELFILE)), ("ollama", "run", name))
+    return Outcome((*outcome.checks, *checks), outcome.figures, commands)
+
+
+def prove_modelfile_at(path: Path, source: Source) -> list[Check]:
+    """Prove a Modelfile as it lies on disk, the file that it names included."""
+    text = path.read_text(encoding="utf-8")
+    checks = prove_modelfile(text, source.merged, source.style)
+    if any(check.name == "modelfile" and not check.passed for check in checks):
+        return checks
+    named = dict(parse_modelfile(text))["FROM"]
+    there = (path.parent / named).is_file()
+    return [*checks, Check("from", there, f"{named} {'lies beside it' if there else 'is missing'}")]

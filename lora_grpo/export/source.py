@@ -1,0 +1,105 @@
+"""What an export starts from and what it comes to: what every format takes and returns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.data.prompt import PromptStyle
+from lora_grpo.machine.files import read_json
+from lora_grpo.machine.folders import check_kind
+from lora_grpo.machine.terminal import join
+from lora_grpo.merge.deltas import CONFIG
+from lora_grpo.merge.inputs import plan_merge, read_base, read_style
+from lora_grpo.policy.adapter import ADAPTERS, has_tokenizer, read_record
+from lora_grpo.proof.checks import Check
+
+if TYPE_CHECKING:
+    from lora_grpo.export.config import ExportConfig
+
+HERE = Path()
+Command = tuple[str | Path, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is exported, known before anything is merged.
+
+    `model_folder` has the config, `tokenizer_folder` the tokenizer of what will come out.
+    """
+
+    name: str
+    adapter_dir: Path | None
+    records: Path
+    model_folder: Path
+    tokenizer_folder: Path
+    style: PromptStyle
+
+
+@dataclass(frozen=True)
+class Source:
+    """A proven plain 16-bit model folder, and the run that it came from.
+
+    `records` is the folder with the run's records: the adapter directory, or `merged` itself;
+    `base` is what an adapter was merged into.
+    """
+
+    name: str
+    merged: Path
+    adapter_dir: Path | None
+    records: Path
+    style: PromptStyle
+    base: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The proof of one exported format, figures without a bound, and commands that run it; a path
+    in a command is one within the format's folder."""
+
+    checks: tuple[Check, ...]
+    figures: dict[str, Any]
+    commands: tuple[Command, ...]
+
+    def commands_in(self, folder: Path) -> list[str]:
+        """Return the commands as they are typed, for the format's folder there."""
+        return [
+            join(*(folder / word if isinstance(word, Path) else word for word in command))
+            for command in self.commands
+        ]
+
+
+def inspect_source(config: "ExportConfig") -> Request:
+    """Check an adapter and its base, or a merged folder, and return what is to be exported.
+
+    Raises:
+        ValueError, FileNotFoundError: it is neither, or cannot be merged.
+    """
+    folder = config.source
+    wanted = "an adapter directory or a merged model"
+    check_kind(folder, "export_model.py", wanted, (*ADAPTERS, "merged", "model"))
+    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
+        check_merged(config)
+        style = read_style(read_record(folder), folder)
+        return Request(config.name, None, folder, folder, folder, style)
+    plan = plan_merge(folder, config.model, config.base)
+    return Request(config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style)
+
+
+def check_merged(config: "ExportConfig") -> None:
+    """Raise a ValueError unless a folder is a plain model whose merge, if it has one on record, was
+    proven."""
+    folder = config.source
+    read_base(folder)
+    if not has_tokenizer(folder):
+        raise ValueError(f"{folder} holds no tokenizer: give a folder that merge_adapter.py wrote")
+    report = folder / "merge_report.json"
+    if report.is_file() and not read_json(report).get("passed"):
+        raise ValueError(f"{report} says that the merge failed its proof: merge again")
+    for flag, given in (("--model", config.model), ("--base", config.base != "original")):
+        if given:
+            raise ValueError(f"{flag} is for adapters, {folder} is merged already: leave it out")
+    for name in ("safetensors", "gguf-adapter"):
+        if name in config.formats:
+            raise ValueError(
+                f"--format {name} needs an adapter directory, {folder} is a merged folder"
+            )

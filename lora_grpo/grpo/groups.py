@@ -1,0 +1,194 @@
+"""Dynamic sampling (DAPO, arXiv 2503.14476): groups without a signal give way to groups of other
+prompts, drawn until the batch is full of groups with one or the rounds are used up.
+
+A draw is what TRL makes of some prompts at once; several are joined into the batch that TRL would
+have made of the same rows.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from lora_grpo.grpo.batch import Batch, join_batches
+
+SAME = 1e-6  # rewards closer than this are equal
+Inputs = dict[str, Any]
+
+
+def dead_groups(totals: Sequence[float | None], num_generations: int) -> list[bool]:
+    """Return for each group whether its completions all earned the same, and so teach nothing.
+
+    Those that earned None, because no reward applied to them, are left out.
+    """
+    starts = range(0, len(totals), num_generations)
+    groups = [totals[start : start + num_generations] for start in starts]
+    known = [[total for total in group if total is not None] for group in groups]
+    return [not group or max(group) - min(group) < SAME for group in known]
+
+
+def silence_dead_groups(
+    advantages: torch.Tensor, totals: Sequence[float | None], num_generations: int
+) -> torch.Tensor:
+    """Return the advantages (B,) with those of dead groups exactly zero.
+
+    TRL divides the rounding error of a mean of equal rewards by 1e-4, up to 1e-4 of an advantage.
+    """
+    dead = torch.tensor(dead_groups(totals, num_generations), device=advantages.device)
+    return advantages.masked_fill(dead.repeat_interleave(num_generations), 0.0)
+
+
+def live_rows(inputs: Inputs, beta: float) -> list[int]:
+    """Return the rows of a micro-batch whose log-probs the loss has a gradient by."""
+    live = inputs["completion_mask"].any(dim=1)
+    if beta == 0:
+        live &= inputs["advantages"] != 0
+    return live.nonzero()[:, 0].tolist()
+
+
+def arrange(micro_batches: list[Inputs], beta: float) -> list[Inputs]:
+    """Deal a step's rows out anew: a prompt's completions together and by their length, the rows
+    without a gradient last, so that whole micro-batches of them cost nothing.
+
+    Every micro-batch keeps its number of rows. TRL's losses weigh each row alike in whichever it
+    is, so the gradient is the same; bnpo, the exception, is held to a single one.
+    """
+    rows = {name: gather(name, micro_batches) for name in micro_batches[0]}
+    live = set(live_rows(rows, beta))
+    prompts = masked_lists(rows["prompt_ids"], rows["prompt_mask"])
+    lengths = rows["completion_mask"].sum(1).tolist()
+    order = sorted(range(len(prompts)), key=lambda r: (r not in live, prompts[r], lengths[r]))
+    chosen = torch.tensor(order, device=rows["completion_ids"].device)
+    sizes = [len(batch["completion_ids"]) for batch in micro_batches]
+    parts = {
+        name: value[chosen].split(sizes) if is_by_row(value) else [value] * len(sizes)
+        for name, value in rows.items()
+    }
+    return [{name: parts[name][index] for name in parts} for index in range(len(sizes))]
+
+
+def is_by_row(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def gather(name: str, micro_batches: list[Inputs]) -> Any:
+    first = micro_batches[0][name]
+    return torch.cat([batch[name] for batch in micro_batches]) if is_by_row(first) else first
+
+
+def masked_lists(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    pairs = zip(ids, mask.bool(), strict=True)
+    return [row[kept].tolist() for row, kept in pairs]
+
+
+Row = dict[str, Any]
+
+PROMPT_FIELDS = {"prompt_ids", "prompt_mask"}  # (B, P), padded on the left
+COMPLETION_FIELDS = {  # (B, T), padded on the right
+    *("completion_ids", "completion_mask", "old_per_token_logps", "ref_per_token_logps"),
+    *("sampling_per_token_logps", "importance_sampling_ratio"),
+}
+JOINED = {*PROMPT_FIELDS, *COMPLETION_FIELDS, "advantages", "num_items_in_batch"}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Groups that were sampled together: TRL's tensors of them, and the same rows for the logs."""
+
+    output: Inputs
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Replacements:
+    """The problems that may stand in for others, as rows of the training data set, and how often
+    in a step."""
+
+    rows: Sequence[Row]
+    rounds: int
+    seed: int
+
+    def choose(self, count: int, taken: set[str], step: int, drawn: int) -> list[Row]:
+        """Return up to `count` rows whose questions are not taken; the same again for the same
+        step and number of draws before."""
+        free = [row for row in self.rows if row["question"] not in taken]
+        return random.Random(f"{self.seed} {step} {drawn}").sample(free, min(count, len(free)))
+
+
+def fill_with_signal(
+    first: Draw,
+    sample: Callable[[list[Row]], Draw],
+    replacements: Replacements,
+    step: int,
+    num_generations: int,
+    pad_token_id: int,
+) -> Draw:
+    """Return the step's batch, as large as `first`: the groups with a signal in the order drawn,
+    then as many without one as are needed to fill it.
+
+    `sample` is given each prompt `num_generations` times.
+    """
+    draws, live = [first], live_groups(first, num_generations)
+    wanted = len(live)
+    for drawn in range(1, replacements.rounds + 1):
+        taken = {question for draw in draws for question in draw.batch.questions}
+        rows = replacements.choose(wanted - sum(live), taken, step, drawn)
+        if not rows:
+            break
+        draws.append(sample([row for row in rows for _ in range(num_generations)]))
+        live += live_groups(draws[-1], num_generations)
+    if len(draws) == 1:
+        return first
+    groups = sorted(range(len(live)), key=lambda group: not live[group])[:wanted]
+    kept = [group * num_generations + row for group in groups for row in range(num_generations)]
+    return join(draws, kept, pad_token_id)
+
+
+def live_groups(draw: Draw, num_generations: int) -> list[bool]:
+    """Tell for each group whether any of its completions has an advantage and counts."""
+    totals, advantages = draw.batch.totals(), draw.output["advantages"]
+    advantages = silence_dead_groups(advantages, totals, num_generations)
+    live = set(live_rows({**draw.output, "advantages": advantages}, beta=0.0))
+    starts = range(0, len(totals), num_generations)
+    return [not live.isdisjoint(range(start, start + num_generations)) for start in starts]
+
+
+def join(draws: Sequence[Draw], kept: list[int], pad_token_id: int) -> Draw:
+    """Return the rows `kept` of draws laid one after another, padded no further than they need.
+
+    Raises:
+        ValueError: TRL returned a tensor that is not known here.
+    """
+    outputs = [draw.output for draw in draws]
+    names = set().union(*outputs)
+    if names - JOINED:
+        raise ValueError(
+            f"--dynamic-sampling cannot join TRL's {', '.join(sorted(names - JOINED))}: leave the "
+            "flag out"
+        )
+    batch = join_batches([draw.batch for draw in draws], kept)
+    # A ratio of 1 corrects nothing: vespo sums its logarithm over the padding too.
+    fill = dict.fromkeys(("prompt_ids", "completion_ids"), pad_token_id)
+    fill["importance_sampling_ratio"] = 1
+    joined = {
+        name: stack([output[name] for output in outputs], name, fill.get(name, 0))[kept]
+        for name in names - {"num_items_in_batch"}
+    }
+    longest_prompt, longest = joined["prompt_mask"].sum(1).max(), max(batch.tokens)
+    joined |= {name: joined[name][:, -longest_prompt:] for name in names & PROMPT_FIELDS}
+    joined |= {name: joined[name][:, :longest] for name in names & COMPLETION_FIELDS}
+    joined["num_items_in_batch"] = joined["completion_mask"].sum()
+    return Draw(joined, batch)
+
+
+def stack(parts: Sequence[torch.Tensor], name: str, fill: float) -> torch.Tensor:
+    """Return tensors (B, W) as one, each padded to the widest on its field's side."""
+    if name not in PROMPT_FIELDS | COMPLETION_FIELDS:
+        return torch.cat(parts)
+    widest = max(part.shape[1] for part in parts)
+    room = [widest - part.shape[1] for part in parts]
+    sides = [(width, 0) if name in PROMPT_FIELDS else (0, width) for width in room]
+    return torch.cat([pad(part, side, value=fill) for part, side in zip(parts, sides, strict=True)])

@@ -1,0 +1,87 @@
+"""Out of memory is not the end: the same work again on fewer rows at once, until it fits.
+
+Fewer rows at once change the memory and the time, never the result: the caller adds up the parts.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from lora_grpo.machine.terminal import FailedError
+
+Result = TypeVar("Result")
+
+
+# CUDA's own words, cuBLAS's and the CPU allocator's; not every one comes as OutOfMemoryError.
+SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
+
+
+class MemoryExhaustedError(FailedError):
+    """Not even one row at a time fits."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that a GPU's or the machine's memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS)
+
+
+def release_memory() -> None:
+    """Drop what nothing refers to any more, and give PyTorch's cached blocks back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def largest_part(whole: int, limit: int) -> int:
+    """Return the largest size of equal parts of `whole` rows that is not above `limit`."""
+    return next(size for size in range(min(whole, limit), 0, -1) if whole % size == 0)
+
+
+class RowLimit:
+    """How many rows of one kind of work fit at once; halved for good when memory runs out."""
+
+    def __init__(
+        self,
+        work: str,
+        say: Callable[[str], None],
+        release: Callable[[], None] = release_memory,
+        keeps: str = "the result is the same",
+    ) -> None:
+        self.work, self.say, self.release, self.keeps = work, say, release, keeps
+        self.limit: int | None = None
+
+    def run(
+        self,
+        job: Callable[[int], Result],
+        whole: int,
+        at_most: int | None = None,
+        at_least: int = 1,
+    ) -> Result:
+        """Return `job(rows)` for the most rows at once that fit; it must do all of `whole` rows.
+
+        Raises:
+            MemoryExhaustedError: the fewest rows at a time do not fit either.
+        """
+        while True:
+            rows = largest_part(whole, min(self.limit or whole, at_most or whole))
+            try:
+                return job(rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Only here, with the error gone, does nothing refer to the failed work's tensors.
+            self.release()
+            if rows <= at_least:
+                fewest = "one at a time" if rows == 1 else f"{rows} at a time"
+                raise MemoryExhaustedError(f"out of memory in {self.work}, {fewest}: {reason}")
+            self.limit = largest_part(whole, rows // 2)
+            self.say(
+                f"out of memory in {self.work} with {rows} completions at once: going on with "
+                f"{self.limit} at once, {whole // self.limit} times; {self.keeps}"
+            )

@@ -1,0 +1,213 @@
+"""The shape of a model from its config.json alone: every linear layer, and what each part counts.
+
+No weights and no torch: a folder, a Hub id or a published table goes in, parameter counts come out,
+exact for the Llama, Qwen2 and Qwen3 families.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.policy.base import resolve_model
+
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+FAMILIES = ("llama", "qwen2", "qwen3")
+QWEN_KV_HEADS = 32  # what transformers takes where a Qwen config.json is silent
+QWEN3_HEAD_DIM = 128
+
+# What the presets' own config.json files say, for a machine that cannot ask the Hub.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    name: dict(zip(("model_type", *REQUIRED, "num_key_value_heads"), values, strict=True))
+    | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    for name, values in {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": ("llama", 576, 1536, 30, 9, 49152, 3),
+        "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 896, 4864, 24, 14, 151936, 2),
+        "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2", 1536, 8960, 28, 12, 151936, 2),
+        "Qwen/Qwen2.5-3B-Instruct": ("qwen2", 2048, 11008, 36, 16, 151936, 2),
+        "Qwen/Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 151936, 8),
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder's dimensions; H = hidden_size, V = vocab_size."""
+
+    family: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    stored_bytes: int = 2
+    plain_attention: bool = True
+
+    @property
+    def q_dim(self) -> int:
+        """Width of the queries, of the attention's output, and of keys repeated for each head."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys and of the values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Qwen3 normalises the queries and keys of each head."""
+        return self.family == "qwen3"
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one block, as inputs and outputs."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (hidden, self.q_dim),
+            "k_proj": (hidden, self.kv_dim),
+            "v_proj": (hidden, self.kv_dim),
+            "o_proj": (self.q_dim, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of every block's linear layers: what 4-bit loading quantises."""
+        return self.layers * sum(
+            inputs * outputs for inputs, outputs in self.linear_layers.values()
+        )
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear layer of a block."""
+        return max(inputs * outputs for inputs, outputs in self.linear_layers.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the input embeddings, V x H."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def lm_head_parameters(self) -> int:
+        """Weights of the output layer; none of its own where it is tied to the embeddings."""
+        return 0 if self.tied else self.embedding_parameters
+
+    @property
+    def small_parameters(self) -> int:
+        """Norms and biases."""
+        block = 2 * self.hidden_size + 2 * self.head_dim * self.has_qk_norm
+        block += self.qkv_bias * (self.q_dim + 2 * self.kv_dim) + self.o_bias * self.hidden_size
+        block += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        return self.layers * block + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """Every parameter of the model."""
+        whole = self.embedding_parameters + self.lm_head_parameters + self.small_parameters
+        return self.linear_parameters + whole
+
+    def lora_parameters(self, r: int, target_modules: tuple[str, ...]) -> int:
+        """Return the parameters of a LoRA adapter: r x (inputs + outputs) a layer.
+
+        Raises:
+            ValueError: a target module that the model does not have.
+        """
+        missing = sorted(set(target_modules) - self.linear_layers.keys())
+        if missing:
+            raise ValueError(
+                f"--target-modules {' '.join(missing)}: the model has no such linear layer, it has "
+                f"{' '.join(self.linear_layers)}"
+            )
+        return r * self.layers * sum(sum(self.linear_layers[name]) for name in target_modules)
+
+    def cache_per_token(self, width: int) -> int:
+        """Return the bytes of keys and values that one token leaves, at `width` bytes a number."""
+        return 2 * self.layers * self.kv_dim * width
+
+
+def has_plain_attention(values: dict[str, Any]) -> bool:
+    """Tell whether every layer attends to all that came before, without windows or dropout."""
+    uses_windows = values.get("use_sliding_window", values["model_type"] == "llama")
+    windows = values.get("sliding_window") and uses_windows
+    kinds = set(values.get("layer_types") or ["full_attention"])
+    return kinds == {"full_attention"} and not windows and not values.get("attention_dropout")
+
+
+def build_shape(values: dict[str, Any], source: str) -> ModelShape:
+    """Return the shape that a config.json's values describe.
+
+    Raises:
+        ValueError: a family that is not known here, or a size that is missing.
+    """
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"--model {source} is of the family {family}: memory can be predicted for "
+            f"{', '.join(FAMILIES)}"
+        )
+    missing = [name for name in REQUIRED if not isinstance(values.get(name), int)]
+    if missing:
+        raise ValueError(f"--model {source}: config.json gives no {', '.join(missing)}")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads", heads if family == "llama" else QWEN_KV_HEADS)
+    head_dim = values.get("head_dim", QWEN3_HEAD_DIM if family == "qwen3" else None)
+    bias = bool(values.get("attention_bias", False)) and family != "qwen2"
+    stored = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return ModelShape(
+        family=family,
+        hidden_size=hidden,
+        intermediate_size=values["intermediate_size"],
+        layers=values["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim or hidden // heads,
+        vocab_size=values["vocab_size"],
+        tied=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias,
+        mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
+        stored_bytes=4 if stored == "float32" else 2,
+        plain_attention=has_plain_attention(values),
+    )
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """Return the shape of the model in a folder."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: broken JSON ({error.msg}): mend that file") from None
+    return build_shape(values, str(folder))
+
+
+def find_shape(config: TrainConfig) -> tuple[ModelShape, str]:
+    """Return the shape of the model that a run would load, and where it was read.
+
+    Raises:
+        FileNotFoundError: neither a folder, nor the Hub, nor the published table knows the model.
+        ValueError: see `build_shape`.
+    """
+    try:
+        folder = resolve_model(config.model, config.revision, weights=False)
+    except FileNotFoundError:
+        if config.model not in PUBLISHED:
+            raise
+        shape = build_shape(PUBLISHED[config.model], config.model)
+        return shape, f"shape of {config.model} as published: the Hub did not answer"
+    return read_shape(folder), f"{folder / 'config.json'}"

@@ -1,0 +1,137 @@
+"""What a merge leaves to read: `merge_report.json`, warnings, a table for the terminal, the card.
+
+A plan and its proof go in; JSON values and text come out.
+"""
+
+import math
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.policy.adapter import hash_weights
+
+if TYPE_CHECKING:
+    from lora_grpo.merge.inputs import MergePlan
+    from lora_grpo.merge.prove import Proof
+    from lora_grpo.results.card import CardNote
+
+REPORT = "merge_report.json"
+NOTABLE_LOSS = 0.25
+
+
+def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str, Any]:
+    """Return `merge_report.json`: what was merged into what, each check, and the distances."""
+    return {
+        "adapter": plan.adapter_dir.resolve().name,
+        "adapter_sha256": hash_weights(plan.adapter_dir),
+        "base": plan.base_name,
+        "base_sha256": plan.base_sha256,
+        "merged_into": plan.base,
+        "dtype": plan.dtype,
+        "num_tensors": len(plan.tensors),
+        "num_adapted": len(plan.deltas),
+        "passed": not proof.failed,
+        "checks": [asdict(check) for check in proof.checks],
+        "from_policy": asdict(proof.merged) if proof.merged else None,
+        "rounding_noise_from_policy": asdict(proof.rounding_noise),
+        "bare_base_from_policy": asdict(proof.bare_base),
+        "from_4bit_policy": asdict(proof.from_4bit_policy) if proof.from_4bit_policy else None,
+        "warnings": [
+            warning for warning in (plan.warning, warn_of_rounding(plan, proof)) if warning
+        ],
+        "seconds": round(seconds, 1),
+        "python": platform.python_version(),
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "safetensors")
+        },
+    }
+
+
+def warn_of_rounding(plan: "MergePlan", proof: "Proof") -> str | None:
+    """Return a warning where rounding undoes a good part of what the adapter does.
+
+    An adapter whose changes lie below half an ulp of the base's weights leaves no trace in them. KL
+    grows with the square of a change, so the root of the ratio is the share that is lost.
+    """
+    if proof.merged is None:
+        return None
+    effect = proof.bare_base.mean_kl
+    lost = math.sqrt(max(proof.merged.mean_kl, 0.0) / effect) if effect > 0 else 1.0
+    if lost <= NOTABLE_LOSS:
+        return None
+    finer = "serve the adapter itself" if plan.dtype == "float16" else "use --dtype float16"
+    return (
+        f"rounding to {plan.dtype} moves the model {lost:.0%} as far as the adapter does, because "
+        f"the adapter changes very little: train longer, or {finer}"
+    )
+
+
+def list_figures(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the report's distances, each with the words for what it is from what."""
+    named = (
+        ("merged model from base + adapter", "from_policy"),
+        ("rounding noise from base + adapter", "rounding_noise_from_policy"),
+        ("bare base from base + adapter", "bare_base_from_policy"),
+        ("merged model from the 4-bit policy", "from_4bit_policy"),
+    )
+    return [(words, report[key]) for words, key in named if report[key]]
+
+
+def build_table(report: dict[str, Any]) -> str:
+    """Return the proof's figures as a table for a terminal or a model card."""
+    lines = [
+        "| distance of | max logit difference | mean KL (nats a token) | same greedy choice |",
+        "| --- | --- | --- | --- |",
+    ]
+    for words, distance in list_figures(report):
+        logits, kl = distance["max_logit_difference"], distance["mean_kl"]
+        lines.append(f"| {words} | {logits:.3g} | {kl:.2e} | {distance['greedy_agreement']:.2%} |")
+    return "\n".join(lines)
+
+
+INTO = {
+    "original": "the base's own weights",
+    "dequantized": "the base's weights after NF4 and back, as the policy saw them in training",
+}
+
+
+def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -> "CardNote":
+    """Return what a merge adds to the card of the model in `folder`, bound for a folder `name`."""
+    from lora_grpo.results.card import CardNote
+    from lora_grpo.results.markdown import code
+    from lora_grpo.results.records import read_records
+    from lora_grpo.results.usage import use_model
+
+    found = read_records(records, folder)
+    base = f"{code(found.base.name)}, sha256 `{report['base_sha256'][:12]}`"
+    summary = (
+        f"The LoRA adapter {code(report['adapter'])} merged into {INTO[report['merged_into']]} "
+        f"({base}) and stored in {report['dtype']}: {report['num_adapted']} of "
+        f"{report['num_tensors']} tensors changed."
+    )
+    return CardNote(
+        title=f"{report['adapter']}, merged",
+        kind="merged",
+        library_name="transformers",
+        summary=summary,
+        use=use_model(found, folder, name),
+        proof=describe_proof(report),
+    )
+
+
+def describe_proof(report: dict[str, Any]) -> str:
+    """Return the distances and the checks in Markdown."""
+    from lora_grpo.results.markdown import escape
+
+    checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
+    positions = report["from_policy"]["positions"]
+    return "\n\n".join(
+        (
+            "The folder was reloaded and compared with base + adapter, both computed in float32, "
+            f"over {positions} positions. `{REPORT}` holds all of it.",
+            build_table(report),
+            "\n".join(checks),
+        )
+    )

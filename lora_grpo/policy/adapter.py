@@ -1,0 +1,284 @@
+"""The adapter directory: what a run leaves behind, and the one argument of everything that comes
+after it.
+
+The directory remembers its base model, so that evaluate, merge, export, push, chat and resume need
+nothing else.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from zipfile import is_zipfile
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.data.problems import Problem
+from lora_grpo.data.prompt import PLAIN, PromptStyle, fit_style
+from lora_grpo.machine.files import STAGED, read_json, read_jsonl
+from lora_grpo.machine.folders import check_kind
+from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, resolve_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+WEIGHTS, CONFIG, TRAIN_CONFIG = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "train_config.json",
+)
+TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
+ADAPTERS = ("run", "adapter", "last", "other")
+METADATA = "__metadata__"
+LOGS = ("metrics.jsonl", "completions.jsonl", "validation.jsonl")
+IN_A_CHECKPOINT = (
+    *(CONFIG, WEIGHTS, "trainer_state.json"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+)
+
+
+def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
+    """Return the directory if it holds a whole adapter; `kinds` are those of `folders.KINDS` that
+    the script takes beside the adapter directory.
+
+    Raises:
+        FileNotFoundError, ValueError: it does not; the message says what is missing or broken and
+        what to point at instead.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"adapter directory {directory} does not exist: give one that train_lora.py wrote"
+        )
+    check_kind(directory, script, "an adapter directory", (*ADAPTERS, *kinds))
+    missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    if missing:
+        inside = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS}"))
+        hint = (
+            f"point at {directory / inside[0]} instead"
+            if inside
+            else "give one that train_lora.py wrote"
+        )
+        raise FileNotFoundError(
+            f"{directory} is not an adapter directory, it has no {' and no '.join(missing)}: {hint}"
+        )
+    read_json(directory / CONFIG)
+    check_whole(directory / WEIGHTS)
+    return directory
+
+
+def check_whole(weights: Path) -> None:
+    """Raise a ValueError for a safetensors file that was cut short or is none."""
+    try:
+        with weights.open("rb") as file:
+            header = read_header(file)
+            ends = [said["data_offsets"][1] for key, said in header.items() if key != METADATA]
+            if file.tell() + max(ends, default=0) != weights.stat().st_size:
+                raise ValueError("its size is not what its header says")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{weights} is no whole safetensors file ({error}): fetch or write it again"
+        ) from error
+
+
+def check_run(run_dir: Path) -> None:
+    """Refuse to resume a run of which files are missing or broken, which the trainer would pass
+    over in silence or find late.
+
+    Raises:
+        FileNotFoundError, ValueError: the message names the file and what to do.
+    """
+    steps = [len(read_jsonl(run_dir / name)) for name in LOGS]
+    found = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if not found:
+        return
+    *older, newest = sorted(found, key=lambda path: int(path.name[11:]))
+    instead = f"remove {newest} to resume from {older[-1]}" if older else "start anew"
+    if not steps[0]:
+        raise FileNotFoundError(
+            f"--resume {run_dir}: {run_dir / LOGS[0]} holds no step, but {newest.name} does: put "
+            "the file back, or start anew"
+        )
+    for name in IN_A_CHECKPOINT:
+        if not (newest / name).is_file():
+            raise FileNotFoundError(f"--resume {run_dir}: {newest / name} is missing: {instead}")
+    try:
+        read_json(newest / "trainer_state.json")
+        for weights in newest.glob("*.safetensors"):
+            check_whole(weights)
+    except ValueError as error:
+        raise ValueError(f"--resume {run_dir}: {error}, or {instead}") from error
+    for path in [*newest.glob("*.pt"), *newest.glob("*.pth")]:
+        if not is_zipfile(path):  # torch's format
+            raise ValueError(f"--resume {run_dir}: {path} was cut short: {instead}")
+
+
+def read_train_config(directory: Path) -> dict[str, Any]:
+    """Return what `train_config.json` says, or nothing where a plain PEFT directory has none."""
+    path = directory / TRAIN_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a folder remembers of the run that it comes from: its base, and how it was asked.
+
+    `folder` holds an adapter or a whole model; `records` is where the run's own files lie, which
+    for `last` and checkpoints is the run directory. Where no run left a record, the base is held as
+    it is and asked with the built-in prompt. `trained` is the whole of `train_config.json`.
+    """
+
+    folder: Path
+    records: Path
+    is_adapter: bool
+    base: str | None
+    revision: str | None
+    base_sha256: str | None
+    base_named_in: Path
+    load_in_4bit: bool
+    quant_type: str
+    double_quant: bool
+    dtype: str | None
+    style: PromptStyle
+    max_completion_length: int
+    trained: dict[str, Any]
+
+    def find_base(self, model: str | None = None, weights: bool = True) -> Path:
+        """Return the folder of the base, `model` in place of the recorded one; see `resolve_model`.
+
+        Raises:
+            FileNotFoundError, ValueError: no base is recorded, or it cannot be had.
+        """
+        if model is not None:
+            return resolve_model(model, weights=weights)
+        if self.base is None:
+            raise ValueError(
+                f"{self.folder} does not say which base it belongs to: name it with --model"
+            )
+        return resolve_model(self.base, self.revision, weights, self.base_named_in)
+
+    def tokenizer_folder(self, base: Path) -> Path:
+        """Return where the tokenizer and chat template lie: with the adapter, else its run, else
+        its base."""
+        return next(filter(has_tokenizer, (self.folder, self.records)), base)
+
+    def fitted_style(self, tokenizer: "PreTrainedTokenizerBase") -> PromptStyle:
+        """Return what stood around each question, as the tokenizer's chat template renders it."""
+        return fit_style(tokenizer, self.style)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_CORE)
+
+
+def find_records(folder: Path) -> Path:
+    """Return where the records of a folder's run lie: the folder itself, or the run directory of
+    `last` and of a checkpoint."""
+    run_dir, name = folder.resolve().parent, folder.resolve().name
+    is_part = name == "last" or name.startswith("checkpoint-")
+    return run_dir if is_part and (run_dir / TRAIN_CONFIG).is_file() else folder
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Return what an adapter directory or a model folder remembers.
+
+    Raises:
+        ValueError: one of its records is not JSON.
+    """
+    records = find_records(folder)
+    trained = read_train_config(records)
+    adapter = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    named_by_run = bool(trained.get("model"))
+    example = trained.get("example")
+    return RunRecord(
+        folder=folder,
+        records=records,
+        is_adapter=bool(adapter),
+        base=trained["model"] if named_by_run else adapter.get("base_model_name_or_path"),
+        revision=(trained if named_by_run else adapter).get("revision"),
+        base_sha256=trained.get("base_sha256"),
+        base_named_in=records / TRAIN_CONFIG if named_by_run else folder / CONFIG,
+        load_in_4bit=bool(trained.get("load_in_4bit")),
+        quant_type=trained.get("bnb_4bit_quant_type") or "nf4",
+        double_quant=trained.get(
+            "bnb_4bit_use_double_quant", TrainConfig.bnb_4bit_use_double_quant
+        ),
+        dtype=trained.get("dtype"),
+        style=PromptStyle(trained["system_prompt"], Problem(**example) if example else None)
+        if "system_prompt" in trained
+        else PLAIN,
+        max_completion_length=trained.get(
+            "max_completion_length", TrainConfig.max_completion_length
+        ),
+        trained=trained,
+    )
+
+
+def hash_weights(folder: Path) -> str:
+    """Return the SHA-256 of a model folder's safetensors files, or where there are none of its
+    .bin files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -> None:
+    """Write PEFT's two files into the directory, each one whole, over those of an earlier step of
+    the same run.
+
+    The step stands in the weights file itself, so that it cannot be taken for another's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f"{STAGED}adapter.") as staged:
+        # No embedding is adapted; PEFT would ask the Hub about that at every call.
+        model.save_pretrained(staged, save_embedding_layers=False)
+        name_embedded_base(Path(staged))
+        if step is not None:
+            write_step(Path(staged) / WEIGHTS, step)
+        for name in (CONFIG, WEIGHTS):
+            (Path(staged) / name).chmod(0o644)
+            os.replace(Path(staged) / name, directory / name)
+
+
+def name_embedded_base(directory: Path) -> None:
+    """Let what PEFT wrote name the embedded model as `--model` does, not by where it lies now."""
+    for name in (CONFIG, "README.md"):
+        path = directory / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(str(EMBEDDED_FOLDER), EMBEDDED), encoding="utf-8")
+
+
+def write_step(weights: Path, step: int) -> None:
+    """Write a safetensors file anew with its training step in its metadata.
+
+    By hand, because safetensors' own writer puts two entries in an order that differs from one
+    process to the next, and the same adapter is to be the same file.
+    """
+    named = weights.with_suffix(".named")
+    with weights.open("rb") as source, named.open("wb") as target:
+        header = read_header(source) | {METADATA: {"format": "pt", "step": str(step)}}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        target.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(source, target)
+    named.replace(weights)
+
+
+def read_step(weights: Path) -> int | None:
+    """Return the training step that a safetensors file names, or None where it names none."""
+    with weights.open("rb") as file:
+        step = read_header(file).get(METADATA, {}).get("step")
+    return None if step is None else int(step)
+
+
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """Return the header of a safetensors file; what follows in the file are the tensors."""
+    return json.loads(file.read(int.from_bytes(file.read(8), "little")))

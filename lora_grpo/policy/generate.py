@@ -1,0 +1,112 @@
+"""Prompts become completions: greedy decoding in batches, for evaluation (TRL samples the training
+rollouts).
+
+Prompts are sorted by length, so that a batch holds little padding, and given back in their own
+order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_grpo.policy.base import end_of_turn_ids
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from lora_grpo.machine.out_of_memory import RowLimit
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote: `tokens` counts the end-of-turn token; `truncated` means that it never
+    came."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+def greedy_settings(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_completion_length: int
+) -> "GenerationConfig":
+    """Return plain greedy decoding; what a model's own file adds (a repetition penalty) is off."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=False,
+        repetition_penalty=1.0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=end_of_turn_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def cut_at_end(ids: list[int], end_ids: list[int]) -> tuple[list[int], bool]:
+    """Return the tokens up to and with the first that ends a turn, and whether none did."""
+    for position, token in enumerate(ids):
+        if token in end_ids:
+            return ids[: position + 1], False
+    return ids, True
+
+
+def complete_batch(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    settings: "GenerationConfig",
+) -> list[Completion]:
+    """Continue a batch of rendered prompts."""
+    import torch
+
+    inputs = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    ).to(model.device)
+    with torch.no_grad():
+        output = model.generate(**inputs, generation_config=settings)  # (B, P+T)
+    completions = []
+    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+        ids, truncated = cut_at_end(row, settings.eos_token_id)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        completions.append(Completion(text, len(ids), truncated))
+    return completions
+
+
+def complete(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    max_completion_length: int,
+    batch_size: int,
+    advance: Advance = lambda count: None,
+    limit: "RowLimit | None" = None,
+) -> list[Completion]:
+    """Answer each rendered prompt greedily, in their order; `advance` hears of each batch.
+
+    `limit` remembers how many fit at once, from one call to the next.
+    """
+    from lora_grpo.machine.out_of_memory import RowLimit
+    from lora_grpo.policy.layers import one_matrix
+
+    limit = limit or RowLimit("evaluation", print)
+    was_training = model.training
+    model.eval()
+    settings = greedy_settings(model, tokenizer, max_completion_length)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    found: dict[int, Completion] = {}
+    with one_matrix(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            texts = [prompts[index] for index in chosen]
+
+            def answer(rows: int, texts: list[str] = texts) -> list[Completion]:
+                parts = [texts[first : first + rows] for first in range(0, len(texts), rows)]
+                answers = [complete_batch(model, tokenizer, part, settings) for part in parts]
+                return [done for part in answers for done in part]
+
+            found.update(zip(chosen, limit.run(answer, len(texts)), strict=True))
+            advance(len(chosen))
+    model.train(was_training)
+    return [found[index] for index in range(len(prompts))]

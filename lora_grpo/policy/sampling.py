@@ -1,0 +1,181 @@
+"""Completions sampled from the model itself, each prompt computed and held once for its group.
+
+A prompt goes through the model once; its keys and values then serve the G completions as they are,
+in one product for all of a group's queries, and each completion's own go into a buffer made once.
+Transformers' `generate` holds a copy for each completion, and copies all of it at every token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_grpo.policy.generate import cut_at_end
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+ATTENTION = "shared_decoding"
+
+
+class Decoding:
+    """What the attention of the next token reads: prompts' and completions' keys and values.
+
+    U prompts of P padded tokens and B = U x G completions, a prompt's side by side.
+    """
+
+    def __init__(self, cache: Any, prompt_mask: torch.Tensor, rows: int, length: int) -> None:
+        """Take over a cache of U prompts; make room for `length` more tokens of each of `rows`."""
+        self.prompts = [(layer.keys, layer.values) for layer in cache.layers]  # (U, heads, P, size)
+        self.own = [
+            tuple(part.new_empty(rows, part.shape[1], length, part.shape[3]) for part in pair)
+            for pair in self.prompts
+        ]
+        self.padding = ~prompt_mask.bool()[:, None, None]  # (U, 1, 1, P)
+        self.count = 0  # tokens of each completion before the next one
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Add the next token's key and value (B, heads, 1, size); return its output, as query."""
+        (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
+        keys[:, :, self.count], values[:, :, self.count] = key[:, :, 0], value[:, :, 0]
+        keys, values = (part[:, :, : self.count + 1] for part in (keys, values))
+        prompts, heads, length, size = prompt_keys.shape
+        each = query.reshape(len(query), heads, -1, size)  # (B, heads, R, size), R queries a key
+        repeats, group = each.shape[2], len(query) // prompts
+        grouped = each.reshape(prompts, group, heads, repeats, size).transpose(1, 2)
+        grouped = grouped.reshape(prompts, heads, group * repeats, size)
+        seen = (grouped @ prompt_keys.mT).masked_fill_(self.padding, -torch.inf)
+        seen = seen.view(prompts, heads, group, repeats, length).transpose(1, 2)
+        scores = torch.cat([seen.reshape(len(query), heads, repeats, -1), each @ keys.mT], -1)
+        weights = (scores.float() * scale).softmax(-1).to(value.dtype)
+        first, rest = weights.split([length, self.count + 1], -1)
+        first = first.reshape(prompts, group, heads, repeats, length).transpose(1, 2)
+        output = first.reshape(prompts, heads, group * repeats, length) @ prompt_values
+        output = output.view(prompts, heads, group, repeats, size).transpose(1, 2)
+        return (output.reshape(each.shape) + rest @ values).reshape(query.shape)
+
+
+def decoding_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    decoding: Decoding | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' interface of attention, for one token of each completion."""
+    if decoding is None:
+        raise RuntimeError("the attention of sampling was asked for something else")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    output = decoding.attend(module.layer_idx, query, key, value, scale)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def decoding_alone(model: "PreTrainedModel") -> Iterator[None]:
+    """Let the model attend as `Decoding` does."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, decoding_attention)
+    config = model.config.get_text_config()
+    own, config._attn_implementation = config._attn_implementation, ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def why_not_sampled(settings: "GenerationConfig") -> str | None:
+    """Return which setting of TRL's generation is not understood here, or None."""
+    off = {"top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1.0, None)}
+    strange = [name for name, values in off.items() if getattr(settings, name) not in values]
+    return f"generation has {', '.join(strange)}" if strange else None
+
+
+def once_each(prompts: list[list[int]]) -> list[list[int]]:
+    """Return each prompt once where every one stands equally often in a row, else all of them."""
+    starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+    sizes = {b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)}
+    return [prompts[start] for start in starts] if len(sizes) == 1 else prompts
+
+
+def choose(logits: torch.Tensor, settings: "GenerationConfig") -> torch.Tensor:
+    """Draw one token of each row (B, V) from transformers' distribution: temperature, top-p."""
+    from transformers import TopPLogitsWarper
+
+    scores = logits.float() / settings.temperature
+    if settings.top_p is not None and settings.top_p < 1:
+        scores = TopPLogitsWarper(settings.top_p)(None, scores)
+    return draw(scores.softmax(-1))
+
+
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """Draw one token of each row (B, V): where the summed probabilities pass a uniform number.
+
+    `torch.multinomial` draws an exponential number for each of the V, a fifth of a CPU's time for
+    a token of a small model.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
+    reach = probabilities.cumsum(-1, dtype=torch.float64)
+    whole = reach[:, -1:]
+    if not torch.isfinite(whole).all():
+        raise FloatingPointError("the policy's probabilities are not finite")
+    point = torch.rand(whole.shape, dtype=whole.dtype, device=whole.device) * whole
+    return torch.searchsorted(reach, point, right=True)[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    settings: "GenerationConfig",
+    end_ids: list[int],
+    max_completion_length: int,
+) -> list[list[int]]:
+    """Return a completion of each prompt, up to and with the token that ends it.
+
+    `model` is in evaluation mode; equal prompts that stand side by side are computed once.
+    """
+    single = once_each(prompts)
+    width, group = max(map(len, single)), len(prompts) // len(single)
+    padded = [[0] * (width - len(prompt)) + prompt for prompt in single]
+    ids = torch.tensor(padded, device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in single], device=model.device)
+    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]  # (U, P)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    start = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = start.logits[:, -1].repeat_interleave(group, 0)  # (B, V)
+    position = lengths.repeat_interleave(group)[:, None]
+    decoding = Decoding(start.past_key_values, mask, len(prompts), max_completion_length)
+    ends, drawn = torch.tensor(end_ids, device=model.device), []
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    with decoding_alone(model):
+        while True:
+            tokens = choose(logits, settings)
+            drawn.append(tokens)
+            finished |= torch.isin(tokens, ends)
+            if len(drawn) == max_completion_length or finished.all():
+                break
+            logits = model(
+                input_ids=tokens[:, None],
+                position_ids=position,
+                use_cache=False,
+                decoding=decoding,
+            ).logits[:, -1]
+            decoding.count += 1
+            position = position + 1
+    return [cut_at_end(row, end_ids)[0] for row in torch.stack(drawn, 1).tolist()]

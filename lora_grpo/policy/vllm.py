@@ -1,0 +1,311 @@
+"""vLLM in this process: the base's weights, and the policy's adapter sent as a LoRA request.
+
+Only the adapter ever moves: each sync writes it to a RAM disk and loads it under a new name, so the
+base's weights, 4-bit ones included, stay bit for bit what they were. Checked against vLLM 0.30.0.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.policy.adapter import save_adapter
+from lora_grpo.policy.base import Placement, read_config, write_dequantised
+from lora_grpo.policy.generate import Advance, Completion, cut_at_end
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+VLLM_BATCH_TOKENS = 8192  # vLLM profiles its activations with so many tokens at once
+
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+CPU_BLOCK = 128  # tokens of a page of the cache
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engine sets aside: tokens a sequence, sequences at once, and the memory for them."""
+
+    placement: Placement
+    max_model_len: int
+    max_num_seqs: int
+    max_lora_rank: int
+    load_in_4bit: bool
+    gpu_memory_utilization: float | None = None
+    seed: int = 0
+
+
+def engine_settings(config: TrainConfig, placement: Placement) -> EngineSettings:
+    """Return the engine of a training run, in the share of the card that the plan gave it."""
+    return EngineSettings(
+        placement=placement,
+        max_model_len=config.max_prompt_length + config.max_completion_length,
+        max_num_seqs=config.vllm_max_num_seqs or config.completions_per_step,
+        max_lora_rank=allowed_rank(config.r),
+        load_in_4bit=config.load_in_4bit,
+        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+        seed=config.seed,
+    )
+
+
+def allowed_rank(r: int) -> int:
+    """Return the smallest rank that vLLM sets aside for adapters of rank `r`.
+
+    Raises:
+        ValueError: it has none that large.
+    """
+    for rank in RANKS:
+        if r <= rank:
+            return rank
+    raise ValueError(f"--r {r}: vLLM serves ranks of up to {RANKS[-1]}; use --rollout generate")
+
+
+def check_positions(config: TrainConfig, folder: Path) -> None:
+    """Raise a ValueError where prompt and completion together are longer than the model can see."""
+    known = read_config(folder).get_text_config().max_position_embeddings
+    needed = config.max_prompt_length + config.max_completion_length
+    if needed > known:
+        raise ValueError(
+            f"--max-prompt-length + --max-completion-length come to {needed}, and --model "
+            f"{config.model} knows {known} positions: make them shorter"
+        )
+
+
+def cache_bytes(folder: Path, settings: EngineSettings) -> int:
+    """Return the float32 KV cache that every sequence at full length needs, in bytes."""
+    config = read_config(folder).get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
+    blocks = math.ceil(settings.max_model_len / CPU_BLOCK) * settings.max_num_seqs + 2
+    return token * blocks * CPU_BLOCK
+
+
+RAM_DISK = Path("/dev/shm")
+PREFIX, LOCK = "lora_grpo-", "lock"
+ADAPTER_ROOM = 2**29
+AT_ONCE = 4
+
+
+def ram_folder(room: int = ADAPTER_ROOM) -> tempfile.TemporaryDirectory:
+    """Return a folder in memory, having removed those of dead runs; on disk where the RAM disk is
+    missing or has less than `room` bytes free (a container's often has 64 MiB)."""
+    if not os.access(RAM_DISK, os.W_OK):
+        return tempfile.TemporaryDirectory(prefix=PREFIX)
+    for path in RAM_DISK.glob(f"{PREFIX}*"):
+        with suppress(OSError), (path / LOCK).open() as file:
+            flock(file, LOCK_EX | LOCK_NB)  # refused while its run lives
+            shutil.rmtree(path)
+    fits = shutil.disk_usage(RAM_DISK).free >= room
+    return LockedFolder(prefix=PREFIX, dir=RAM_DISK if fits else None)
+
+
+class LockedFolder(tempfile.TemporaryDirectory):
+    """A temporary folder with a lock in it that ends with this process, however that ends.
+
+    Process ids would not do: containers may share a RAM disk without seeing each other's.
+    """
+
+    def __init__(self, prefix: str, dir: Path | None) -> None:
+        super().__init__(prefix=prefix, dir=dir)
+        self.lock = (Path(self.name) / LOCK).open("w")
+        flock(self.lock, LOCK_EX)
+
+
+class Engine:
+    """vLLM with one base and the newest adapter; asleep between uses where the GPU can."""
+
+    def __init__(self, folder: Path, settings: EngineSettings, end_ids: Sequence[int]) -> None:
+        self.settings, self.end_ids = settings, list(end_ids)
+        self.folder = ram_folder()
+        self.request: LoRARequest | None = None
+        self.syncs = 0
+        self.llm: LLM | None = None
+        self.can_sleep = settings.placement.device == "cuda"
+        self.asleep = False
+        try:
+            self.llm = self._start(folder)
+            self.sleep()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, folder: Path) -> "LLM":
+        from vllm import LLM
+
+        settings = self.settings
+        on_gpu = settings.placement.device == "cuda"
+        memory = (
+            {"gpu_memory_utilization": settings.gpu_memory_utilization or 0.5}
+            if on_gpu
+            else {"kv_cache_memory_bytes": cache_bytes(folder, settings), "enforce_eager": True}
+        )
+        return LLM(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype=settings.placement.dtype,
+            quantization="bitsandbytes" if on_gpu and settings.load_in_4bit else None,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            # What the memory plan counts with; a large card's own default is twice that.
+            max_num_batched_tokens=max(VLLM_BATCH_TOKENS, settings.max_model_len),
+            enable_lora=True,
+            max_lora_rank=settings.max_lora_rank,
+            max_loras=1,
+            enable_prefix_caching=True,
+            enable_sleep_mode=on_gpu,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            seed=settings.seed,
+            use_tqdm_on_load=False,
+            **memory,
+        )
+
+    def sleep(self) -> None:
+        """Give the cache's memory to the update, and keep the weights in the machine's memory."""
+        if self.can_sleep and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Hold weights and cache on the GPU while the block runs."""
+        if self.asleep:
+            from lora_grpo.machine.out_of_memory import release_memory
+
+            release_memory()
+            self.llm.wake_up()
+            self.asleep = False
+        try:
+            yield
+        finally:
+            self.sleep()
+
+    def use_adapter(self, directory: Path) -> None:
+        """Answer as base + the adapter in this directory from now on."""
+        from vllm.lora.request import LoRARequest
+
+        self.syncs += 1
+        self.request = LoRARequest(f"policy-{self.syncs}", self.syncs, str(directory))
+
+    def sync(self, model: "PeftModel") -> None:
+        """Answer as the policy is now: its adapter goes to the RAM disk, under a new name."""
+        directory = Path(self.folder.name) / f"policy-{self.syncs + 1}"
+        shutil.rmtree(Path(self.folder.name) / f"policy-{self.syncs}", ignore_errors=True)
+        save_adapter(model, directory)
+        self.use_adapter(directory)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: "SamplingParams"
+    ) -> "list[RequestOutput]":
+        """Continue prompts of token ids, with the newest adapter once there is one."""
+        with self.awake():
+            return self.llm.generate(
+                [{"prompt_token_ids": list(ids)} for ids in prompts],
+                sampling_params=params,
+                lora_request=self.request,
+                use_tqdm=False,
+            )
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seed: int, **settings: Any
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Sample a completion for each prompt; return token ids and their log-probs, (B, T) each.
+
+        The draw depends on `seed` alone, and leaves this process's random numbers as they were.
+        """
+        import torch
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            n=1, logprobs=0, stop_token_ids=self.end_ids, detokenize=False, **settings
+        )
+        devices = [torch.cuda.current_device()] if self.settings.placement.device == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            outputs = [request.outputs[0] for request in self.generate(prompts, params)]
+        ids = [list(output.token_ids) for output in outputs]
+        logprobs = [
+            [chosen[token].logprob for token, chosen in zip(row, output.logprobs, strict=True)]
+            for row, output in zip(ids, outputs, strict=True)
+        ]
+        return ids, logprobs
+
+    def complete(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance = lambda count: None,
+    ) -> list[Completion]:
+        """Answer each rendered prompt greedily, in their order, as `generate` does."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_completion_length,
+            stop_token_ids=self.end_ids,
+            detokenize=False,
+        )
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        completions, chunk = [], AT_ONCE * self.settings.max_num_seqs
+        for start in range(0, len(ids), chunk):
+            for request in self.generate(ids[start : start + chunk], params):
+                row, truncated = cut_at_end(list(request.outputs[0].token_ids), self.end_ids)
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                completions.append(Completion(text, len(row), truncated))
+            advance(len(ids[start : start + chunk]))
+        return completions
+
+    def abort(self) -> None:
+        """Forget what was being generated when an error came."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def close(self) -> None:
+        """Give the engine's memory back; safe to call twice."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        # What went wrong before must not be hidden by how the engine ends.
+        with suppress(Exception):
+            if self.llm is not None:
+                self.abort()
+                self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        with suppress(Exception):
+            cleanup_dist_env_and_memory()
+        self.folder.cleanup()
+
+
+@contextmanager
+def open_engine(
+    folder: Path,
+    settings: EngineSettings,
+    end_ids: Sequence[int],
+    base: "PreTrainedModel | None" = None,
+) -> Iterator[Engine]:
+    """Hold an engine while the block runs, and shut it down however the block ends.
+
+    On a CPU, whose vLLM reads no 4-bit weights, a 4-bit `base` is handed over dequantised: the same
+    numbers, so the same policy.
+    """
+    with ExitStack() as until_loaded:
+        if base is not None and settings.load_in_4bit and settings.placement.device == "cpu":
+            room = 5 * base.num_parameters(exclude_embeddings=False)
+            scratch = until_loaded.enter_context(ram_folder(room))
+            folder = write_dequantised(base, folder, Path(scratch) / "base")
+        engine = Engine(folder, settings, end_ids)
+    try:
+        yield engine
+    finally:
+        engine.close()

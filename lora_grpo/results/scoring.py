@@ -1,0 +1,106 @@
+"""Completions become figures: accuracy on held-out items, its uncertainty, and the paired test of
+two models.
+
+The parser that pays the reward is the one that counts here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_grpo.data.answers import has_format, last_number, parse_answer, same_number
+from lora_grpo.data.problems import Problem
+from lora_grpo.policy.generate import Completion
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Item:
+    """How one completion did on one problem."""
+
+    completion: str
+    strict: bool
+    lenient: bool
+    format: bool
+    truncated: bool
+    tokens: int
+
+
+def judge(problem: Problem, completion: Completion) -> Item:
+    """Score one completion: strict reads the answer tags, lenient the last number anywhere."""
+    tagged, last = parse_answer(completion.text), last_number(completion.text)
+    return Item(
+        completion=completion.text,
+        strict=tagged is not None and same_number(tagged, problem.answer),
+        lenient=last is not None and same_number(last, problem.answer),
+        format=has_format(completion.text),
+        truncated=completion.truncated,
+        tokens=completion.tokens,
+    )
+
+
+def wilson_interval(successes: int, total: int, z: float = Z95) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion (Wilson 1927), 95 % unless `z` says
+    otherwise."""
+    share = successes / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Return the two-sided exact McNemar p-value: only items on which the two differ count."""
+    gained = sum(after and not before for before, after in zip(first, second, strict=True))
+    lost = sum(before and not after for before, after in zip(first, second, strict=True))
+    tail = sum(math.comb(gained + lost, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2 ** (gained + lost))
+
+
+def summarise(items: Sequence[Item]) -> dict[str, Any]:
+    """Return a model's figures as `eval.json` names them."""
+
+    def share(name: str) -> float:
+        return sum(getattr(item, name) for item in items) / len(items)
+
+    return {
+        "strict_accuracy": share("strict"),
+        "lenient_accuracy": share("lenient"),
+        "format_rate": share("format"),
+        "truncated_rate": share("truncated"),
+        "mean_completion_tokens": share("tokens"),
+        "ci95": list(wilson_interval(sum(item.strict for item in items), len(items))),
+    }
+
+
+def build_report(dataset: str, split: str, models: dict[str, Sequence[Item]]) -> dict[str, Any]:
+    """Return `eval.json`: a summary by model, `base` and `adapter`, and the paired test where both
+    are there."""
+    report: dict[str, Any] = {
+        "dataset": dataset,
+        "split": split,
+        "num_items": len(next(iter(models.values()))),
+        **{name: summarise(items) for name, items in models.items()},
+    }
+    if {"base", "adapter"} <= models.keys():
+        strict = [[item.strict for item in models[name]] for name in ("base", "adapter")]
+        report["mcnemar_p"] = mcnemar_p(*strict)
+    return report
+
+
+def build_rows(
+    problems: Sequence[Problem], models: dict[str, Sequence[Item]]
+) -> list[dict[str, Any]]:
+    """Return `eval_items.jsonl`: a row a problem, what each model made of it under the model's
+    name."""
+    return [
+        {
+            "index": index,
+            "question": problem.question,
+            "answer": problem.answer,
+            **{name: asdict(items[index]) for name, items in models.items()},
+        }
+        for index, problem in enumerate(problems)
+    ]

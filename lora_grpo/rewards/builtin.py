@@ -1,0 +1,262 @@
+"""Rewards for GRPO: two built-in sets and the user's own, each a plain function with a weight.
+
+Completions and gold answers go in, in TRL's signature; one unweighted value a completion comes out.
+`answers` reads the completion here and in evaluation, so training pays for what is measured.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_grpo.data.answers import has_format, parse_answer, parse_number, same_number
+from lora_grpo.data.problems import Problem
+from lora_grpo.data.prompt import build_messages
+from lora_grpo.rewards.custom import (
+    Completion,
+    RewardFunction,
+    load_custom_reward,
+    parse_weight,
+    to_texts,
+)
+
+LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
+# What TRL passes to a reward by these names is its own: a dataset's column of that name stays out.
+NAMES_OF_TRL = frozenset(
+    {
+        *("prompt", "prompts", "completion", "completions", "completion_ids"),
+        *("trainer_state", "log_extra", "log_metric", "environments"),
+    }
+)
+PERFECT = "<reasoning>\nI work it out.\n</reasoning>\n<answer>\n{answer}\n</answer>"
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward: `function` returns unweighted values, `weight` is what each counts in the sum;
+    `sha256` is that of the user's file, None for a built-in one."""
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    sha256: str | None = None
+
+
+def correctness(completions: list[Completion], answer: list[str], **columns: Any) -> list[float]:
+    """Pay 1 where the number between the answer tags equals the gold answer."""
+    pairs = zip(to_texts(completions), answer, strict=True)
+    return [float(same_number(parse_answer(text) or "", gold)) for text, gold in pairs]
+
+
+def format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for one reasoning block and one answer block, neither blank, with nothing else."""
+    return [float(has_format(text)) for text in to_texts(completions)]
+
+
+def build_length_penalty(max_completion_length: int | None) -> RewardFunction:
+    """Return the soft overlong punishment of DAPO (arXiv 2503.14476), a fifth of the limit wide:
+    0 up to four fifths of the limit in tokens, then linearly less, -1 at the limit.
+
+    It is 0 where the limit or the token ids are not known.
+    """
+
+    def length_penalty(
+        completions: list[Completion],
+        completion_ids: list[list[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        if max_completion_length is None or completion_ids is None:
+            return [0.0] * len(completions)
+        limit = max_completion_length
+        return [min(max((4 * limit - 5 * len(ids)) / limit, -1.0), 0.0) for ids in completion_ids]
+
+    return length_penalty
+
+
+def integer(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 where a bare whole number is the answer; a sign, `,` and `$` are free."""
+    return [float(is_integer(parse_answer(text) or "")) for text in to_texts(completions)]
+
+
+def is_integer(text: str) -> bool:
+    bare = text.replace(",", "").replace("$", "").lstrip("+-\u2212")
+    return bare.isascii() and bare.isdigit() and parse_number(text) is not None
+
+
+def strict_format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for the layout that the prompt shows: well-formed, each tag on its own line."""
+    return [float(has_layout(text.strip())) for text in to_texts(completions)]
+
+
+def has_layout(text: str) -> bool:
+    framed = text.startswith("<reasoning>\n") and text.endswith("\n</answer>")
+    return framed and "\n</reasoning>\n<answer>\n" in text and has_format(text)
+
+
+def soft_format(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay 1 for what `format` pays for: white space around the blocks is free."""
+    return format(completions)
+
+
+def xml_count(completions: list[Completion], **columns: Any) -> list[float]:
+    """Pay a quarter for each of the four tags that is there exactly once, with its line breaks."""
+    return [count_tags(text.strip()) / 4 for text in to_texts(completions)]
+
+
+def count_tags(text: str) -> int:
+    return sum(text.count(line.strip()) == 1 and line in text for line in LINES)
+
+
+CLASSIC = (
+    Reward("correctness", correctness, 2.0),
+    Reward("integer", integer, 0.5),
+    Reward("strict_format", strict_format, 0.5),
+    Reward("soft_format", soft_format, 0.5),
+    Reward("xml_count", xml_count, 0.5),
+)
+
+
+def build_default(max_completion_length: int | None) -> tuple[Reward, ...]:
+    return (
+        Reward("correctness", correctness, 1.0),
+        Reward("format", format, 0.2),
+        Reward("length_penalty", build_length_penalty(max_completion_length), 0.2),
+    )
+
+
+def build_rewards(
+    reward_set: str = "default",
+    custom: tuple[str, ...] = (),
+    weights: dict[str, float] | None = None,
+    max_completion_length: int | None = None,
+) -> list[Reward]:
+    """Return the rewards of a set, then the user's own, with the weights by name put in.
+
+    Each of `custom` is `path/to/file.py:function=0.5`; `max_completion_length` is in tokens.
+
+    Raises:
+        FileNotFoundError: a custom reward's file is not there.
+        ValueError: an unknown set, a custom reward that cannot be used, a name twice, a weight for
+            an unknown name, or no reward at all.
+    """
+    built_in = {"default": build_default(max_completion_length), "classic": CLASSIC, "none": ()}
+    if reward_set not in built_in:
+        allowed = ", ".join(built_in)
+        raise ValueError(f"--reward-set must be one of {allowed}, got {reward_set!r}")
+    rewards = [*built_in[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
+    check_names(rewards)
+    return change_weights(rewards, weights or {})
+
+
+def check_names(rewards: list[Reward]) -> None:
+    if not rewards:
+        raise ValueError(
+            "--reward-set none leaves no reward: add one with --reward file.py:function"
+        )
+    counts = Counter(reward.name for reward in rewards)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"--reward gives the name {twice[0]!r} twice: rename one function")
+
+
+def change_weights(rewards: list[Reward], weights: dict[str, float]) -> list[Reward]:
+    names = [reward.name for reward in rewards]
+    for name in weights:
+        if name not in names:
+            raise ValueError(f"--reward-weight must name one of {', '.join(names)}, got {name!r}")
+    return [replace(reward, weight=weights.get(reward.name, reward.weight)) for reward in rewards]
+
+
+def parse_reward_weights(pairs: tuple[str, ...]) -> dict[str, float]:
+    """Return the weights by name of `--reward-weight name=value` flags.
+
+    Raises:
+        ValueError: a pair has no name or no finite number.
+    """
+    weights = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--reward-weight must look like name=0.5, got {pair!r}")
+        weights[name] = parse_weight("--reward-weight", value, pair)
+    return weights
+
+
+def score_with(
+    rewards: list[Reward], completion: str, answer: str, /, **columns: Any
+) -> dict[str, float]:
+    """Return each reward's weighted score of one completion by name, and their sum as `total`.
+
+    `columns` holds this completion's own values (`prompts`, `completion_ids`, the dataset's
+    columns). A reward that says None does not apply, and is left out.
+    """
+    batch = {name: [value] for name, value in columns.items()}
+    scores = {}
+    for reward in rewards:
+        [value] = reward.function(completions=[completion], answer=[answer], **batch)
+        if value is not None:
+            scores[reward.name] = reward.weight * value
+    return {**scores, "total": sum(scores.values(), start=0.0)}
+
+
+def score(completion: str, answer: str, reward_set: str = "default") -> dict[str, float]:
+    """Return the weighted scores of a built-in set by name, and their sum as `total`."""
+    return score_with(build_rewards(reward_set), completion, answer)
+
+
+def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
+    """Return by its row what a reward is told of each problem: `question`, `answer` (the gold
+    answer alone), and every other column of the dataset as it was read, None where a row lacks it.
+    """
+    names = {name for problem in problems for name in problem.columns} - NAMES_OF_TRL
+    return {
+        problem.row: {
+            **{name: problem.columns.get(name) for name in sorted(names)},
+            "question": problem.question,
+            "answer": problem.answer,
+        }
+        for problem in problems
+    }
+
+
+def check_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
+    """Return what a reward is passed along with a completion of each problem, less the answers."""
+    rows = list(reward_columns(problems).values())
+    columns = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
+    del columns["answer"]
+    return {**columns, "prompts": [build_messages(problem.question) for problem in problems]}
+
+
+def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed: Any) -> None:
+    """Call each reward once as training will: made-up completions of the first problem.
+
+    `passed` is what else the trainer gives: `trainer_state`, `log_extra`, `log_metric`.
+
+    Raises:
+        RewardError, ValueError: a mistake in a user's own function.
+    """
+    columns = next(iter(reward_columns(problems).values()))
+    texts = [PERFECT.format(answer=columns["answer"]), "I do not know.", ""]
+    batch = {name: [value] * len(texts) for name, value in columns.items()}
+    batch["prompts"] = [build_messages(columns["question"]) for _ in texts]
+    for reward in rewards:
+        reward.function(
+            completions=[[{"role": "assistant", "content": text}] for text in texts],
+            completion_ids=[[0] * len(text) for text in texts],
+            **batch,
+            **passed,
+        )
+
+
+def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any]) -> list[int]:
+    """Return the positions of gold answers that `correctness` does not pay in full.
+
+    Each is put in a perfect completion; one that fails can never be learned. `columns` holds what
+    else the reward needs, a value an answer. Without a reward of that name nothing is checked.
+    """
+    judge = next((reward for reward in rewards if reward.name == "correctness"), None)
+    if judge is None:
+        return []
+    completions = [PERFECT.format(answer=answer) for answer in answers]
+    values = judge.function(completions=completions, answer=answers, **columns)
+    return [index for index, value in enumerate(values) if value is None or value < 1.0]

@@ -1,0 +1,93 @@
+"""Problems that the rewards can pay: what is blank or cannot earn full marks is dropped, with a
+sentence for each kind."""
+
+from collections.abc import Sequence
+
+from lora_grpo.data.gold import describe_unreadable
+from lora_grpo.data.problems import Problem, Reading
+from lora_grpo.rewards.builtin import Reward, check_columns, check_gold
+
+NAMED_ROWS = 5
+SHOWN_GOLDS = 3
+
+
+def describe_rows(rows: Sequence[int]) -> str:
+    """Name the first few rows."""
+    more = len(rows) - NAMED_ROWS
+    named = ", ".join(map(str, rows[:NAMED_ROWS])) + (f" and {more} more" if more > 0 else "")
+    return f"row{'s' if len(rows) > 1 else ''} {named}"
+
+
+class Sieve:
+    """Drops problems and keeps a sentence for each kind that it dropped; a strict one stops
+    instead."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.notes: list[str] = []
+
+    def drop(self, name: str, problems: list[Problem], rows: list[int], why: str) -> list[Problem]:
+        """Return the problems less those of the given rows, of which some may be gone already.
+
+        Raises:
+            ValueError: there are such rows and the sieve is strict, or nothing is left.
+        """
+        if not rows:
+            return problems
+        total = len({problem.row for problem in problems}.union(rows))
+        found = f"{name}: {len(rows)} of {total} {why} ({describe_rows(rows)})"
+        if self.strict:
+            raise ValueError(f"--strict-data: {found}: mend or remove them")
+        self.notes.append(f"dropped from {found}")
+        dropped = set(rows)
+        kept = [problem for problem in problems if problem.row not in dropped]
+        if not kept:
+            raise ValueError(f"{found}: no usable rows are left")
+        return kept
+
+
+def keep_usable(
+    sieve: Sieve, name: str, reading: Reading, rewards: Sequence[Reward]
+) -> list[Problem]:
+    """Return the problems of a split less those that are blank or cannot earn full marks.
+
+    Raises:
+        ValueError: none is left, or the sieve is strict.
+    """
+    sieve.notes += [note for note in reading.notes if note not in sieve.notes]
+    lacking = "rows lack a question or an answer"
+    problems = sieve.drop(name, reading.problems, reading.blank, lacking)
+    return drop_bad_gold(sieve, name, problems, rewards, reading.dataset)
+
+
+def drop_bad_gold(
+    sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward], dataset: str
+) -> list[Problem]:
+    """Drop problems whose gold answer the reward would not pay in full; `dataset` is what an error
+    begins with."""
+    failing = check_gold(
+        [problem.answer for problem in problems],
+        list(rewards),
+        **check_columns(problems),
+    )
+    bad = [problems[position] for position in failing]
+    if len(bad) == len(problems):
+        raise ValueError(f"{dataset}: {explain_golds(bad)}")
+    shown = f", such as {bad[0].answer!r:.40}" if bad else ""
+    why = f"gold answers do not earn full marks against themselves{shown}"
+    return sieve.drop(name, problems, [problem.row for problem in bad], why)
+
+
+def explain_golds(problems: Sequence[Problem]) -> str:
+    """Say what gold answers look like of which none can be paid, and what to change."""
+    shown = "; ".join(
+        f"row {problem.row}: {problem.answer[:40]!r} from {problem.source[-60:]!r}"
+        for problem in problems[:SHOWN_GOLDS]
+    )
+    what = describe_unreadable([problem.answer for problem in problems])
+    return (
+        f"none of the {len(problems)} gold answers earns full marks: they {what}, and the built-in "
+        f"rewards pay numbers only ({shown}): name another column by --answer-column, give the "
+        "number itself as the answer, or pay them by a reward of your own with --reward-set none "
+        "--reward file.py:function"
+    )

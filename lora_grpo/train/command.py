@@ -1,0 +1,151 @@
+"""The training command: plan, then preview or train, and the next command for each end."""
+
+from typing import TYPE_CHECKING
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.presets import FALLING
+from lora_grpo.data.prompt import build_messages, render
+from lora_grpo.grpo.batch import had_signal
+from lora_grpo.machine.allocator import prepare_allocator
+from lora_grpo.machine.files import check_room, naming, read_jsonl
+from lora_grpo.machine.terminal import (
+    FailedError,
+    command_line,
+    describe_write_error,
+    find_write_error,
+)
+from lora_grpo.memory.fit import describe_memory
+from lora_grpo.policy.adapter import check_run
+from lora_grpo.rewards.custom import RewardError
+from lora_grpo.train.console import Display
+from lora_grpo.train.plan import Plan, describe_plan, make_plan
+
+if TYPE_CHECKING:
+    from lora_grpo.machine.out_of_memory import MemoryExhaustedError
+
+PREVIEWED = 3
+SMALL_FILES = 2**24  # tokenizer, records, completions
+SHOWN_SOURCE = 80
+
+
+def preview(plan: Plan, display: Display) -> None:
+    """Print three training problems as the model will see them, with their gold answers and what
+    these were read from."""
+    for problem in plan.data.train[:PREVIEWED]:
+        text = render(plan.tokenizer, build_messages(problem.question, plan.data.style))
+        whole = problem.source in ("", problem.answer)
+        source = "" if whole else f", from {problem.source[-SHOWN_SOURCE:]!r}"
+        display.say(f"--- row {problem.row}, gold answer {problem.answer!r}{source}\n{text}")
+
+
+def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
+    """Return what the plan was and what a resumed run can still do about its memory."""
+    config, text = plan.config, str(error)
+    updates = "in the update" in text
+    lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
+    flags = []
+    if updates and not config.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    has_logits = plan.memory is not None and plan.memory.job.holds_logits
+    if has_logits and (updates or "in scoring" in text):
+        flags.append("--chunked-logprobs")
+    if config.rollout == "vllm":
+        flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
+    if flags:
+        lines.append(f"add {' or '.join(flags)}")
+    else:
+        lines.append(
+            "nothing is left to save in this run: free memory that other programs hold, or start "
+            f"anew with --max-completion-length below {config.max_completion_length} or a smaller "
+            "--model (scripts/plan_memory.py shows what fits)"
+        )
+    return "; ".join(lines)
+
+
+def run(config: TrainConfig, why: str) -> int:
+    """Do what the configuration asks for and return the exit status.
+
+    0 done, 128 + n stopped by signal n and ready to be resumed.
+
+    Raises:
+        OSError, ValueError: bad input, found before any weights load.
+        FailedError, FloatingPointError: the run failed; the message says what to do.
+    """
+    prepare_allocator()
+    display = Display(config.quiet and not (config.dry_run or config.preview))
+    if config.resume:
+        check_run(config.resume)
+    try:
+        plan = make_plan(config)
+    except RewardError as error:
+        raise ValueError(str(error)) from error
+    display.plan("GRPO on a LoRA adapter", describe_plan(plan, why))
+    if config.preview:
+        preview(plan, display)
+        return 0
+    if config.dry_run:
+        for name, value in plan.knobs.items():
+            display.say(f"  {name} = {value}")
+        display.say("dry run: nothing was loaded, nothing was written")
+        return 0
+    return run_plan(plan, display)
+
+
+def describe_end(plan: Plan) -> str:
+    """Return that a run is finished, and how it can be prolonged."""
+    schedule = plan.config.lr_scheduler_type
+    done = f"{plan.run_dir} is finished: all {plan.steps} steps are made, nothing was changed"
+    if schedule in FALLING:
+        return f"{done}; --lr-scheduler-type {schedule} ends there, so it cannot be prolonged"
+    more = ("--resume", plan.run_dir, "--max-steps", str(2 * plan.steps))
+    return f"{done}; to prolong it: {command_line('train_lora.py', *more)}"
+
+
+def needed_space(plan: Plan) -> int:
+    """Return the bytes that a run writes: the best and the last adapter, and its checkpoints, each
+    with two adapters and two moments for every number, one of them beside those that it replaces.
+    """
+    from lora_grpo.grpo.trainer import KEPT_CHECKPOINTS
+
+    adapter = 4 * plan.trained_parameters
+    return (2 + (KEPT_CHECKPOINTS + 1) * 4) * adapter + SMALL_FILES
+
+
+def run_plan(plan: Plan, display: Display) -> int:
+    """Train and print the result, or say how to resume."""
+    from lora_grpo.machine.out_of_memory import MemoryExhaustedError
+    from lora_grpo.train.recorder import METRICS, VALIDATION
+    from lora_grpo.train.run import Stopped, finished_report, train
+
+    again = f"resume it by: {command_line('train_lora.py', '--resume', plan.run_dir)}"
+    try:
+        report = finished_report(plan)
+        if report:
+            display.say_always(describe_end(plan))
+        else:
+            check_room(plan.run_dir, needed_space(plan), "--adapters-dir")
+            with naming(plan.run_dir):
+                report = train(plan, display)
+    except OSError as error:
+        if (written := find_write_error(error)) is None or not plan.run_dir.is_dir():
+            raise
+        raise FailedError(f"{describe_write_error(written)}; then {again}") from error
+    except Stopped as stop:
+        display.say(f"stopped by {stop}, everything is saved; {again}")
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        there = plan.run_dir.exists()
+        display.say(f"stopped; {again}" if there else "stopped; nothing was written yet")
+        return 130
+    except MemoryExhaustedError as error:
+        raise FailedError(f"{error}\n{advise_on_memory(plan, error)}; then {again}") from error
+    display.results(report)
+    display.memory(plan.run_dir / METRICS)
+    validation = read_jsonl(plan.run_dir / VALIDATION)
+    display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
+    steps = read_jsonl(plan.run_dir / METRICS)
+    if any(map(had_signal, steps)):
+        display.say(f"next: {command_line('merge_adapter.py', plan.run_dir)}")
+    else:
+        display.silence(steps, plan.config, whole_run=True)
+    return 0

@@ -1,0 +1,262 @@
+"""What a person sees of a run: the plan, one line per step, a completion now and then, the final
+table.
+
+On a terminal a progress bar stands below the lines; elsewhere the lines alone, so that a log file
+reads well.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.grpo.batch import Batch, mean
+from lora_grpo.machine.files import read_jsonl
+from lora_grpo.memory.terms import GIB
+
+LINES = 50
+LOG_WIDTH = 120
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a figure in a format, or a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def percent(share: float | None) -> str:
+    shown = number(None if share is None else 100 * share, ".1f")
+    return shown if shown == "-" else f"{shown} %"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    low, high = bounds
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+class Display:
+    """Prints a run to one console; a quiet one prints only warnings and the final table."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
+        self.quiet = quiet
+        self.progress: Progress | None = None
+        self.started = time.perf_counter()
+        self.first_step: int | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line, unless quiet."""
+        if not self.quiet:
+            self.say_always(text)
+
+    def say_always(self, text: str) -> None:
+        """Print a line, quiet or not."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def plan(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Print what will happen."""
+        if self.quiet:
+            return
+        table = Table(
+            title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        for name, value in rows:
+            table.add_row(escape(name), escape(value))
+        self.console.print(table)
+
+    @contextmanager
+    def bar(self, name: str, total: int):
+        """Show a bar on a terminal while the block runs; yields a function that advances it."""
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=self.quiet or not self.console.is_terminal,
+        ) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda count: progress.advance(task, count)
+
+    def step(self, row: dict[str, Any], batch: Batch, total: int, every: int) -> None:
+        """Print a step's line, and a completion at intervals."""
+        step = row["step"]
+        self.first_step = step if self.first_step is None else self.first_step
+        if step % max(1, total // LINES) == 0 or step in (self.first_step, total):
+            self.say(self.step_line(row, batch, total))
+        if step % every == 0:
+            self.sample(batch)
+
+    def step_line(self, row: dict[str, Any], batch: Batch, total: int) -> str:
+        done = row["step"] - self.first_step + 1
+        left = (time.perf_counter() - self.started) / done * (total - row["step"])
+        share = {name: percent(row.get(name)) for name in SHARES}
+        drawn = f" ({row['drawn_groups']} groups drawn)" if batch.dropped_completions else ""
+        return (
+            f"step {row['step']:>{len(str(total))}}/{total}  "
+            f"reward {number(row.get('reward'), '.3f'):>5}  "
+            f"correct {share['correct']:>7}  format {share['format']:>7}  "
+            f"length {number(row.get('completion_length'), '.1f'):>5}  "
+            f"clipped {share['clipped_ratio']:>6}  "
+            f"dead groups {share['frac_reward_zero_std']:>7}{drawn}  "
+            f"{number(row.get('tokens_per_second_generate'), '.0f'):>5} tokens/s  "
+            f"{number(row.get('seconds'), '.1f')} s  {format_seconds(left)} left"
+        )
+
+    def sample(self, batch: Batch) -> None:
+        """Print the first completion of the batch with what it earned."""
+        if self.quiet or not batch.completions:
+            return
+        earned = "  ".join(
+            f"{name} {number(scores[0], '.2f')}" for name, scores in batch.rewards.items()
+        )
+        body = (
+            f"{batch.questions[0]}\n\n{batch.completions[0]}\n\ngold {batch.answers[0]}  |  "
+            f"{earned}"
+        )
+        self.console.print(Panel(escape(body), title="a completion", title_align="left", width=100))
+
+    def before(self, base: dict[str, Any]) -> None:
+        """Print how the base does, before anything is trained."""
+        self.say(
+            f"base: strict {percent(base['strict_accuracy'])}, lenient "
+            f"{percent(base['lenient_accuracy'])}, "
+            f"format {percent(base['format_rate'])}"
+        )
+        self.say(
+            "base, validation and the final table are greedy decoding, one completion per problem; "
+            "the lines of the steps are completions sampled for training"
+        )
+        self.started = time.perf_counter()
+
+    def validation(self, row: dict[str, Any], kept: bool) -> None:
+        """Print how a step does on the validation problems, and whether its adapter is kept."""
+        self.say(
+            f"validation after step {row['step']}: {describe_validation(row)}, "
+            f"format {percent(row['format_rate'])}: "
+            f"{'the best so far, kept' if kept else 'an earlier step did better'}"
+        )
+
+    def chosen(
+        self, run_dir: Path, step: int, steps: int, validation: list[dict[str, Any]]
+    ) -> None:
+        """Print where the adapter is, of which step it is, and why of that one."""
+        row = next((row for row in validation if row["step"] == step), None)
+        why = ""
+        if row:
+            why = f", the best of {len(validation)} validated: {describe_validation(row)}"
+        if step != steps:
+            why += f"; the adapter of step {steps} is in {run_dir / 'last'}"
+        self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
+
+    def silence(self, steps: list[dict[str, Any]], config: TrainConfig, whole_run: bool) -> None:
+        """Say that the run, or its last steps, had no signal, and what to change."""
+        alike = all(row["frac_reward_zero_std"] == 1 for row in steps)
+        why = (
+            "all completions of each group earned the same" if alike else "every gradient was zero"
+        )
+        if whole_run:
+            start = f"no step had a signal, so nothing was learnt: in all {len(steps)} steps {why}"
+        else:
+            start = f"no signal in the last {len(steps)} steps, so nothing is learnt: {why}"
+        again = "; then start a new run" if whole_run else ""
+        self.say_always(f"{start}. {explain_silence(steps, config)}{again}")
+
+    def memory(self, metrics: Path) -> None:
+        """Print the peak memory of a run beside what was predicted for it."""
+        row = read_jsonl(metrics)[-1]
+        measured, predicted = row.get("peak_memory_bytes"), row.get("predicted_memory_bytes")
+        beside = f", {predicted / GIB:.2f} GB predicted" if predicted else ""
+        found = f"{measured / GIB:.2f} GB measured" if measured else "not measured"
+        self.say(f"peak memory: {found}{beside}")
+
+    def results(self, report: dict[str, Any]) -> None:
+        """Print base and adapter side by side."""
+        models = [name for name in ("base", "adapter") if name in report]
+        name = f"{report['dataset']} ({report['split']})"
+        self.say_always(f"{report['num_items']} problems of {name}, greedy")
+        table = Table()
+        table.add_column("")
+        for name in models:
+            table.add_column(name if "adapter" in models else "model", justify="right")
+        for label, cell in ROWS:
+            table.add_row(label, *(cell(report[name]) for name in models))
+        self.console.print(table)
+        if "mcnemar_p" in report:
+            self.console.print(
+                f"McNemar's exact test of the two on the same items: p = {report['mcnemar_p']:.2g}"
+            )
+
+
+def describe_validation(row: dict[str, Any]) -> str:
+    """Return the accuracy of a row of `validation.jsonl`; older runs recorded no interval."""
+    found = f"strict {percent(row['strict_accuracy'])}"
+    if "ci95" not in row:
+        return found
+    return f"{found} of {row['num_items']} problems (95 % interval {interval(row['ci95'])})"
+
+
+def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:
+    """Return the likely cause of steps without a signal, and which setting to change."""
+    names = ("reward", "clipped_ratio", "correct", "format")
+    reward, clipped, correct, formatted = (mean(row[name] for row in steps) for name in names)
+    if reward is None:
+        return (
+            "Every reward function returned None for every completion: give a --reward that "
+            "returns numbers for these problems, or --reward-set default"
+        )
+    if clipped > 0.5:
+        return (
+            f"{percent(clipped)} of the completions were cut off: raise --max-completion-length "
+            f"(now {config.max_completion_length})"
+        )
+    found = f"{percent(correct)} of the completions are right, {percent(formatted)} in the format"
+    if correct > 0.9:
+        return f"{found}: take harder problems (--dataset)"
+    if correct < 0.1 and formatted < 0.1:
+        return (
+            f"{found} <reasoning>...</reasoning> <answer>...</answer>: ask for it in "
+            "--system-prompt-file, show it by --one-shot, or pay by --reward for what the model "
+            "does write"
+        )
+    if correct < 0.1:
+        return f"{found}: take easier problems (--dataset) or a larger --model"
+    if len({row["reward"] for row in steps}) == 1:
+        return (
+            f"{found}, but each earned {number(reward, 'g')}: give rewards that tell them apart "
+            "(scripts/check_rewards.py shows what each pays)"
+        )
+    return (
+        f"{found}: sample more per problem (--num-generations, now {config.num_generations}), or "
+        "take more problems per step (--gradient-accumulation-steps; now "
+        f"{config.prompts_per_step} problems)"
+    )
+
+
+SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")
+ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("strict accuracy", lambda model: percent(model["strict_accuracy"])),
+    ("95 % interval", lambda model: interval(model["ci95"])),
+    ("lenient accuracy", lambda model: percent(model["lenient_accuracy"])),
+    ("format", lambda model: percent(model["format_rate"])),
+    ("truncated", lambda model: percent(model["truncated_rate"])),
+    ("tokens a completion", lambda model: f"{model['mean_completion_tokens']:.1f}"),
+]

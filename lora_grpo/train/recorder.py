@@ -1,0 +1,228 @@
+"""What a run writes while it trains: metrics, sampled completions, the best adapter, and when to
+checkpoint.
+
+One `TrainerCallback`. A resumed run first cuts the files back to its checkpoint, so that they end
+up as if nothing had happened.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.grpo.batch import Batch, had_signal, mean
+from lora_grpo.grpo.groups import dead_groups
+from lora_grpo.grpo.trainer import LoraGRPOTrainer
+from lora_grpo.machine.files import append_jsonl, read_jsonl, write_jsonl
+from lora_grpo.machine.process import PeakMemory
+from lora_grpo.policy.adapter import WEIGHTS, read_step, save_adapter
+
+# A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
+SKIPPED_IN_A_ROW = 20
+# Steps in a row without a signal before the run says so; twice as many before it says it again.
+PATIENCE = 5
+METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
+LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "kl")
+SAMPLER_LOGS = {
+    "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
+    "sampling/sampling_logp_difference/max": "sampler_logprob_difference_max",
+    "sampling/importance_sampling_ratio/mean": "sampler_ratio",
+    "sampling/importance_sampling_ratio/clipped": "sampler_ratio_clipped",
+}
+
+
+def cut_back(run_dir: Path, step: int) -> None:
+    """Drop what was logged after `step`, a step that a resumed run makes again."""
+    for name in (METRICS, COMPLETIONS, VALIDATION):
+        if (run_dir / name).exists():
+            rows = read_jsonl(run_dir / name)
+            write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
+
+
+def finite(value: Any) -> Any:
+    """Return a figure, or a dictionary of figures, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float | None]:
+    """Return where a step's seconds went, and how much was made of them.
+
+    Tokens per second are those of the completions, in generation with those that were dropped;
+    `tokens_update` is what went through the model in the update, prompts and all, and
+    `padding_share` what of TRL's micro-batches is padding.
+    """
+    seconds, batch = trainer.seconds, trainer.batch
+    learnt = sum(batch.tokens)
+    tokens = {"generate": learnt + batch.dropped_tokens, "update": learnt}
+    return {
+        "seconds": step_seconds,
+        **{f"seconds_{phase}": spent for phase, spent in seconds.items()},
+        "seconds_other": step_seconds - sum(seconds.values()),
+        **{
+            f"tokens_per_second_{phase}": count / seconds[phase] if seconds[phase] else None
+            for phase, count in tokens.items()
+        },
+        "tokens_update": trainer.tokens_computed if trainer.packed else None,
+        "padding_share": trainer.padding_share(),
+    }
+
+
+def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> dict[str, Any]:
+    """Return a step's row of `metrics.jsonl`, without its step and seconds.
+
+    TRL logs None for a figure that has no finite value in the step, such as the entropy where every
+    group is dead, and leaves out what its settings do not ask for.
+    """
+    totals = batch.totals()
+    dead = dead_groups(totals, num_generations)
+    return {
+        "reward": mean(totals),
+        "rewards": {name: mean(scores) for name, scores in batch.rewards.items()},
+        "correct": batch.correct(),
+        "format": batch.formatted(),
+        "completion_length": mean(batch.tokens),
+        "clipped_ratio": mean(batch.truncated),
+        "frac_reward_zero_std": mean(dead),
+        "drawn_groups": len(dead) + batch.dropped_completions // num_generations,
+        "dropped_tokens": batch.dropped_tokens,
+        **{name: logs.get(name) for name in LOGGED},
+        **{ours: logs[theirs] for theirs, ours in SAMPLER_LOGS.items() if theirs in logs},
+    }
+
+
+class Recorder(TrainerCallback):
+    """Records each step, keeps the best adapter, asks for checkpoints, and stops a run that was
+    told to stop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        validate: Callable[[], dict[str, Any]] | None,
+        show: Callable[[dict[str, Any], Batch], None],
+        show_validation: Callable[[dict[str, Any], bool], None],
+        show_silence: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+        predicted_memory: int | None = None,
+        peak_memory: PeakMemory | None = None,
+    ) -> None:
+        self.config, self.run_dir, self.predicted_memory = config, run_dir, predicted_memory
+        self.peak_memory = peak_memory or PeakMemory(None)
+        self.validate, self.show, self.show_validation = validate, show, show_validation
+        self.show_silence = show_silence
+        self.silent: list[dict[str, Any]] = []  # the rows since the last signal
+        self.patience = PATIENCE
+        self.trainer: LoraGRPOTrainer | None = None
+        self.stopped_by: int | None = None
+        self.started = self.step_seconds = 0.0
+        self.skipped_in_a_row = 0
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """Ask the run to end with the step that it is in; a second signal ends it at once."""
+        signal.signal(number, signal.default_int_handler)
+        self.stopped_by = number
+        print(
+            f"\n{signal.Signals(number).name}: saving after this step (once more to stop now)",
+            flush=True,
+        )
+
+    def on_step_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.started = time.perf_counter()
+        self.trainer.seconds = dict.fromkeys(self.trainer.seconds, 0.0)
+        self.trainer.tokens_computed = 0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        broken = next(
+            (
+                name
+                for name, parameter in self.trainer.model.named_parameters()
+                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+            ),
+            None,
+        )
+        if broken is None:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        scaled = self.trainer.accelerator.scaler is not None
+        if not scaled or self.skipped_in_a_row > SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"the gradient of {broken} is not finite")
+        # float16: the scaler leaves this update out and halves its loss scale.
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.step_seconds = time.perf_counter() - self.started
+        step, last = state.global_step, state.global_step >= state.max_steps
+        if self.validate and (last or step % self.config.eval_steps == 0):
+            self.keep_best(step)
+        resumable = step % self.config.num_iterations == 0
+        stopping = self.stopped_by is not None and resumable
+        control.should_training_stop |= stopping
+        control.should_save = stopping or last or step % self.config.save_steps == 0
+        return control
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        if "train_runtime" in logs:  # the summary of all steps
+            return
+        batch = self.trainer.batch
+        row = {
+            "step": state.global_step,
+            **describe_step(batch, self.config.num_generations, logs),
+            **describe_work(self.trainer, self.step_seconds),
+            "peak_memory_bytes": self.peak_memory.bytes(),
+            "predicted_memory_bytes": self.predicted_memory,
+        }
+        row = finite(row)
+        append_jsonl(self.run_dir / METRICS, [row])
+        if state.global_step % self.config.log_completions_steps == 0:
+            append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
+        self.show(row, batch)
+        self.silent = [] if had_signal(row) else [*self.silent, row]
+        if len(self.silent) == self.patience:
+            self.patience *= 2
+            self.show_silence(self.silent)
+
+    def keep_best(self, step: int) -> None:
+        """Evaluate on the validation problems; save the adapter if no earlier step did better."""
+        row = {"step": step, **self.validate()}
+        earlier = [rank(found) for found in read_jsonl(self.run_dir / VALIDATION)]
+        kept = rank(row) >= max(earlier, default=(-1.0, -1.0))
+        if kept:
+            save_adapter(self.trainer.model, self.run_dir, step)
+        append_jsonl(self.run_dir / VALIDATION, [row])
+        self.show_validation(row, kept)
+
+
+def rank(row: dict[str, Any]) -> tuple[float, float]:
+    """Order validation results: accuracy first, then format; of equals the later step is kept."""
+    return row["strict_accuracy"], row["format_rate"]
+
+
+def best_step(run_dir: Path) -> int | None:
+    """Return the step whose adapter was kept, or None where none was validated."""
+    rows = read_jsonl(run_dir / VALIDATION)
+    if not rows:
+        return None
+    named = read_step(run_dir / WEIGHTS)
+    # Runs of versions that did not name it have the order of their validations alone.
+    return named or max(rows, key=lambda row: (rank(row), row["step"]))["step"]

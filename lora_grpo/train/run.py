@@ -1,0 +1,377 @@
+"""The main job: a checked plan becomes an adapter directory, evaluated before and after.
+
+Every stage leaves its result on disk before the next one begins, so that a run killed at any moment
+goes on from there.
+"""
+
+import dataclasses
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import transformers
+from transformers import PrinterCallback, set_seed
+
+from lora_grpo.config.knobs import MEMORY_KNOBS
+from lora_grpo.config.presets import LOCATIONS
+from lora_grpo.data.prompt import keep_settings
+from lora_grpo.grpo.groups import Replacements
+from lora_grpo.grpo.settings import build_dataset, dataset_rows, grpo_config, lora_config
+from lora_grpo.grpo.trainer import (
+    BEST,
+    LoraGRPOTrainer,
+    list_checkpoints,
+    rotate_checkpoints,
+    step_of,
+)
+from lora_grpo.grpo.vllm_rollout import attach
+from lora_grpo.machine.files import (
+    STAGED,
+    read_json,
+    read_jsonl,
+    staged_directory,
+    write_json,
+    write_jsonl,
+)
+from lora_grpo.machine.process import PeakMemory, watch_memory
+from lora_grpo.policy.adapter import CONFIG, TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
+from lora_grpo.policy.open import Policy, open_policy
+from lora_grpo.results.card import write_adapter_card
+from lora_grpo.results.evaluate import evaluate_model
+from lora_grpo.results.scoring import Item, build_report, build_rows, summarise
+from lora_grpo.rewards.builtin import reward_columns
+from lora_grpo.rewards.custom import RewardError
+from lora_grpo.train.console import Display
+from lora_grpo.train.plan import Plan, provenance
+from lora_grpo.train.recorder import METRICS, Recorder, best_step, cut_back
+
+FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_KNOBS)
+FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
+# What a resumed run must find as it was, by the entry of its record that tells.
+SAME = {
+    "system_prompt": "--system-prompt-file",
+    "rewards_sha256": "--reward",
+    "base_sha256": "--model",
+    "dataset_sha256": "--dataset",
+    "columns_sha256": "--dataset",
+}
+BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
+
+
+class Stopped(Exception):
+    """The run was told to stop by a signal, and saved; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def read_record(plan: Plan) -> dict[str, Any]:
+    """Return the record of a new run, or that of a resumed one, which must still stand on the same
+    ground, with what a resume may change.
+
+    Raises:
+        ValueError: the base model, the data, the system prompt or a reward's file changed since
+            the run began.
+    """
+    record = provenance(plan)
+    if not plan.config.resume:
+        return record
+    saved = read_train_config(plan.run_dir)
+    for name, flag in SAME.items():
+        if saved.get(name, record[name]) != record[name]:
+            held = record[flag[2:].replace("-", "_")]
+            held = " ".join(held) if isinstance(held, list | tuple) else held or "left out"
+            raise ValueError(
+                f"--resume {plan.run_dir}: what {flag} {held} holds has changed since the run "
+                "began: put it back, or start anew"
+            )
+    return saved | {name: record[name] for name in FOLLOWED}
+
+
+def open_run(plan: Plan, record: dict[str, Any]) -> None:
+    """Create the run's directory, or bring the record of a resumed one up to date."""
+    if plan.config.resume:
+        saved = read_train_config(plan.run_dir)
+        if record["model"] != saved["model"]:
+            for path in plan.run_dir.rglob(CONFIG):
+                moved = {"base_model_name_or_path": str(plan.folder)}
+                write_json(path, read_json(path) | moved)
+        if record != saved:
+            write_json(plan.run_dir / TRAIN_CONFIG, record)
+        return
+    with staged_directory(plan.run_dir) as staged:
+        tokenizer = copy(plan.tokenizer)
+        tokenizer.chat_template = keep_settings(tokenizer.chat_template)
+        tokenizer.save_pretrained(staged)
+        write_json(staged / TRAIN_CONFIG, record)
+
+
+def judged(
+    plan: Plan, policy: Policy, name: str, display: Display, validation: bool = False
+) -> list[Item]:
+    """Answer the test (or validation) problems."""
+    problems = plan.data.validation if validation else plan.data.test
+    with display.bar(name, len(problems)) as advance:
+        return evaluate_model(
+            policy,
+            plan.tokenizer,
+            problems,
+            plan.data.style,
+            plan.config.max_completion_length,
+            advance,
+        )
+
+
+def base_items(
+    plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display
+) -> list[Item]:
+    """Return the base's answers, from an earlier part of the run where it has them.
+
+    The adapter is left out: fresh, it changes nothing but the rounding, and with
+    `--init-lora-weights orthogonal` that.
+    """
+    finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
+    if finished:
+        return [Item(**row["base"]) for row in finished]
+    path = plan.run_dir / BASE_ITEMS
+    if not path.exists():
+        with trainer.model.disable_adapter():
+            items = judged(plan, policy, "evaluating the base", display)
+        write_jsonl(path, [dataclasses.asdict(item) for item in items])
+    return [Item(**row) for row in read_jsonl(path)]
+
+
+def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
+    """Load the base by the chosen backend, and the engine that samples where one was chosen."""
+    config, engine = plan.config, None
+    if config.backend == "unsloth":
+        from lora_grpo.policy.unsloth import open_unsloth
+
+        return open_unsloth(config, plan.folder, plan.tokenizer)
+    if config.rollout == "vllm":
+        from lora_grpo.policy.vllm import engine_settings
+
+        engine = engine_settings(config, plan.placement)
+    return open_policy(
+        plan.folder,
+        plan.tokenizer,
+        plan.placement,
+        config.load_in_4bit,
+        config.bnb_4bit_use_double_quant,
+        config.eval_batch_size,
+        engine,
+        to_train=True,
+    )
+
+
+def find_replacements(plan: Plan) -> Replacements | None:
+    """Return what may stand in for groups without a signal: all training problems, whatever the
+    length of the run, so that a prolonged one has the same."""
+    config = plan.config
+    if not config.dynamic_sampling:
+        return None
+    rows = dataset_rows(plan.data.train, plan.data.style)
+    return Replacements(rows, config.dynamic_sampling_rounds, config.seed)
+
+
+def build_trainer(
+    plan: Plan, policy: Policy, record: dict[str, Any], display: Display
+) -> LoraGRPOTrainer:
+    """Return the trainer of the run, its adapter fresh; nothing is written yet."""
+    config, steps = plan.config, plan.steps
+    with TemporaryDirectory() as scratch:  # transformers' trainer makes its folder at once
+        trainer = LoraGRPOTrainer(
+            model=policy.model,
+            tokenizer=plan.tokenizer,
+            rewards=plan.rewards,
+            args=grpo_config(
+                config, Path(scratch), plan.placement, steps, record["warmup_steps"], plan.rewards
+            ),
+            # Unsloth has put the adapter on the model already.
+            peft_config=None if config.backend == "unsloth" else lora_config(config),
+            train_dataset=build_dataset(config, plan.data.train, plan.data.style, steps),
+            chunked_logprobs=config.chunked_logprobs,
+            say=display.say_always,
+            shared_prefix=config.shared_prefix,
+            replacements=find_replacements(plan),
+            prefill=plan.data.style.prefill,
+            columns=reward_columns(plan.data.train),
+        )
+    trainer.args.output_dir = str(plan.run_dir)
+    trainer.remove_callback(PrinterCallback)
+    # Only the loaded model tells for certain.
+    record["shared_prefix"] = record["shared_prefix"] and trainer.packed
+    if trainer.packed:
+        record["chunked_logprobs"] = None
+    return trainer
+
+
+@contextmanager
+def listening(recorder: Recorder) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run with the step that it is in."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, recorder.stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what a killed run had begun to write or to remove, and nothing else."""
+    for path in [*run_dir.glob(f"{STAGED}*"), *run_dir.glob(f"last/{STAGED}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    rotate_checkpoints(run_dir)
+
+
+def return_to_checkpoint(run_dir: Path) -> Path | None:
+    """Put the directory back to its newest checkpoint, and return that; None where there is none.
+
+    The steps after it are made again, on a GPU not bit for bit: an adapter that was kept in one of
+    them gives way to the best one up to the checkpoint.
+    """
+    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
+    cut_back(run_dir, step_of(checkpoint) if checkpoint else 0)
+    clear_leftovers(run_dir)
+    if checkpoint and (checkpoint / BEST).is_file():
+        staged = run_dir / f"{STAGED}{WEIGHTS}"
+        shutil.copyfile(checkpoint / BEST, staged)
+        staged.replace(run_dir / WEIGHTS)
+    return checkpoint
+
+
+def optimise(
+    plan: Plan,
+    policy: Policy,
+    trainer: LoraGRPOTrainer,
+    display: Display,
+    peak_memory: PeakMemory | None = None,
+) -> None:
+    """Make the steps that are still to be made.
+
+    Raises:
+        Stopped: a signal came; the run was saved first.
+        FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
+    """
+    run_dir = plan.run_dir
+    checkpoint = return_to_checkpoint(run_dir)
+
+    def validate() -> dict[str, Any]:
+        items = judged(plan, policy, "choosing the best step", display, validation=True)
+        found = summarise(items)
+        kept = {name: found[name] for name in ("strict_accuracy", "ci95", "format_rate")}
+        return {"num_items": len(items), **kept}
+
+    recorder = Recorder(
+        plan.config,
+        run_dir,
+        validate if plan.data.validation else None,
+        lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
+        display.validation,
+        lambda rows: display.silence(rows, plan.config, whole_run=False),
+        plan.memory.peak_bytes if plan.memory else None,
+        peak_memory,
+    )
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    set_seed(plan.config.seed)
+    with listening(recorder):
+        try:
+            if checkpoint is None or step_of(checkpoint) < plan.steps:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            else:
+                trainer._load_from_checkpoint(str(checkpoint))
+        except FloatingPointError as error:
+            raise explain_non_finite(plan, trainer, error) from error
+    if recorder.stopped_by is not None and trainer.state.global_step < plan.steps:
+        raise Stopped(recorder.stopped_by)
+
+
+def explain_non_finite(
+    plan: Plan, trainer: LoraGRPOTrainer, error: FloatingPointError
+) -> FloatingPointError:
+    """Save the batch that broke the update, and say what to change."""
+    step = trainer.state.global_step + 1
+    path = plan.run_dir / f"non_finite_step_{step}.jsonl"
+    write_jsonl(path, trainer.batch.rows(step))
+    return FloatingPointError(
+        f"step {step}: {error}, so the update was not made; the step's completions are in {path}: "
+        "start anew with a "
+        f"lower --learning-rate (now {plan.config.learning_rate:g}) or --max-grad-norm (now "
+        f"{plan.config.max_grad_norm:g}), or with --dtype float32"
+    )
+
+
+def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
+    """Save the last adapter, put the best one into the model, and return the best one's step."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    save_adapter(trainer.model, plan.run_dir / "last", plan.steps)
+    best = best_step(plan.run_dir)
+    if best is None:
+        save_adapter(trainer.model, plan.run_dir, plan.steps)
+        return plan.steps
+    set_peft_model_state_dict(trainer.model, load_file(plan.run_dir / WEIGHTS))
+    return best
+
+
+def finished_report(plan: Plan) -> dict[str, Any] | None:
+    """Return what `eval.json` holds of a resumed run that has made all of its steps, else None."""
+    path = plan.run_dir / EVAL
+    if not (plan.config.resume and path.is_file() and (plan.run_dir / WEIGHTS).is_file()):
+        return None
+    report = read_json(path)
+    return report if report.get("steps") == plan.steps else None
+
+
+@contextmanager
+def removed_if_never_started(plan: Plan) -> Iterator[None]:
+    """Remove the directory of a new run that a mistake in a reward ends before its first step: no
+    other script takes it, and the mended reward is another, so that it cannot be resumed."""
+    try:
+        yield
+    except (RewardError, ValueError):
+        if not plan.config.resume and not read_jsonl(plan.run_dir / METRICS):
+            shutil.rmtree(plan.run_dir)
+        raise
+
+
+def train(plan: Plan, display: Display) -> dict[str, Any]:
+    """Run the job, or the rest of it, and return what `eval.json` holds.
+
+    Raises:
+        Stopped, FloatingPointError, ValueError: see `optimise` and `read_record`.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    record = read_record(plan)
+    run_dir = plan.run_dir
+    peak_memory = watch_memory(plan.placement.device, plan.free_before)
+    with open_training_policy(plan) as policy:
+        trainer = build_trainer(plan, policy, record, display)
+        open_run(plan, record)
+        with removed_if_never_started(plan):
+            base = base_items(plan, policy, trainer, display)
+            display.before(summarise(base))
+            attach(policy, trainer)
+            optimise(plan, policy, trainer, display, peak_memory)
+        best = keep_adapters(plan, trainer)
+        adapter = judged(plan, policy, "evaluating the adapter", display)
+    models = {"base": base, "adapter": adapter}
+    report = build_report(plan.data.test_name, plan.data.test_split, models)
+    report |= {"best_step": best, "steps": plan.steps}
+    write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))
+    write_json(run_dir / EVAL, report)
+    write_adapter_card(run_dir)
+    (run_dir / BASE_ITEMS).unlink(missing_ok=True)
+    return report

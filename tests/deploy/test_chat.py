@@ -1,0 +1,383 @@
+"""The chat says what the model that was evaluated says, as it says it, and nothing else ends it."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from merge_models import ENVIRONMENT, LINEAR, ROOT, save_adapter, write_train_config
+from rich.console import Console
+
+from lora_grpo.data.answers import parse_answer
+from lora_grpo.data.prompt import PromptStyle, build_messages, render
+from lora_grpo.deploy import chat_model
+from lora_grpo.deploy.chat import ChatConfig, chat, converse
+from lora_grpo.deploy.chat_model import ChatModel, Decoding, TextStream, make_prompter, open_chat
+from lora_grpo.deploy.chat_screen import Screen, parse_reasoning
+from lora_grpo.deploy.source import find_source
+from lora_grpo.policy.base import choose_placement, load_adapter, load_base
+from lora_grpo.policy.generate import Completion, complete
+
+SCRIPT = ROOT / "scripts" / "chat.py"
+SYSTEM = (
+    "Respond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
+)
+QUESTIONS = [
+    "Leo sells 7 shells for 3 dollars each and 3 cakes for 6 dollars each. "
+    "How many dollars does Leo get?",
+    "There are 9 boxes with 9 books in each. How many books are there?",
+]
+LENGTH = 40
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A random adapter of the embedded model, recorded as trained on 4-bit weights."""
+    folder = save_adapter(
+        tmp_path_factory.mktemp("adapters") / "run",
+        tiny_model_folder,
+        std=0.3,
+        target_modules=LINEAR,
+    )
+    write_train_config(
+        folder,
+        tiny_model_folder,
+        system_prompt=SYSTEM,
+        example=None,
+        load_in_4bit=True,
+        bnb_4bit_use_double_quant=False,
+        max_completion_length=LENGTH,
+    )
+    return folder
+
+
+def ask(capsys: pytest.CaptureFixture[str], folder: Path, **knobs) -> dict:
+    chat(ChatConfig(folder, json=True, **{"ask": QUESTIONS[0], **knobs}))
+    return json.loads(capsys.readouterr().out)
+
+
+def reference(
+    run_dir: Path, tiny_model_folder: Path, tokenizer, in_4bit: bool
+) -> dict[str, list[Completion]]:
+    """What evaluation's own path makes of the questions, base and adapter loaded apart."""
+    prompts = [render(tokenizer, build_messages(q, PromptStyle(SYSTEM))) for q in QUESTIONS]
+    found = {}
+    for side in ("base", "adapter"):
+        model = load_base(tiny_model_folder, choose_placement(), in_4bit, double_quant=False)
+        if side == "adapter":
+            model = load_adapter(model, run_dir)
+        found[side] = complete(model, tokenizer, prompts, LENGTH, batch_size=1)
+    return found
+
+
+@pytest.mark.parametrize("load_in_4bit", [None, False])
+def test_base_and_adapter_say_what_evaluation_scores(
+    run_dir, tiny_model_folder, tokenizer, capsys, monkeypatch, load_in_4bit
+) -> None:
+    expected = reference(run_dir, tiny_model_folder, tokenizer, load_in_4bit is None)
+    assert expected["base"] != expected["adapter"]
+    questions = io.StringIO("\n".join([QUESTIONS[0], "", QUESTIONS[1], ""]))
+    chat(ChatConfig(run_dir, json=True, compare=True, load_in_4bit=load_in_4bit), stdin=questions)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["question"] for row in rows] == QUESTIONS
+    for index, row in enumerate(rows):
+        for side in ("base", "adapter"):
+            done = expected[side][index]
+            assert row[side] == {
+                "completion": done.text,
+                "reasoning": parse_reasoning(done.text),
+                "answer": parse_answer(done.text),
+                "truncated": done.truncated,
+                "tokens": done.tokens,
+            }
+
+
+def test_one_side_alone_says_what_it_says_beside_the_other(run_dir, capsys) -> None:
+    for knobs in ({}, {"temperature": 1.0, "seed": 3}):
+        both = ask(capsys, run_dir, compare=True, **knobs)
+        alone = ask(capsys, run_dir, **knobs)
+        assert alone.pop("question") == both["question"] and alone == both["adapter"]
+
+
+def test_a_seed_decides_the_sampling_and_greedy_needs_none(run_dir, capsys) -> None:
+    def draw(**knobs) -> str:
+        return ask(capsys, run_dir, **knobs)["completion"]
+
+    assert draw(temperature=2.0, seed=1) == draw(temperature=2.0, seed=1)
+    assert len({draw(temperature=2.0, seed=seed) for seed in range(4)}) > 1
+    assert draw(temperature=2.0, top_p=1e-6) == draw(seed=1) == draw(seed=2)
+
+
+def test_a_merged_folder_is_asked_as_its_record_says(
+    tiny_model_folder, tmp_path, tokenizer, capsys
+) -> None:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    for path in tiny_model_folder.iterdir():
+        (folder / path.name).symlink_to(path)
+    record = {"system_prompt": "Be brief.", "max_completion_length": 12, "load_in_4bit": True}
+    (folder / "train_config.json").write_text(json.dumps(record))
+    model = load_base(tiny_model_folder, choose_placement(), load_in_4bit=False)
+    prompt = render(tokenizer, build_messages(QUESTIONS[0], PromptStyle("Be brief.")))
+    (done,) = complete(model, tokenizer, [prompt], 12, batch_size=1)
+    found = ask(capsys, folder)
+    assert (found["completion"], found["tokens"]) == (done.text, done.tokens)
+    assert found["truncated"] is done.truncated
+
+
+@pytest.fixture(scope="module")
+def model(run_dir) -> ChatModel:
+    source = find_source(run_dir)
+    with open_chat(source, make_prompter(source, LENGTH), Decoding(LENGTH)) as opened:
+        yield opened
+
+
+def test_a_completion_streams_and_adds_up(model) -> None:
+    chunks: list[str] = []
+    done = model.answer(QUESTIONS[0], {"adapter": chunks.append})["adapter"]
+    assert "".join(chunks) == done.text
+    assert len(chunks) > 5
+
+
+def test_no_character_is_streamed_in_halves(tokenizer) -> None:
+    import torch
+
+    text, chunks = "é漢😀 is 1.", []
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    stream = TextStream(tokenizer, chunks.append)
+    stream.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(chunks) == text and "\ufffd" not in "".join(chunks)
+    assert 1 < len(chunks) < len(ids)
+
+
+def test_every_token_that_ends_a_turn_ends_the_answer(model, monkeypatch) -> None:
+    whole = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
+    tokenizer = model.prompter.tokenizer
+    ids = tokenizer(whole.text, add_special_tokens=False)["input_ids"]
+    config = model.model.generation_config
+    monkeypatch.setattr(config, "eos_token_id", [tokenizer.eos_token_id, ids[4]])
+    cut = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
+    assert cut.tokens == ids.index(ids[4]) + 1 < whole.tokens
+    assert not cut.truncated and whole.text.startswith(cut.text)
+
+
+def typed(monkeypatch, *lines: str) -> None:
+    """Let a person type these lines, then Ctrl-D."""
+    left = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(model, monkeypatch, capsys) -> None:
+    whole = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
+    put, taken = TextStream.put, []
+
+    def put_and_press(stream: TextStream, ids) -> None:
+        put(stream, ids)
+        taken.append(len(stream.ids))
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TextStream, "put", put_and_press)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        typed(monkeypatch, QUESTIONS[0], "", QUESTIONS[0], "/quit", QUESTIONS[1])
+        converse(model, compare=False)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = capsys.readouterr().out
+    assert said.count("stopped") == 1 and said.count(f"{whole.tokens} tokens") == 1
+    assert said.index("stopped") < said.index(f"{whole.tokens} tokens")
+    assert taken == [*range(5), *range(whole.tokens + 1)]  # nothing after /quit
+
+
+@pytest.mark.parametrize("end", ["/exit", "exit", "/quit", "quit"])
+def test_commands_are_not_put_to_the_model(end, monkeypatch, capsys) -> None:
+    def answer(question: str, sides: dict) -> dict:
+        raise AssertionError(f"the model was asked {question!r}")
+
+    typed(monkeypatch, "/help", "help", "/hlep", end, "What is 1 + 1?")
+    converse(SimpleNamespace(answer=answer), compare=False)
+    said = capsys.readouterr().out
+    assert said.count("/exit or /quit or Ctrl-D") == 3 and "no command /hlep" in said
+
+
+def test_too_long_a_question_is_refused_and_the_chat_goes_on(model, monkeypatch, capsys) -> None:
+    typed(monkeypatch, "so many words " * 400, QUESTIONS[0])
+    converse(model, compare=False)
+    said = capsys.readouterr().out
+    assert re.search(r"prompt of \d+ tokens, and with a completion of up to 40 the model", said)
+    assert said.count(" tokens\n") + said.count("tokens,") >= 2
+
+
+class Said:
+    """Stands for a model that says a given text, so that what is drawn can be predicted."""
+
+    def __init__(self, **texts: str) -> None:
+        self.texts = texts
+
+    def answer(self, question, sides):
+        for side, say in sides.items():
+            for character in self.texts[side]:
+                say(character)
+        return {side: Completion(self.texts[side], 9, False) for side in sides}
+
+
+def drawn(terminal: bool, show) -> str:
+    file = io.StringIO()
+    show(Screen(Console(file=file, force_terminal=terminal, width=80, highlight=False)))
+    return file.getvalue()
+
+
+def test_reasoning_is_dim_and_the_answer_prominent() -> None:
+    said = Said(
+        adapter="<reasoning>\n[b]1+1[/b]\x1b[2J\n</reasoning>\n<answer>\n2\n</answer>", base="hm"
+    )
+    shown = drawn(True, lambda screen: screen.answer(said, "?", "adapter"))
+    assert re.search("\x1b\\[2m[^\x1b]*b", shown) and "\x1b[1;32m2\x1b[0m" in shown
+    assert "\x1b[2J" not in shown
+    plain = drawn(False, lambda screen: screen.answer(said, "?", "adapter"))
+    assert plain == "reasoning\n[b]1+1[/b]\u241b[2J\nanswer\n2\n9 tokens\n"
+    assert drawn(False, lambda screen: screen.answer(said, "?", "base")).startswith(
+        "hm\n9 tokens, no"
+    )
+
+
+def test_base_and_adapter_stand_side_by_side() -> None:
+    said = Said(adapter="<reasoning>a</reasoning><answer>2</answer>", base="two, of course")
+    shown = drawn(False, lambda screen: screen.compare(said, "?"))
+    rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in shown.splitlines()]
+    assert ["base", "adapter"] in rows
+    assert ["two, of course", "reasoning"] in rows and ["", "2"] in rows
+    assert shown.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"folder": "nowhere"}, "nowhere does not exist"),
+        ({"folder": "."}, "is not an adapter directory, it has no adapter_config.json"),
+        ({"folder": "run/checkpoint-5"}, r"checkpoint .*chat.py \S*run$"),
+        ({"folder": "whole", "compare": True}, "--compare needs an adapter directory"),
+        ({"folder": "whole", "model": "tiny"}, "--model names the base of an adapter"),
+        ({"folder": "empty"}, r"has no \*.safetensors"),
+        ({"model": "run"}, "--model run is a folder without config.json"),
+        ({"stdin": ""}, "no question came on standard input"),
+        ({"stdin": "\n \n", "json": True}, "no question came on standard input"),
+        ({"ask": "so many words " * 400}, "the question comes to a prompt of"),
+        ({"stdin": None, "json": True}, "--json needs --ask, or questions from a pipe"),
+    ],
+)
+def test_mistakes_are_refused_before_any_weights_load(
+    run_dir, tiny_model_folder, tmp_path, monkeypatch, knobs, said
+) -> None:
+    (tmp_path / "run").symlink_to(run_dir)
+    (run_dir / "checkpoint-5").mkdir(exist_ok=True)
+    (tmp_path / "whole").symlink_to(tiny_model_folder)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat_model, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    knobs = {"folder": "run", **knobs}
+    stdin = io.StringIO(knobs.pop("stdin", "What is 1 + 1?") or "")
+    if "json" in knobs and said.startswith("--json"):
+        stdin.isatty = lambda: True
+    folder = Path(knobs.pop("folder"))
+    with pytest.raises((OSError, ValueError), match=said):
+        chat(ChatConfig(folder, **knobs), stdin=stdin)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"ask": " "}, "--ask is blank"),
+        ({"temperature": -1.0}, "--temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "--temperature must be 0 or more"),
+        ({"top_p": 0.0, "temperature": 1.0}, "--top-p must be above 0"),
+        ({"top_p": 0.9}, "changes nothing at temperature 0"),
+        ({"max_completion_length": 0}, "--max-completion-length must be at least 1"),
+    ],
+)
+def test_wrong_flags(knobs, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        ChatConfig(Path("run"), **knobs)
+
+
+def test_the_script_in_a_terminal(run_dir) -> None:
+    """A person asks, reads, and presses Ctrl-C at the prompt."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, run_dir],
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "200"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: (os.setsid(), signal.signal(signal.SIGINT, signal.default_int_handler)),
+    ) as process:
+        seen = read_until(ours, "> ")
+        assert "an adapter on" in seen and "in 4-bit NF4; greedy" in seen
+        assert "Each question is asked alone" in seen
+        os.write(ours, QUESTIONS[0].encode() + b"\n")
+        assert " tokens" in read_until(ours, "tokens", "> ")
+        assert press_ctrl_c(process) == 0
+
+
+def press_ctrl_c(process: subprocess.Popen) -> int | None:
+    """Press Ctrl-C until a script ends, as one does where the first only stopped an answer."""
+    for _ in range(10):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(10)
+        except subprocess.TimeoutExpired:
+            continue
+    process.kill()  # or leaving Popen's block would wait for ever
+    return None
+
+
+def read_until(terminal: int, *expected: str) -> str:
+    """Return what a terminal shows until these texts have come, one after the other."""
+    seen, position = "", 0
+    for text in expected:
+        while (found := seen.find(text, position)) < 0:
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        position = found + len(text)
+    return seen
+
+
+def test_the_script_from_a_pipe_and_its_mistakes(run_dir) -> None:
+    def run(*flags: object, said: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, SCRIPT, *map(str, flags)]
+        return subprocess.run(command, env=ENVIRONMENT, input=said, capture_output=True, text=True)
+
+    done = run(run_dir, "--json", "--max-completion-length", 4, said="\n".join(QUESTIONS))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["question"] for row in rows] == QUESTIONS
+    assert rows[0]["truncated"] and rows[0]["tokens"] == 4
+    refused = run(run_dir / "nothing", "--ask", "x")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
+
+
+def test_help_needs_no_torch() -> None:
+    heavy = "sys.exit('torch' in sys.modules)"
+    code = f"import sys, lora_grpo.deploy.chat, lora_grpo.deploy.serve; {heavy}"
+    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0

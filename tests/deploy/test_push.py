@@ -1,0 +1,511 @@
+"""Pushing to a Hub on this machine: what arrives, what is asked, and every fault by name."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, Fault, Handler, Hub, Repository, serve_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import _http
+from merge_models import ENVIRONMENT, ROOT, make_adapter, make_base, save_adapter
+
+from lora_grpo.deploy import hub_remote as push_patience
+from lora_grpo.deploy.hub import PushConfig, push_to_hub
+from lora_grpo.deploy.hub_files import PushError, PushRefused
+
+SCRIPT = ROOT / "scripts" / "push_to_hub.py"
+REPO = "me/run"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub of our own, plain HTTP uploads, and no waiting between huggingface_hub's retries."""
+    from huggingface_hub import _commit_api
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_commit_api, "is_xet_available", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.chdir(tmp_path)
+    with serve_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def adapter() -> Path:
+    """A small adapter with a run's records, a checkpoint and another step's weights."""
+    folder = make_adapter(device="cpu")
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# run\n")
+    (folder / "eval.json").write_text(json.dumps({"dataset": "/home/somebody/data.jsonl"}))
+    (folder / "completions.jsonl").write_text('{"step": 1}\n' * 1000)
+    for name in ("checkpoint-5/optimizer.pt", "last/adapter_model.safetensors", ".hidden"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not to be published")
+    return folder
+
+
+def push(hub: Hub, adapter: Path, token: str = TOKEN, **knobs) -> list[str]:
+    said: list[str] = []
+    config = PushConfig(adapter, **{"repo": REPO, **knobs})
+    api = HfApi(endpoint=hub.url, token=token)
+    push_to_hub(config, api, said.append)
+    return said
+
+
+def test_a_push_arrives_whole_and_private(hub: Hub, adapter: Path) -> None:
+    said = push(hub, adapter)
+    held = hub.repositories[REPO]
+    files = held.commits[-1]
+    assert held.private and len(held.commits) == 2
+    assert (
+        files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    )
+    assert {"adapter_config.json", "tokenizer.json", "README.md", "completions.jsonl"} <= set(files)
+    assert not [
+        name for name in files if "checkpoint" in name or "last" in name or "hidden" in name
+    ]
+    assert said[-1] == f"done: {hub.url}/{REPO}"
+    assert TOKEN not in "".join(said)
+
+
+def test_no_path_of_this_machine_is_published(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    files = hub.repositories[REPO].commits[-1]
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base.startswith("/") and base.encode() not in b"".join(files.values())
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == Path(base).name
+    assert json.loads(files["eval.json"]) == {"dataset": "data.jsonl"}
+    assert files["tokenizer.json"] == (adapter / "tokenizer.json").read_bytes()
+
+
+def test_no_byte_that_is_sent_holds_a_path(hub: Hub, tmp_path: Path) -> None:
+    """An adapter trained elsewhere, with PEFT's own card, and everything that is made of it."""
+    place = tmp_path / "my models"
+    base = Path(shutil.copytree(make_base(), place / "base é"))
+    adapter = save_adapter(place / "runs" / "a run", base)
+    data = place / "data.jsonl"
+    data.write_text("{}\n")
+    for name, text in {
+        "README.md": f"\nTrained on `{data}` and /workspace/data/other.jsonl in ~/runs/a.\n",
+        "completions.jsonl": json.dumps({"prompt": f"a\n{data}", "completion": "/no_think 1/2/3"}),
+        "eval.json": json.dumps({"dataset": "../a/b.jsonl", "command": f"--dataset {data}"}),
+        "report.html": f"<p>{data}</p><a href='https://example.com/a/b'>/x</a>",
+    }.items():
+        kept = (adapter / name).read_text() if name == "README.md" else ""
+        (adapter / name).write_text(kept + text)
+    assert str(place) in (adapter / "README.md").read_text()
+    push(hub, adapter, merged=True, gguf=("q8_0",))
+    sent = {
+        f"{repo}/{name}": content
+        for repo, held in hub.repositories.items()
+        for name, content in held.commits[-1].items()
+    }
+    assert len(sent) > 15
+    private = (str(tmp_path), "my models", str(Path.home()) + "/", "/workspace", "../", "~/")
+    forms = {text.encode() for path in private for text in (path, json.dumps(path)[1:-1])}
+    assert not [(name, form) for name, content in sent.items() for form in forms if form in content]
+    card = sent[f"{REPO}/README.md"].decode()
+    merged = sent[f"{REPO}-merged/README.md"].decode()
+    assert f'"{REPO}-merged")' in merged and "OWNER" not in merged
+    assert "base_model" not in card and "Trained on `data.jsonl` and other.jsonl in a." in card
+    assert b"https://example.com/a/b" in sent[f"{REPO}/report.html"]
+    assert json.loads(sent[f"{REPO}/completions.jsonl"])["completion"] == "/no_think 1/2/3"
+
+
+def test_a_file_that_is_no_text_and_holds_a_path_is_refused(hub: Hub, adapter: Path) -> None:
+    (adapter / "curves.png").write_bytes(b"x" * (1 << 20) + str(adapter).encode())
+    with pytest.raises(ValueError, match=r"curves\.png holds .*run, a path of this machine"):
+        push(hub, adapter)
+    assert not hub.repositories
+
+
+def test_a_second_push_changes_nothing(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    uploads = hub.count("PUT /lfs/")
+    said = push(hub, adapter)
+    assert len(hub.repositories[REPO].commits) == 2
+    assert hub.count("PUT /lfs/") == uploads
+    assert "nothing to send" in said[0] and said[-1].startswith("done")
+
+
+def test_what_changed_is_sent_without_asking_where_a_push_wrote_it(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    (adapter / "README.md").write_text("another card\n")
+    said = push(hub, adapter)
+    assert hub.repositories[REPO].commits[-1]["README.md"] == b"another card\n"
+    assert any("1 of" in line for line in said)
+
+
+def test_a_file_of_somebody_else_is_replaced_only_when_agreed(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    held = hub.repositories[REPO]
+    held.commits.append({**held.commits[-1], "README.md": b"edited on the website"})
+    with pytest.raises(PushRefused, match=r"replace README\.md in me/run.*add --yes"):
+        push(hub, adapter)
+    assert held.commits[-1]["README.md"] == b"edited on the website"
+    push(hub, adapter, yes=True)
+    assert held.commits[-1]["README.md"].startswith(b"---")
+
+
+def test_public_is_asked_for(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushRefused, match=r"make the new repository me/run public.*add --yes"):
+        push(hub, adapter, public=True)
+    assert REPO not in hub.repositories
+    push(hub, adapter, public=True, yes=True)
+    assert not hub.repositories[REPO].private
+    with pytest.raises(PushRefused, match=r"is public already.*add --public"):
+        push(hub, adapter)
+
+
+def test_a_private_repository_becomes_public_only_when_agreed(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter)
+    with pytest.raises(PushRefused, match="make the private repository me/run public"):
+        push(hub, adapter, public=True)
+    assert hub.repositories[REPO].private
+    push(hub, adapter, public=True, yes=True)
+    assert not hub.repositories[REPO].private
+
+
+FAULTS = {
+    "server error before anything": ("GET whoami", Fault(500), r"the Hub failed \(500\)"),
+    "name taken": ("POST repos/create", Fault(409, "You already created"), "is taken or was"),
+    "not my namespace": ("POST repos/create", Fault(403, "no rights"), "may not write to me/run"),
+    "too many requests": (
+        "POST preupload",
+        Fault(429, "slow down", {"Retry-After": "17"}),
+        "try in 17 seconds",
+    ),
+    "quota": (
+        "POST objects/batch",
+        Fault(403, "Private repository storage limit reached"),
+        "takes no more for me/run",
+    ),
+    "too large": ("PUT /lfs/", Fault(413, "too large"), "takes no more for me/run"),
+    "server error in a file": ("PUT /lfs/", Fault(500), r"the Hub failed \(500\)"),
+    "cut in the middle of a file": ("PUT /lfs/", Fault(cut=True), "the connection broke off"),
+    "server error at the commit": ("POST /commit/", Fault(500), r"the Hub failed \(500\)"),
+    "changed by somebody else": ("POST /commit/", Fault(412, "not the head"), "somebody else"),
+    "cut at the commit": ("POST /commit/", Fault(cut=True), "the connection broke off"),
+    "server error at the listing": ("GET /tree/", Fault(503), r"the Hub failed \(503\)"),
+    "server error when read back": ("GET /resolve/", Fault(500), "run the same command again"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_a_sentence_and_the_next_push_goes_on(
+    name: str, hub: Hub, adapter: Path
+) -> None:
+    part, fault, sentence = FAULTS[name]
+    hub.faults[part] = fault
+    said: list[str] = []
+    with pytest.raises(PushError, match=sentence):
+        said += push(hub, adapter)
+    assert not [line for line in said if line.startswith("done")]
+    assert hub.count(" ") < 100, "it did not go on asking"
+    hub.faults.clear()
+    assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
+
+
+@pytest.mark.parametrize("part", ["POST preupload", "PUT /lfs/", "POST objects/batch"])
+def test_a_passing_fault_is_not_noticed(part: str, hub: Hub, adapter: Path) -> None:
+    hub.faults[part] = Fault(503, times=2)
+    assert push(hub, adapter)[-1].startswith("done")
+
+
+def test_what_arrived_is_not_sent_twice(hub: Hub, adapter: Path) -> None:
+    hub.faults["POST /commit/"] = Fault(500)
+    with pytest.raises(PushError):
+        push(hub, adapter)
+    uploads = hub.count("PUT /lfs/")
+    hub.faults.clear()
+    push(hub, adapter)
+    assert uploads > 0 and hub.count("PUT /lfs/") == uploads
+
+
+def flip(files: dict[str, bytes]) -> None:
+    data = bytearray(files["adapter_model.safetensors"])
+    data[-1] ^= 1
+    files["adapter_model.safetensors"] = bytes(data)
+
+
+SPOILED = {
+    "a bit is flipped": (flip, r"adapter_model\.safetensors differs"),
+    "a file is missing": (lambda files: files.pop("tokenizer.json"), r"tokenizer\.json is missing"),
+    "a small file is another": (
+        lambda files: files.update({"README.md": b"x"}),
+        r"README\.md differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_the_hub_lost_is_noticed(name: str, hub: Hub, adapter: Path) -> None:
+    hub.spoil, sentence = SPOILED[name]
+    said: list[str] = []
+    with pytest.raises(PushError, match=sentence):
+        said += push(hub, adapter)
+    assert not said
+
+
+def test_a_config_that_comes_back_different_is_noticed(
+    hub: Hub, adapter: Path, monkeypatch
+) -> None:
+    """The listing is right, what is served is not."""
+    resolve = Handler.resolve
+
+    def serve_another(self: Handler, repo: str, revision: str, name: str) -> None:
+        held = self.hub.repositories[repo]
+        files = held.commits[-1]
+        held.commits[-1] = {**files, name: files[name].replace(b"LORA", b"LARO")}
+        resolve(self, repo, held.head, name)
+        held.commits[-1] = files
+
+    monkeypatch.setattr(Handler, "resolve", serve_another)
+    with pytest.raises(PushError, match=r"adapter_config\.json comes back different"):
+        push(hub, adapter)
+
+
+def test_a_wrong_token(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushError, match="does not know the token"):
+        push(hub, adapter, token="hf_wrong")
+    assert not hub.repositories
+
+
+def test_a_token_that_may_only_read(hub: Hub, adapter: Path) -> None:
+    hub.role = "read"
+    with pytest.raises(PushError, match="'mine' of me may only read"):
+        push(hub, adapter)
+    assert not hub.repositories
+
+
+def test_somebody_elses_namespace(hub: Hub, adapter: Path) -> None:
+    with pytest.raises(PushError, match="may not write to google/run"):
+        push(hub, adapter, repo="google/run")
+
+
+def test_merged_and_gguf_go_to_repositories_of_their_own(hub: Hub, adapter: Path) -> None:
+    said = push(hub, adapter, merged=True, gguf=("q8_0,bf16",))
+    merged = hub.repositories[f"{REPO}-merged"].commits[-1]
+    gguf = hub.repositories[f"{REPO}-GGUF"].commits[-1]
+    assert {"model.safetensors", "config.json", "merge_report.json"} <= set(merged)
+    assert {"run-Q8_0.gguf", "run-BF16.gguf", "export_report.json", "README.md"} <= set(gguf)
+    published = b"".join([*merged.values(), *gguf.values()])
+    assert str(ROOT).encode() not in published and str(adapter).encode() not in published
+    assert sum(line.startswith("done") for line in said) == 3
+    again = push(hub, adapter, merged=True, gguf=("q8_0,bf16",))
+    assert sum("nothing to send" in line for line in again) == 3
+
+
+def test_a_merge_of_another_adapter_is_refused(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter, merged=True)
+    other = make_adapter(device="gpu")
+    weights = other / "adapter_model.safetensors"
+    *same, last = weights.read_bytes()
+    weights.write_bytes(bytes([*same, last ^ 1]))
+    requests = len(hub.requests)
+    with pytest.raises(ValueError, match="merged/run was not made of"):
+        push(hub, other, merged=True)
+    assert len(hub.requests) == requests
+
+
+def test_all_is_asked_before_anything_is_sent(hub: Hub, adapter: Path) -> None:
+    push(hub, adapter, merged=True)
+    held = hub.repositories[f"{REPO}-merged"]
+    held.commits.append({**held.commits[-1], "config.json": b"{}"})
+    (adapter / "completions.jsonl").write_text("{}\n")
+    with pytest.raises(PushRefused, match=r"replace config\.json in me/run-merged"):
+        push(hub, adapter, merged=True)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_no_leaves_the_repository_private(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(hub, adapter)
+    held = hub.repositories[REPO]
+    held.commits.append({**held.commits[-1], "README.md": b"edited on the website"})
+    monkeypatch.setattr("lora_grpo.deploy.hub.ask", lambda yes, question: "public" in question)
+    with pytest.raises(PushRefused, match=r"replace README\.md.*was no"):
+        push(hub, adapter, public=True)
+    assert held.private
+
+
+def test_nothing_is_public_before_it_is_verified(hub: Hub, adapter: Path) -> None:
+    hub.spoil = SPOILED["a file is missing"][0]
+    with pytest.raises(PushError):
+        push(hub, adapter, public=True, yes=True)
+    assert hub.repositories[REPO].private
+
+
+def test_a_hub_that_makes_it_public_gets_no_file(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Handler.create
+    monkeypatch.setattr(
+        Handler, "create", lambda self, asked: create(self, {**asked, "visibility": "public"})
+    )
+    with pytest.raises(PushError, match="public though private was asked for"):
+        push(hub, adapter)
+    assert len(hub.repositories[REPO].commits) == 1 and hub.count("PUT /lfs/") == 0
+
+
+def test_a_system_prompt_is_no_path(hub: Hub, adapter: Path) -> None:
+    record = json.loads((adapter / "train_config.json").read_text())
+    record |= {"system_prompt": "/no_think", "dataset": "/home/somebody/data.jsonl"}
+    (adapter / "train_config.json").write_text(json.dumps(record))
+    push(hub, adapter)
+    sent = json.loads(hub.repositories[REPO].commits[-1]["train_config.json"])
+    assert sent["system_prompt"] == "/no_think" and sent["dataset"] == "data.jsonl"
+
+
+@pytest.mark.parametrize(("seconds", "tries"), [(3, 1), (3600, 0)])
+def test_retry_after_is_honoured_where_it_is_short(
+    seconds: int, tries: int, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_http.time, "sleep", slept.append)
+    hub.faults["POST preupload"] = Fault(429, "slow", {"Retry-After": str(seconds)}, times=1)
+    if tries:
+        assert push(hub, adapter)[-1].startswith("done")
+    else:
+        with pytest.raises(PushError, match="try in 3600 seconds"):
+            push(hub, adapter)
+    assert len(slept) == tries and all(pause >= seconds for pause in slept)
+
+
+def test_waits_do_not_add_up_to_minutes(
+    hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(_http.time, "sleep", slept.append)
+    hub.faults["POST preupload"] = Fault(503, "busy", {"Retry-After": "25"})
+    with pytest.raises(PushError, match=r"the Hub failed \(503\)"):
+        push(hub, adapter)
+    assert sum(slept) < 60
+
+
+@pytest.mark.parametrize("page", ["whoami", "tree"])
+def test_a_silent_hub_is_left(
+    page: str, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the request and never answers; huggingface_hub alone would wait for ever."""
+    monkeypatch.setitem(push_patience.TIMEOUT, "read", 0.3)
+    silence, route = threading.Event(), Handler.route
+
+    def say_nothing(self: Handler, path: str) -> None:
+        if page in path:
+            silence.wait(20)
+        route(self, path)
+
+    monkeypatch.setattr(Handler, "route", say_nothing)
+    push_error = pytest.raises(PushError, match="the connection broke off")
+    started = time.monotonic()
+    with push_error:
+        push(hub, adapter)
+    assert time.monotonic() - started < 15
+    silence.set()
+
+
+def test_ctrl_c_in_the_middle_of_a_file(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    reached, route = threading.Event(), Handler.route
+
+    def hold(self: Handler, path: str) -> None:
+        if path.startswith("/lfs/"):
+            reached.set()
+            time.sleep(1)
+        route(self, path)
+
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "route", hold)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, adapter, "--repo", REPO],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "hf"), **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert reached.wait(60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: run it again" in err
+    assert "Traceback" not in err and "done" not in out
+    assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
+
+
+def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    known = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        cwd=cwd,
+        env={**known, "HF_HOME": str(cwd / "hf"), **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_the_script_pushes(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"done: {hub.url}/{REPO}"
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.tokens - {""} == {f"Bearer {TOKEN}"}
+
+
+def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> None:
+    done = run(adapter, "--repo", REPO, "--gguf", "q8_0", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "me/run (private): " in done.stdout and "library_name: peft" in done.stdout
+    assert "me/run-GGUF (private): exports/run-gguf-q8_0, which the push makes" in done.stdout
+    lines = [line for line in done.stdout.splitlines() if "adapter_config.json" in line]
+    assert lines and all("without local paths" in line for line in lines)
+    size = f"{os.stat(adapter / 'adapter_model.safetensors').st_size:,}"
+    assert f"{size}  adapter_model.safetensors" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+MISTAKES = {
+    "no owner": (["--repo", "run"], "--repo run is no repository name: give you/name"),
+    "a bad type": (["--repo", REPO, "--gguf", "q3"], "--gguf q3: allowed are f16"),
+    "a flag for the token": (["--repo", REPO, "--token", "hf_x"], "Unrecognized"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_sentence(mistake: str, adapter: Path, tmp_path: Path) -> None:
+    arguments, sentence = MISTAKES[mistake]
+    done = run(adapter, *arguments, cwd=tmp_path)
+    said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert done.returncode == 2 and sentence in said and "Traceback" not in said
+
+
+def test_without_a_token_or_a_network(adapter: Path, tmp_path: Path) -> None:
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, **nobody)
+    assert done.returncode == 1 and "no Hub token was found: run `hf auth login`" in done.stderr
+    done = run(adapter, "--repo", REPO, cwd=tmp_path, HF_TOKEN=TOKEN, **nobody)
+    assert done.returncode == 1 and "the Hub cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    done = run(tmp_path, "--repo", REPO, cwd=tmp_path)
+    assert done.returncode == 2 and "is not an adapter directory" in done.stderr
+
+
+def test_repository_shas_differ() -> None:
+    """The server's own commits are told apart, else the checks of a parent would be idle."""
+    held = Repository(private=True)
+    first = held.head
+    held.commits.append({})
+    assert held.head != first and held.at(first) == held.commits[0]

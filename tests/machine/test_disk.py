@@ -1,0 +1,150 @@
+"""A full disk, a folder that cannot be written, and two processes that want one name."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from lora_grpo.machine.files import append_jsonl, check_room, staged_directory, write_json
+from lora_grpo.machine.terminal import find_write_error
+
+ROOT = Path(__file__).parents[2]
+FEW = ("--preset", "tiny", "--max-steps", 3, "--num-generations", 4, "--save-steps", 1)
+FEW += ("--per-device-train-batch-size", 8, "--num-eval-items", 4, "--num-validation-items", 4)
+FEW += ("--max-completion-length", 24, "--run-name", "run")
+FILLS_THE_DISK = """
+import pathlib
+junk = pathlib.Path("disk/junk")
+def fill(completions, **columns):
+    if pathlib.Path("disk/run/checkpoint-1").exists() and not (junk.parent / "once").exists():
+        (junk.parent / "once").touch()
+        try:
+            with junk.open("wb") as file:
+                while True:
+                    file.write(bytes(4096))
+        except OSError:
+            pass
+    return [float(len(text) % 5) for text in completions]
+"""
+FULL = OSError(errno.ENOSPC, "No space left on device")
+IN_RUST = SafetensorError("I/O error: No space left on device (os error 28)")
+IN_C = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+
+def run(script: str, *arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def mount(*arguments: object) -> None:
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("this user may not mount a small disk")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 48 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    mount("-t", "tmpfs", "-o", "size=48m", "tmpfs", folder)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=False)
+
+
+def test_a_run_that_fills_the_disk_says_so_and_is_resumed(disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "fill.py").write_text(FILLS_THE_DISK)
+    reward = ("--reward", "fill.py:fill", "--adapters-dir", "disk")
+    done = run("train_lora.py", *FEW, *reward, home=tmp_path)
+    assert (disk / "junk").exists(), done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "disk/run" in done.stderr and "No space left" in done.stderr
+    assert "--resume disk/run" in done.stderr
+    assert not list((disk / "run").glob(".staged-checkpoint*"))
+    (disk / "junk").unlink()
+    again = run("train_lora.py", "--resume", "disk/run", home=tmp_path)
+    assert again.returncode == 0, again.stderr
+    rows = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_written_is_seen_before_anything_loads(
+    disk: Path, tmp_path: Path
+) -> None:
+    mount("-o", "remount,ro", disk)
+    model = ("--model", "tiny", "--dataset", "arithmetic", "--num-items", 1)
+    for script, arguments in (
+        ("train_lora.py", (*FEW, "--adapters-dir", "disk")),
+        ("evaluate.py", (*model, "--output", "disk/new/eval.json")),
+    ):
+        done = run(script, *arguments, home=tmp_path)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+        assert "disk: Read-only file system" in done.stderr
+        assert "base" not in done.stdout.partition("writes")[2]
+
+
+def test_a_disk_that_is_too_small_is_seen_before(disk: Path) -> None:
+    check_room(disk / "not" / "yet", 2**20, "--output-dir")
+    with pytest.raises(OSError, match=r"--output-dir .*needs 1\.00 GB and 0\.05 GB are free"):
+        check_room(disk / "not" / "yet", 10**9, "--output-dir")
+
+
+@pytest.mark.parametrize("error", [FULL, IN_RUST, IN_C], ids=["python", "rust", "c++"])
+def test_a_full_disk_names_the_folder_that_was_wanted(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "merged" / "run"
+    with pytest.raises(OSError) as found, staged_directory(target) as staged:
+        (staged / "half").write_text("x")
+        raise error
+    assert (found.value.errno, found.value.filename) == (errno.ENOSPC, str(target))
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["mkstemp", "os.fsync", "os.chmod", "os.replace"])
+def test_a_file_that_could_not_be_written_is_named_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    path = tmp_path / "eval.json"
+    write_json(path, {"step": 1})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".staged-x"))
+
+    name = "tempfile.mkstemp" if stage == "mkstemp" else stage
+    monkeypatch.setattr(f"lora_grpo.machine.files.{name}", fail)
+    with pytest.raises(OSError) as found:
+        write_json(path, {"step": 2})
+    assert find_write_error(found.value).filename == str(path)
+    assert json.loads(path.read_text()) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_a_line_that_could_not_be_added_names_its_file(disk: Path) -> None:
+    with pytest.raises(OSError) as found:
+        append_jsonl(disk / "metrics.jsonl", [{"text": "x" * 2**26}])
+    assert found.value.filename == str(disk / "metrics.jsonl")
+
+
+def test_of_two_at_once_one_gets_the_name(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    taken = pytest.raises(FileExistsError, match="run was written by another process")
+    with taken, staged_directory(target) as slower:
+        (slower / "owner").write_text("slower")
+        with staged_directory(target) as faster:
+            (faster / "owner").write_text("faster")
+    assert (target / "owner").read_text() == "faster"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,372 @@
+"""Running out of memory changes how much is done at once, never what comes out."""
+
+import contextlib
+import gc
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trainers import GradientCatcher, make_trainer
+
+from lora_grpo.machine.out_of_memory import (
+    MemoryExhaustedError,
+    RowLimit,
+    is_out_of_memory,
+    largest_part,
+)
+
+CPU_MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError(CPU_MESSAGE), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (MemoryError(), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory."), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_parts_are_equal_and_as_large_as_allowed(whole: int, limit: int) -> None:
+    size = largest_part(whole, limit)
+    assert whole % size == 0 and size <= limit
+    assert not [s for s in range(size + 1, min(whole, limit) + 1) if whole % s == 0]
+
+
+def test_a_limit_halves_until_the_work_fits_and_stays_there() -> None:
+    said, tried = [], []
+
+    def job(rows: int) -> int:
+        tried.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return rows
+
+    limit = RowLimit("the update", said.append)
+    assert [limit.run(job, 12), limit.run(job, 12)] == [3, 3]
+    assert tried == [12, 6, 3, 3]
+    assert said == [
+        "out of memory in the update with 12 completions at once: going on with 6 at once, 2 "
+        "times; the result is the same",
+        "out of memory in the update with 6 completions at once: going on with 3 at once, 4 "
+        "times; the result is the same",
+    ]
+
+
+def test_the_failed_work_is_let_go_before_it_is_repeated() -> None:
+    alive: list[weakref.ref] = []
+
+    def release() -> None:
+        gc.collect()
+        assert alive[-1]() is None
+
+    def job(rows: int) -> int:
+        tensor = torch.zeros(rows)
+        alive.append(weakref.ref(tensor))
+        if rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+        return rows
+
+    assert RowLimit("generation", lambda text: None, release).run(job, 4) == 1
+    assert len(alive) == 3
+
+
+def test_one_row_that_does_not_fit_is_the_end() -> None:
+    def job(rows: int) -> int:
+        raise RuntimeError(CPU_MESSAGE)
+
+    with pytest.raises(MemoryExhaustedError, match=r"in scoring, one at a time: .*CPUAllocator"):
+        RowLimit("scoring", lambda text: None).run(job, 8)
+
+
+def test_other_errors_are_not_repeated() -> None:
+    calls = []
+
+    def job(rows: int) -> int:
+        calls.append(rows)
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        RowLimit("scoring", lambda text: None).run(job, 8)
+    assert calls == [8]
+
+
+def count_rows(inputs: dict) -> int:
+    """Return the completions that a forward pass holds, packed or one a row."""
+    if "groups" in inputs:
+        return sum(len(group.slots) for group in inputs["groups"])
+    return len(inputs["input_ids"])
+
+
+@contextlib.contextmanager
+def small_memory(rows: int, where: str) -> Iterator[list[int]]:
+    """Let PyTorch run out of memory in every forward or backward pass of more rows than these.
+
+    `where` is "update forward", "update backward", "scoring" or "generation".
+    """
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+
+    plain, raised = Qwen2Model.forward, []
+
+    def give_out(count: int) -> None:
+        raised.append(count)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    def forward(self, *args, **kwargs):
+        count, training = count_rows(kwargs), torch.is_grad_enabled()
+        sampling = kwargs.get("use_cache") or "decoding" in kwargs
+        phase = "update" if training else "generation" if sampling else "scoring"
+        if count > rows and where in (phase, f"{phase} forward"):
+            give_out(count)
+        if count > rows and training and where == "update backward":
+            # At the first layer, when the last ones have their gradients already.
+            self.layers[0].mlp.register_full_backward_hook(lambda *_: give_out(count))
+        return plain(self, *args, **kwargs)
+
+    Qwen2Model.forward = forward
+    try:
+        yield raised
+    finally:
+        Qwen2Model.forward = plain
+
+
+def train(tmp_path: Path, **knobs):
+    said: list[str] = []
+    trainer = make_trainer(tmp_path, max_grad_norm=1e9, say=said.append, **knobs)
+    catcher = GradientCatcher()
+    trainer.add_callback(catcher)
+    return trainer, catcher, said
+
+
+def clear_hooks(trainer) -> None:
+    for module in trainer.model.modules():
+        module._backward_hooks.clear()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "load_in_4bit"),
+    [("dapo", False), ("dapo", True), ("grpo", False), ("dr_grpo", False), ("cispo", False)],
+)
+def test_the_gradient_is_the_one_without_the_error(
+    tmp_path: Path, loss_type: str, load_in_4bit: bool
+) -> None:
+    knobs = {
+        "loss_type": loss_type,
+        "load_in_4bit": load_in_4bit,
+        "seed": 2,  # every group has a signal
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    }
+    whole, whole_catcher, _ = train(tmp_path, **knobs)
+    whole.train()
+    trainer, catcher, said = train(tmp_path, **knobs)
+    with small_memory(2, "update forward") as raised:
+        trainer.train()
+    assert raised == [8, 4] and len(said) == 2
+    assert trainer.batch.completions == whole.batch.completions
+    assert max(gradient.abs().max() for gradient in whole_catcher.gradients.values()) > 1e-4
+    for name, gradient in whole_catcher.gradients.items():
+        torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    mine, theirs = trainer.state.log_history[0], whole.state.log_history[0]
+    assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_half_a_backward_pass_leaves_nothing_behind(tmp_path: Path) -> None:
+    knobs = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    whole, whole_catcher, _ = train(tmp_path, **knobs)
+    whole.train()
+    trainer, catcher, said = train(tmp_path, **knobs)
+    trainer.update_rows.release = lambda: clear_hooks(trainer)
+    with small_memory(2, "update backward") as raised:
+        trainer.train()
+    assert raised and len(said) == len(raised)
+    for name, gradient in whole_catcher.gradients.items():
+        torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_bnpo_whose_loss_depends_on_the_parts_is_not_split(tmp_path: Path) -> None:
+    knobs = {"loss_type": "bnpo", "gradient_accumulation_steps": 1}
+    trainer, _, said = train(tmp_path, **knobs)
+    with (
+        small_memory(2, "update forward"),
+        pytest.raises(MemoryExhaustedError, match="in the update, 16 at a time"),
+    ):
+        trainer.train()
+    assert not said
+
+
+def test_evaluation_goes_on_with_fewer_prompts(tmp_path: Path) -> None:
+    from lora_grpo.policy.generate import complete
+
+    trainer, _, _ = train(tmp_path, load_in_4bit=True)
+    prompts, said = [f"What is {n} + {n}?" for n in range(12)], []
+    ask = (trainer.model, trainer._tokenizer, prompts, 8, 12)
+    expected, heard = complete(*ask), []
+    limit = RowLimit("evaluation", said.append)
+    with small_memory(3, "generation") as raised:
+        assert complete(*ask, heard.append, limit) == expected
+        assert complete(*ask, heard.append, limit) == expected
+    assert raised == [12, 6] and len(said) == 2 and heard == [12, 12]
+
+
+def test_generation_goes_on_with_fewer_sequences(tmp_path: Path) -> None:
+    trainer, _, said = train(tmp_path, max_steps=2)
+    with small_memory(4, "generation") as raised:
+        trainer.train()
+    assert raised == [16, 8]
+    assert said[0].startswith("out of memory in generation with 16 completions at once")
+    assert len(trainer.batch.completions) == 16
+    assert trainer.state.global_step == 2
+
+
+def test_scoring_goes_on_with_fewer_rows(tmp_path: Path) -> None:
+    knobs = {"num_iterations": 2, "save_steps": 2, "max_steps": 2, "beta": 0.1}
+    whole, _, _ = train(tmp_path, **knobs)
+    whole.train()
+    trainer, _, said = train(tmp_path, **knobs)
+    with small_memory(4, "scoring") as raised:
+        trainer.train()
+    assert raised[:2] == [16, 8] and all("in scoring" in line for line in said)
+    for mine, theirs in zip(
+        trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
+    ):
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_logprobs_in_chunks_give_the_same_gradient(tmp_path: Path, load_in_4bit: bool) -> None:
+    knobs = {"load_in_4bit": load_in_4bit, "num_iterations": 2, "max_steps": 2, "save_steps": 2}
+    knobs["shared_prefix"] = False
+    whole, whole_catcher, _ = train(tmp_path, **knobs)
+    whole.train()
+    trainer, catcher, _ = train(tmp_path, chunked_logprobs=True, **knobs)
+    seen: list[int] = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    trainer.train()
+    assert set(seen) == {1}, "the head was applied to more than the token being sampled"
+    for name, gradient in whole_catcher.gradients.items():
+        torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    for mine, theirs in zip(
+        trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
+    ):
+        assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
+
+
+RUN = {
+    "preset": "tiny",
+    "quiet": True,
+    "max_steps": 4,
+    "num_generations": 4,
+    "max_completion_length": 32,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_eval_items": 8,
+    "num_validation_items": 0,
+    "save_steps": 2,
+}
+
+
+def flags_of(knobs: dict) -> list[str]:
+    words = []
+    for name, value in knobs.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+def run_job(*arguments: str) -> int:
+    from lora_grpo.config.presets import parse_train_config
+    from lora_grpo.machine.terminal import run_command
+    from lora_grpo.train.command import run
+
+    config, why = parse_train_config(list(arguments))
+    return run_command(lambda: run(config, why))
+
+
+def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys) -> None:
+    from lora_grpo.grpo.trainer import LoraGRPOTrainer
+
+    plain = LoraGRPOTrainer.training_step
+
+    def third_step_does_not_fit(self, *arguments):
+        if self.state.global_step < 2:
+            return plain(self, *arguments)
+        with small_memory(0, "update forward"):
+            return plain(self, *arguments)
+
+    LoraGRPOTrainer.training_step = third_step_does_not_fit
+    try:
+        status = run_job(*flags_of(RUN), "--adapters-dir", str(tmp_path), "--run-name", "run")
+    finally:
+        LoraGRPOTrainer.training_step = plain
+    printed = capsys.readouterr()
+    assert status == 1
+    assert "out of memory in the update with 8 completions at once" in printed.out
+    error, advice = printed.err.strip().splitlines()
+    assert error.startswith("error: out of memory in the update, one at a time: CUDA out of memory")
+    assert advice.startswith("the plan was: fits: peak")
+    assert "add --gradient-checkpointing; then resume it by: " in advice
+    run = tmp_path / "run"
+    resume = ["--resume", str(run), "--gradient-checkpointing"]
+    resume += ["--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "2"]
+    assert run_job(*resume) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+    saved = json.loads((run / "train_config.json").read_text())
+    assert saved["gradient_checkpointing"] and saved["per_device_train_batch_size"] == 4
+    assert run_job(*flags_of(RUN), "--adapters-dir", str(tmp_path), "--run-name", "whole") == 0
+    rows, whole = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "whole")
+    )
+    for mine, theirs in zip(rows, whole, strict=True):
+        assert mine["reward"] == theirs["reward"]
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert mine["peak_memory_bytes"] > 2**28 and mine["predicted_memory_bytes"] > 2**28
+
+
+@pytest.mark.parametrize(
+    ("work", "flags", "advice"),
+    [
+        ("the update", (), "add --gradient-checkpointing"),
+        ("the update", ("--gradient-checkpointing",), "nothing is left to save"),
+        ("scoring", (), "nothing is left to save"),
+        ("scoring", ("--no-shared-prefix",), "add --chunked-logprobs"),
+        ("the update", ("--no-shared-prefix",), "-checkpointing or --chunked-logprobs"),
+        ("evaluation", ("--no-shared-prefix",), "nothing is left to save"),
+    ],
+)
+def test_only_what_helps_is_advised(
+    tmp_path: Path, work: str, flags: tuple[str, ...], advice: str
+) -> None:
+    from lora_grpo.config.presets import parse_train_config
+    from lora_grpo.train.command import advise_on_memory
+    from lora_grpo.train.plan import make_plan
+
+    arguments = ["--preset", "tiny", "--adapters-dir", str(tmp_path), *flags]
+    plan = make_plan(parse_train_config(arguments)[0])
+    error = MemoryExhaustedError(f"out of memory in {work}, one at a time: {CPU_MESSAGE}")
+    assert advice in advise_on_memory(plan, error)
+
+
+def test_a_resume_keeps_the_completions_of_a_step(tmp_path: Path, capsys) -> None:
+    run = ["--adapters-dir", str(tmp_path), "--run-name", "run", "--max-steps", "2"]
+    assert run_job(*flags_of({**RUN, "max_steps": 2}), *run) == 0
+    with pytest.raises(
+        ValueError, match=r"was 8 x 1, now 8 x 2: a resumed run keeps their product"
+    ):
+        run_job("--resume", str(tmp_path / "run"), "--gradient-accumulation-steps", "2")

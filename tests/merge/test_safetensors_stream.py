@@ -1,0 +1,93 @@
+"""The streamed safetensors files are those of the safetensors library, read and written."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lora_grpo.merge.tensors import (
+    DTYPES,
+    Slot,
+    build_header,
+    read_blocks,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
+
+TENSORS = {
+    "bfloat16": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "float16": torch.tensor([[1.5, -2.0]], dtype=torch.float16),
+    "float32": torch.arange(7.0),
+    "int64": torch.tensor([[3], [-4]]),
+    "bool": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.empty(0, 4),
+}
+
+
+def slots_of(tensors: dict[str, torch.Tensor]) -> list[Slot]:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return [Slot(name, names[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+
+
+def test_reads_what_the_library_wrote(tmp_path):
+    save_file(TENSORS, tmp_path / "a.safetensors", {"format": "pt"})
+    found = read_header(tmp_path / "a.safetensors")
+    assert found.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert read_tensor(found[name]).equal(tensor)
+        assert read_tensor(found[name]).dtype == tensor.dtype
+
+
+def test_the_library_reads_what_is_written_in_blocks(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, slots_of(TENSORS), lambda slot: TENSORS[slot.name].flatten().split(2))
+    found = load_file(path)
+    assert all(found[name].equal(tensor) for name, tensor in TENSORS.items())
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(path.read_bytes()[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=5))
+def test_a_header_comes_back(tmp_path_factory, shapes):
+    layout = [Slot(f"t{index}", "BF16", tuple(shape)) for index, shape in enumerate(shapes)]
+    path = tmp_path_factory.mktemp("header") / "a.safetensors"
+    path.write_bytes(build_header(layout) + bytes(sum(slot.nbytes for slot in layout)))
+    found = read_header(path)
+    assert {(s.name, s.dtype, s.shape) for s in found.values()} == {
+        (s.name, s.dtype, s.shape) for s in layout
+    }
+
+
+def test_blocks_are_bounded_and_in_order(tmp_path):
+    save_file({"x": torch.arange(10)}, tmp_path / "a.safetensors")
+    blocks = list(read_blocks(read_header(tmp_path / "a.safetensors")["x"], elements=4))
+    assert [len(block) for block in blocks] == [4, 4, 2]
+    assert torch.cat(blocks).equal(torch.arange(10))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:5], lambda b: b"x" * 200])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.arange(10)}, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"a\.safetensors is no whole safetensors file .*fetch it"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([torch.zeros(3)], "x has 4 elements, 3 were written"),
+        ([torch.zeros(4).half()], "x was laid out as F32, got torch.float16"),
+    ],
+)
+def test_a_wrong_block_is_refused(tmp_path, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        write_safetensors(tmp_path / "a", [Slot("x", "F32", (4,))], lambda slot: blocks)

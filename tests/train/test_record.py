@@ -1,0 +1,263 @@
+"""Whatever a step lacks, it is recorded and shown, and the run goes on."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from trainers import SMALL, make_trainer
+from transformers import TrainerControl, TrainerState
+
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.grpo.batch import Batch, had_signal
+from lora_grpo.grpo.groups import dead_groups
+from lora_grpo.grpo.trainer import LoraGRPOTrainer
+from lora_grpo.machine.files import read_jsonl
+from lora_grpo.rewards.builtin import Reward
+from lora_grpo.rewards.custom import RewardError
+from lora_grpo.train.console import Display
+from lora_grpo.train.recorder import LOGGED, Recorder, describe_step
+
+G = 4
+MISSING = object()
+ABSENT = {
+    "missing": MISSING,
+    "None": None,
+    "nan": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+}
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> LoraGRPOTrainer:
+    """A trainer after one real step with a KL term, so that every figure of TRL's was logged."""
+    trainer = make_trainer(tmp_path_factory.mktemp("stepped"), beta=0.1, max_completion_length=12)
+    trainer.train()
+    return trainer
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def log(
+    trainer: LoraGRPOTrainer, folder: Path, logs: dict[str, Any], capsys
+) -> tuple[dict[str, Any], str]:
+    """Return the row that the recorder writes and the line that the console prints of it."""
+    display = Display(console=Console(width=200, highlight=False))
+    recorder = Recorder(
+        TrainConfig(num_generations=G, log_completions_steps=1),
+        folder,
+        None,
+        lambda row, batch: display.step(row, batch, total=1, every=1),
+        display.validation,
+    )
+    recorder.trainer = trainer
+    capsys.readouterr()
+    state = TrainerState(global_step=1, max_steps=1)
+    recorder.on_log(trainer.args, state, TrainerControl(), logs)
+    (line,) = (folder / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=no_constant)
+    assert row.pop("peak_memory_bytes") > 0
+    return row, capsys.readouterr().out
+
+
+def test_every_figure_of_trl_may_be_absent(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys
+) -> None:
+    logs = stepped.state.log_history[0]
+    (tmp_path / "whole").mkdir()
+    whole, shown = log(stepped, tmp_path / "whole", logs, capsys)
+    assert all(isinstance(whole[name], float) for name in LOGGED), "each was there to be left out"
+    for name in logs:
+        for how, value in ABSENT.items():
+            folder = tmp_path / f"{name.replace('/', '.')} {how}"
+            folder.mkdir()
+            changed = {key: found for key, found in logs.items() if key != name}
+            changed |= {} if value is MISSING else {name: value}
+            row, line = log(stepped, folder, changed, capsys)
+            assert row == whole | ({name: None} if name in LOGGED else {}), folder.name
+            assert line.partition(" s  ")[0] == shown.partition(" s  ")[0]
+
+
+def crafted(rewards: list[float | None], completion: str = "") -> Batch:
+    count = len(rewards)
+    return Batch(
+        ["What is 1 + 1?"] * count,
+        ["2"] * count,
+        [completion] * count,
+        [1] * count,
+        [False] * count,
+        {"own": rewards},
+    )
+
+
+BATCHES: dict[str, tuple[Batch, dict[str, Any]]] = {
+    "nothing was sampled": (
+        Batch(),
+        dict.fromkeys(("reward", "correct", "format", "clipped_ratio")),
+    ),
+    "no reward applied": (
+        crafted([None] * 8),
+        {"reward": None, "rewards": {"own": None}, "frac_reward_zero_std": 1.0, "correct": 0.0},
+    ),
+    "a reward applied to one of each group": (
+        crafted([None, 3.0, None, None] * 2),
+        {"reward": 3.0, "frac_reward_zero_std": 1.0},
+    ),
+    "the group that no reward applied to is dead": (
+        crafted([None] * 4 + [None, 0.0, 1.0, 1.0]),
+        {"reward": 2 / 3, "frac_reward_zero_std": 0.5},
+    ),
+    "all right": (
+        crafted([1.0] * 8, "<reasoning>\n1+1=2\n</reasoning>\n<answer>\n2\n</answer>"),
+        {"reward": 1.0, "correct": 1.0, "format": 1.0, "frac_reward_zero_std": 1.0},
+    ),
+    "all empty": (crafted([0.0] * 8), {"correct": 0.0, "format": 0.0, "completion_length": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_every_shape_of_batch(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, name: str, seconds: float
+) -> None:
+    batch, expected = BATCHES[name]
+    monkeypatch.setattr(stepped, "batch", batch)
+    monkeypatch.setattr(stepped, "seconds", dict.fromkeys(stepped.seconds, seconds))
+    row, line = log(stepped, tmp_path, {"loss": 0.0}, capsys)
+    assert expected.items() <= row.items()
+    speeds = [row["tokens_per_second_generate"], row["tokens_per_second_update"]]
+    assert speeds == ([float(sum(batch.tokens))] * 2 if seconds else [None] * 2)
+    shown = line.splitlines()[0]
+    assert ("reward     -" in shown) == (row["reward"] is None)
+    assert ("    - tokens/s" in shown) == (seconds == 0)
+
+
+@pytest.mark.parametrize("absent", [MISSING, None, math.nan, math.inf])
+def test_the_console_shows_a_dash_for_each_figure(capsys, absent: Any) -> None:
+    batch = crafted([1.0] * 8)
+    measured = {"step": 1, "seconds": 1.0, "tokens_per_second_generate": 9.0}
+    row = describe_step(batch, G, {}) | measured
+    names = ("reward", "correct", "format", "completion_length", "clipped_ratio")
+    for name in (*names, "frac_reward_zero_std", "seconds", "tokens_per_second_generate"):
+        changed = {key: value for key, value in row.items() if key != name}
+        changed |= {} if absent is MISSING else {name: absent}
+        Display(console=Console(width=200)).step(changed, batch, total=1, every=2)
+        assert " - " in capsys.readouterr().out, name
+
+
+def test_a_group_is_dead_by_the_rewards_that_applied() -> None:
+    totals = [None, None, 1.0, 1.0, 2.0, None, 2.5, 2.0]
+    assert dead_groups(totals, 2) == [True, True, True, False]
+
+
+CAUSES = {
+    "--reward-set default": {"reward": None},
+    "--max-completion-length": {"clipped_ratio": 1.0},
+    "--dataset": {"correct": 1.0, "format": 1.0},
+    "--system-prompt-file": {"reward": 0.0},
+    "--model": {"reward": 0.2, "format": 1.0},
+    "check_rewards.py": {"correct": 0.4, "format": 0.5},
+}
+
+
+@pytest.mark.parametrize("cure", CAUSES)
+def test_steps_without_a_signal_are_said_with_their_cure(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, cure: str
+) -> None:
+    """After five such steps, then after ten more; a step with a signal begins the count anew."""
+    config = TrainConfig(num_generations=G, log_completions_steps=100)
+    usual = {"reward": 0.5, "correct": 0.0, "format": 0.0, "clipped_ratio": 0.0}
+    display, said = Display(quiet=True), []
+
+    def say(rows: list[dict[str, Any]]) -> None:
+        said.append(rows[-1]["step"])
+        display.silence([row | usual | CAUSES[cure] for row in rows], config, whole_run=False)
+
+    ignore = lambda *rest: None  # noqa: E731
+    recorder = Recorder(config, tmp_path, None, ignore, ignore, say)
+    recorder.trainer = stepped
+    for step in range(1, 20):
+        monkeypatch.setattr(stepped, "batch", crafted([0.0, float(step == 7)] * 4))
+        state = TrainerState(global_step=step, max_steps=20)
+        recorder.on_log(stepped.args, state, TrainerControl(), {"grad_norm": 0.1})
+    assert said == [5, 17]
+    assert cure in capsys.readouterr().out
+
+
+def test_a_gradient_of_zero_is_no_signal_either() -> None:
+    row = describe_step(crafted([0.0, 1.0] * 4), G, {"grad_norm": 0.5})
+    assert had_signal(row) and had_signal(row | {"grad_norm": None})
+    assert not had_signal(row | {"grad_norm": 0.0}) and not had_signal(
+        row | {"frac_reward_zero_std": 1.0}
+    )
+
+
+def constant(completions: list, **columns: Any) -> list[float]:
+    return [0.1] * len(completions)  # the mean of eight of these is not 0.1 in float32
+
+
+def nothing(completions: list, **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def by_length(completions: list, **columns: Any) -> list[float]:
+    return [float(index) for index in range(len(completions))]
+
+
+SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dapo": (constant, {}),
+    "grpo in TRL's update": (constant, {"loss_type": "grpo", "shared_prefix": False}),
+    "bnpo": (constant, {"loss_type": "bnpo"}),
+    "luspo": (constant, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
+    "vespo": (nothing, {"loss_type": "vespo"}),
+    "no reward, in chunks": (nothing, {"chunked_logprobs": True, "shared_prefix": False}),
+    "a KL term, two updates": (constant, {"beta": 0.1, "num_iterations": 2, "max_steps": 2}),
+    "truncated, of one token": (
+        by_length,
+        {"max_completion_length": 1, "mask_truncated_completions": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_steps_without_a_signal_change_nothing(tmp_path: Path, name: str) -> None:
+    """From the first step on, for every loss, in both updates: 0 gradient, and a whole record."""
+    function, knobs = SILENT[name]
+    few = {"num_generations": 8, "max_completion_length": 8, "save_steps": 2}
+    knobs = {**SMALL, **few, **knobs}
+    trainer = make_trainer(tmp_path, rewards=[Reward("own", function)], **knobs)
+    before = [parameter.clone() for parameter in trainer.trained]
+    rows: list[dict[str, Any]] = []
+    show = lambda row, batch: rows.append(row)  # noqa: E731
+    recorder = Recorder(TrainConfig(**knobs), tmp_path, None, show, lambda row, kept: None)
+    recorder.trainer = trainer
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert len(rows) == knobs["max_steps"] and not any(map(had_signal, rows))
+    assert {row["grad_norm"] for row in rows} == {0.0}
+    assert all(map(torch.equal, before, trainer.trained))
+    assert read_jsonl(tmp_path / "metrics.jsonl") == rows
+
+
+def test_a_reward_beyond_float32_stops_the_run(tmp_path: Path) -> None:
+    rewards = [Reward("huge", lambda completions, **columns: [1e39] * len(completions))]
+    with pytest.raises(RewardError, match=r"reward huge: .*3.4e\+38"):
+        make_trainer(tmp_path, rewards=rewards, max_completion_length=2).train()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_completions_that_end_at_once(tmp_path: Path, monkeypatch, beta: float) -> None:
+    """Empty texts of one token, EOS; rewards that differ all the same have a gradient."""
+    trainer = make_trainer(tmp_path, rewards=[Reward("own", by_length)], beta=beta)
+    ends = trainer.eos_token_ids[:1]
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda ids, *_: ([ends] * len(ids), None))
+    trainer.train()
+    row = describe_step(trainer.batch, G, trainer.state.log_history[0])
+    assert trainer.batch.completions == [""] * 16 and row["grad_norm"] > 0
+    assert (row["completion_length"], row["clipped_ratio"], row["format"]) == (1.0, 0.0, 0.0)
