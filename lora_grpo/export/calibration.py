@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_grpo.data.arithmetic import generate_problems
-from lora_grpo.data.prompt import build_messages, render
 from lora_grpo.export.compressed_format import Stored, is_packed, unpack
 from lora_grpo.export.source import Source
 from lora_grpo.machine.files import read_jsonl
+from lora_grpo.policy.adapter import COMPLETIONS
 from lora_grpo.proof.checks import Check
 from lora_grpo.proof.distance import continue_greedily
-from lora_grpo.train.recorder import COMPLETIONS
+from lora_grpo.proof.reference import render_question
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -42,21 +42,17 @@ def find_calibration(
     sampled = {row["question"]: row for row in read_jsonl(source.records / COMPLETIONS)}
     if not sampled:
         problems = generate_problems(NUM_ROWS, "train")
-        prompts = [render_question(source, tokenizer, row["question"]) for row in problems]
+        prompts = [render_question(tokenizer, row["question"], source.style) for row in problems]
         rows = continue_greedily(model, tokenizer, prompts, MAX_NEW_TOKENS)
         return Calibration(rows, f"{len(rows)} built-in problems, answered by the merged model")
     texts = [
-        render_question(source, tokenizer, question)
+        render_question(tokenizer, question, source.style)
         + row["completion"].removeprefix(source.style.prefill)
         + ("" if row["truncated"] else tokenizer.eos_token)
         for question, row in list(sampled.items())[-NUM_ROWS:]
     ]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Calibration(rows, f"{len(rows)} prompts of the run with its last samples")
-
-
-def render_question(source: Source, tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
-    return render(tokenizer, build_messages(question, source.style))
 
 
 def load_rows(rows: list[list[int]]) -> "DataLoader":

@@ -29,11 +29,12 @@ from lora_grpo.export.compressed_format import (
 )
 from lora_grpo.export.source import HERE, Outcome, Source
 from lora_grpo.machine.files import read_json
+from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.inputs import read_base
 from lora_grpo.merge.tensors import read_tensor
 from lora_grpo.proof.checks import Check, check_folder, check_reload, describe_distance
 from lora_grpo.proof.distance import collect_logits
-from lora_grpo.proof.reference import Reference, quiet_transformers, release_memory
+from lora_grpo.proof.reference import Reference, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

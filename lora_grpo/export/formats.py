@@ -53,7 +53,7 @@ def write_formats(
     merged, merge = request.model_folder, None
     if request.adapter_dir is not None:
         merged = staged / ("safetensors" if "safetensors" in config.formats else ".merged")
-        merge = merge_for(config, request.adapter_dir, merged, report)
+        merge = merge_for(config, request, merged, report)
     source = Source(
         request.name, merged, request.adapter_dir, request.records, request.style,
         request.model_folder if merge else None,
@@ -63,8 +63,8 @@ def write_formats(
     if merge and "safetensors" in config.formats:
         outcomes["safetensors"] = accuracy.add(describe_merge(merge), "safetensors", merged)
     others = [name for name in config.formats if name != "safetensors"]
-    seen = None
-    if others:
+    seen = merge.reference if merge else None
+    if others and seen is None:
         seen = observe_merged(source.merged, source.records, source.style, config.num_prompts)
     for name in others:
         report(f"writing {name}")
@@ -79,12 +79,14 @@ def write_formats(
 
 
 def merge_for(
-    config: "ExportConfig", adapter_dir: Path, merged: Path, report: Report
+    config: "ExportConfig", request: Request, merged: Path, report: Report
 ) -> MergeResult:
     """Merge into a folder of the export; a failed proof's report is kept beside the export."""
-    settings = MergeConfig(adapter_dir, merged, config.model, config.base)
+    settings = MergeConfig(request.adapter_dir, merged, config.model, config.base)
     try:
-        return merge_adapter(replace(settings, num_prompts=config.num_prompts), report)
+        return merge_adapter(
+            replace(settings, num_prompts=config.num_prompts), report, request.plan
+        )
     except MergeProofError as error:
         said = merged.with_name(f"{merged.name}.failed.json")
         kept = free_name(config.target.with_name(f"{config.target.name}.failed.json"))

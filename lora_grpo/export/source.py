@@ -9,7 +9,7 @@ from lora_grpo.machine.files import read_json
 from lora_grpo.machine.folders import check_kind
 from lora_grpo.machine.terminal import join
 from lora_grpo.merge.deltas import CONFIG
-from lora_grpo.merge.inputs import plan_merge, read_base, read_style
+from lora_grpo.merge.inputs import MergePlan, plan_merge, read_base, read_style
 from lora_grpo.policy.adapter import ADAPTERS, has_tokenizer, read_record
 from lora_grpo.proof.checks import Check
 
@@ -33,6 +33,7 @@ class Request:
     model_folder: Path
     tokenizer_folder: Path
     style: PromptStyle
+    plan: MergePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def inspect_source(config: "ExportConfig") -> Request:
         style = read_style(read_record(folder), folder)
         return Request(config.name, None, folder, folder, folder, style)
     plan = plan_merge(folder, config.model, config.base)
-    return Request(config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style)
+    return Request(
+        config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style, plan
+    )
 
 
 def check_merged(config: "ExportConfig") -> None:

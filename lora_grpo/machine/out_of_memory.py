@@ -3,7 +3,9 @@
 Fewer rows at once change the memory and the time, never the result: the caller adds up the parts.
 """
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -31,8 +33,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Drop what nothing refers to any more, and give PyTorch's cached blocks back."""
+    """Free what nothing refers to any more, and return the blocks that PyTorch and the C library
+    keep."""
     gc.collect()
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -17,7 +17,9 @@ from tyro.conf import Positional, arg
 from lora_grpo.machine.terminal import FailedError
 
 if TYPE_CHECKING:
+    from lora_grpo.merge.inputs import MergePlan
     from lora_grpo.merge.prove import Proof
+    from lora_grpo.proof.reference import Reference
 
 Report = Callable[[str], None]
 say = partial(print, flush=True)
@@ -65,10 +67,14 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged model is, and the proof that it is the policy."""
+    """Where the merged model is, and the proof that it is the policy.
+
+    `reference` holds what the proof saw of the merged model, where it ran it.
+    """
 
     folder: Path
     report: dict[str, Any]
+    reference: "Reference | None" = None
 
     @property
     def table(self) -> str:
@@ -82,8 +88,12 @@ class MergeProofError(FailedError):
     """The merged folder was not what it should be and is gone; the message names the failures."""
 
 
-def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
+def merge_adapter(
+    config: MergeConfig, report: Report = say, plan: "MergePlan | None" = None
+) -> MergeResult:
     """Merge an adapter into its base and prove the result before it appears.
+
+    `plan` is what `plan_merge` returned for this config, where the caller has it already.
 
     Raises:
         ValueError, OSError: what was given cannot be merged; the message says what to do.
@@ -96,7 +106,8 @@ def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
     from lora_grpo.merge.write import write_side_files, write_weights
 
     started = time.perf_counter()
-    plan = plan_merge(config.adapter_dir, config.model, config.base, config.dtype)
+    if plan is None:
+        plan = plan_merge(config.adapter_dir, config.model, config.base, config.dtype)
     check_room(config.target, plan.nbytes + SMALL_FILES, "--output-dir")
     report(
         f"merging {len(plan.deltas)} of {len(plan.tensors)} tensors of {plan.base_name} in "
@@ -111,7 +122,7 @@ def merge_adapter(config: MergeConfig, report: Report = say) -> MergeResult:
         for warning in found["warnings"]:
             report(f"warning: {warning}")
         settle(config, staged, proof, found)
-    return MergeResult(config.target, found)
+    return MergeResult(config.target, found, proof.reference)
 
 
 def settle(config: MergeConfig, staged: Path, proof: "Proof", found: dict[str, Any]) -> None:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from lora_grpo.data.arithmetic import generate_problems
-from lora_grpo.data.prompt import build_messages, render
-from lora_grpo.machine.files import read_json, read_jsonl
+from lora_grpo.machine.files import read_json
+from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.inputs import MergePlan
 from lora_grpo.merge.tensors import BLOCK_ELEMENTS, read_tensor
 from lora_grpo.merge.write import build_config, dequantize, find_quantized, load_weight
@@ -37,7 +36,12 @@ from lora_grpo.proof.checks import (
     shares_embeddings,
 )
 from lora_grpo.proof.distance import Distance, collect_logits, continue_greedily, measure_distance
-from lora_grpo.proof.reference import MAX_NEW_TOKENS, quiet_transformers, release_memory
+from lora_grpo.proof.reference import (
+    MAX_NEW_TOKENS,
+    Reference,
+    quiet_transformers,
+    render_prompts,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -194,7 +198,7 @@ class Proof:
 
     From base + adapter: the merged model (None if it cannot be loaded), rounding noise, the bare
     base. Where the policy was trained in 4-bit, also the merged model from that policy; this has no
-    bound.
+    bound. `reference` is what was seen of the merged model, for exports to be compared with.
     """
 
     checks: tuple[Check, ...]
@@ -202,6 +206,7 @@ class Proof:
     rounding_noise: Distance
     bare_base: Distance
     from_4bit_policy: Distance | None
+    reference: Reference | None = None
 
     @property
     def failed(self) -> list[Check]:
@@ -226,16 +231,18 @@ def prove_merge(
 ) -> Proof:
     """Check a merged folder against its plan, with one model in memory at a time."""
     tokenizer = read_tokenizer(plan.tokenizer_folder)
-    prompts = build_prompts(plan, tokenizer, num_prompts)
+    prompts = render_prompts(plan.adapter_dir, plan.style, tokenizer, num_prompts)
     quantized = find_quantized(plan)
     with quiet_transformers():
         report("proving: base + adapter in float32")
         policy = observe_policy(plan, folder, tokenizer, prompts, quantized)
         report("proving: the merged folder, reloaded")
         logits, checks = observe_merged(folder, policy)
-        merged = drift = None
+        merged = drift = reference = None
         if logits is not None:
             merged = measure_distance(policy.logits, logits)
+            ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            reference = Reference(prompts, ids, policy.sequences, logits)
             factors = (ROUNDING_FACTOR, ROUNDING_FACTOR)
             checks += check_distance(merged, policy.rounding_noise, *factors)
         if logits is not None and plan.four_bit is not None:
@@ -248,20 +255,7 @@ def prove_merge(
         check_generation_config(folder),
         check_tokenizer(folder, tokenizer, prompts),
     ]
-    return Proof(tuple(checks), merged, policy.rounding_noise, policy.bare_base, drift)
-
-
-def build_prompts(
-    plan: MergePlan, tokenizer: "PreTrainedTokenizerBase", num_prompts: int
-) -> list[str]:
-    """Render the first questions that the adapter was evaluated on, else built-in ones."""
-    rows = read_jsonl(plan.adapter_dir / "eval_items.jsonl") or generate_problems(
-        num_prompts, "test"
-    )
-    chats = [build_messages(row["question"], plan.style) for row in rows[:num_prompts]]
-    if tokenizer.chat_template is None:
-        return ["\n\n".join(message["content"] for message in chat) for chat in chats]
-    return [render(tokenizer, chat) for chat in chats]
+    return Proof(tuple(checks), merged, policy.rounding_noise, policy.bare_base, drift, reference)
 
 
 def observe_policy(

@@ -34,7 +34,8 @@ WEIGHTS, CONFIG, TRAIN_CONFIG = (
 TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTERS = ("run", "adapter", "last", "other")
 METADATA = "__metadata__"
-LOGS = ("metrics.jsonl", "completions.jsonl", "validation.jsonl")
+LOGS = METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
+EVAL, EVAL_ITEMS = "eval.json", "eval_items.jsonl"
 IN_A_CHECKPOINT = (
     *(CONFIG, WEIGHTS, "trainer_state.json"),
     *("optimizer.pt", "scheduler.pt", "rng_state.pth"),

@@ -1,8 +1,5 @@
 """What every exported model is held against: the merged model's own greedy answers and logits."""
 
-import ctypes
-import gc
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ import torch
 from lora_grpo.data.arithmetic import generate_problems
 from lora_grpo.data.prompt import PromptStyle, build_messages, render
 from lora_grpo.machine.files import read_jsonl
+from lora_grpo.policy.adapter import EVAL_ITEMS
 from lora_grpo.proof.distance import collect_logits, continue_greedily
 
 if TYPE_CHECKING:
@@ -53,10 +51,17 @@ def render_prompts(
     records: Path, style: PromptStyle, tokenizer: "PreTrainedTokenizerBase", num_prompts: int
 ) -> list[str]:
     """Render the first questions that the run was evaluated on, else built-in ones."""
-    rows = read_jsonl(records / "eval_items.jsonl")
+    rows = read_jsonl(records / EVAL_ITEMS)
     rows = rows or generate_problems(num_prompts, "test")
-    chats = [build_messages(row["question"], style) for row in rows[:num_prompts]]
-    return [render(tokenizer, chat) for chat in chats]
+    return [render_question(tokenizer, row["question"], style) for row in rows[:num_prompts]]
+
+
+def render_question(tokenizer: "PreTrainedTokenizerBase", question: str, style: PromptStyle) -> str:
+    """Return one prompt: without a chat template, the messages one after another."""
+    chat = build_messages(question, style)
+    if tokenizer.chat_template is None:
+        return "\n\n".join(message["content"] for message in chat)
+    return render(tokenizer, chat)
 
 
 def observe_merged(merged: Path, records: Path, style: PromptStyle, num_prompts: int) -> Reference:
@@ -76,10 +81,3 @@ def observe_merged(merged: Path, records: Path, style: PromptStyle, num_prompts:
         logits = list(collect_logits(model, sequences))
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Reference(texts, prompts, sequences, logits)
-
-
-def release_memory() -> None:
-    """Free the last model for good: the C library keeps blocks of it until it is told otherwise."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)

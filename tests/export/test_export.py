@@ -28,7 +28,7 @@ from merge_models import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lora_grpo.export import command as export_formats
+from lora_grpo.export import formats as export_formats
 from lora_grpo.export.command import ExportProofError, export_model
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.export.gguf import files as export_gguf

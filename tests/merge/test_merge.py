@@ -19,11 +19,11 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from lora_grpo.merge import prove as merge_proof
 from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.merge.inputs import plan_merge
 from lora_grpo.merge.prove import half_ulp
 from lora_grpo.merge.write import write_weights
+from lora_grpo.proof.reference import render_prompts
 
 
 def merge_with_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -175,7 +175,7 @@ def test_a_merged_folder_is_a_plain_16_bit_model(merged):
 
 def test_the_proof_asks_the_runs_own_questions(merged):
     adapter, result, _ = merged
-    prompts = merge_proof.build_prompts(plan_merge(adapter), make_tokenizer(), 8)
+    prompts = render_prompts(adapter, plan_merge(adapter).style, make_tokenizer(), 8)
     assert len(prompts) == 1
     assert "What is 2 + 3?" in prompts[0] and "Be brief." in prompts[0]
     assert result.report["from_policy"]["positions"] <= 48

@@ -25,11 +25,12 @@ from lora_grpo.export.gguf.tokenizer import (
     read_vocabulary,
 )
 from lora_grpo.export.gguf.write import ROPE_FREQUENCIES, GGUFModel, describe_model, name_map
+from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.tensors import read_tensor
 from lora_grpo.policy.base import declared_end_ids, read_tokenizer
 from lora_grpo.proof.checks import PROBE_TEXT, Check, check_distance, shares_embeddings
 from lora_grpo.proof.distance import Distance, collect_logits, measure_distance
-from lora_grpo.proof.reference import quiet_transformers, release_memory
+from lora_grpo.proof.reference import quiet_transformers
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
