@@ -1,14 +1,20 @@
 """A GGUF file and an Ollama Modelfile: template, stop tokens, system prompt and parameters."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_grpo.data.prompt import Message, PromptStyle, build_messages
 from lora_grpo.export.config import plain_name
 from lora_grpo.export.gguf.files import name_file, write_gguf
-from lora_grpo.export.ollama_gotemplate import render as render_go
-from lora_grpo.export.ollama_template import Turns, adds_bos, build_template, expected_prompt, probe
+from lora_grpo.export.ollama_template import (
+    ChatFormat,
+    check_format,
+    describe_difference,
+    expected_prompt,
+    find_chat_format,
+)
 from lora_grpo.export.source import Outcome, Request, Source
 from lora_grpo.machine.files import write_text
 from lora_grpo.policy.adapter import read_train_config
@@ -35,13 +41,13 @@ def build_modelfile(
         ValueError: the chat template, the system prompt or the example cannot be said in it.
     """
     tokenizer = load_tokenizer(merged)
-    turns = probe(tokenizer)
+    chat_format = find_chat_format(tokenizer)
     sections = [
         ("", [("FROM", f"./{gguf_name}")]),
-        (describe_template(turns), [("TEMPLATE", build_template(turns))]),
+        (describe_template(chat_format), [("TEMPLATE", chat_format.go_template())]),
         (
             "Used unless a request has a system message of its own.",
-            write_prompt(turns, style),
+            write_prompt(chat_format, style),
         ),
         (
             "What ends a completion.",
@@ -57,21 +63,19 @@ def build_modelfile(
     return "\n".join(write_section(note, commands) for note, commands in sections if commands)
 
 
-def describe_template(turns: Turns) -> str:
-    if not turns.trimmed:
-        return "Writes what the tokenizer's chat template writes."
-    return (
-        "Writes what the tokenizer's chat template writes, which trims white space around a "
-        "message; Ollama does not."
-    )
+def describe_template(chat_format: ChatFormat) -> str:
+    note = f"{chat_format.family.name}, as the tokenizer's chat template writes it"
+    if chat_format.family.trims:
+        return f"{note}; that trims white space around a message, Ollama does not."
+    return f"{note}."
 
 
-def write_prompt(turns: Turns, style: PromptStyle) -> list[Command]:
+def write_prompt(chat_format: ChatFormat, style: PromptStyle) -> list[Command]:
     """Return SYSTEM, and MESSAGE lines for a worked example."""
     commands = []
-    for message in build_messages("", style)[:-1]:
+    for message in build_messages("", replace(style, system_role=True))[:-1]:
         role, content = message["role"], message["content"]
-        text = content.strip() if role in turns.trimmed else content
+        text = content.strip() if chat_format.family.trims else content
         commands.append(("SYSTEM" if role == "system" else f"MESSAGE {role}", text))
     return commands
 
@@ -136,7 +140,7 @@ def reads_back(text: str, command: Command) -> bool:
 
 
 def keep_printable(text: str) -> str:
-    """Return text less the characters that Ollama drops."""
+    """Return text without the characters that Ollama drops."""
     return "".join(
         character for character in text if character.isprintable() or character in "\t\r\n"
     )
@@ -193,94 +197,14 @@ def embedded_messages(commands: list[Command]) -> tuple[str, list[Message]]:
     return "".join(values_of(commands, "SYSTEM")[-1:]), messages
 
 
-CONTENTS = (
-    "12 + 34?",
-    "He said \"hi\" and 'bye' \\n",
-    "{{ .System }} {{ end }} }} {% if x %} {{",
-    "two\n\nlines\n- of\ttext",
-    "naïve 数学 😀 العدد",
-    "<answer>7</answer> & more",
-    'def f():\n    """x"""\n    return 1',
-)
-EDGES = "\n  edge \n"
 QUESTION = "What is 12 + 34?"
 
 
-def collate(messages: list[Message]) -> dict[str, Any]:
-    """Return what Ollama hands a template for a conversation.
-
-    Messages of one role in a row become one; `.System` is every system message.
-    """
-    merged: list[dict[str, str]] = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if merged and merged[-1]["Role"] == role:
-            merged[-1]["Content"] += "\n\n" + content
-        else:
-            merged.append({"Role": role, "Content": content})
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    return {"System": "\n\n".join(system), "Messages": merged}
-
-
-def answer_request(commands: list[Command], request: list[Message]) -> list[Message]:
-    """Return the conversation that Ollama's chat makes of a request to a Modelfile's model."""
-    system, example = embedded_messages(commands)
-    own = request[0]["role"] == "system" or not system
-    return [*([] if own else [{"role": "system", "content": system}]), *example, *request]
-
-
-def conversations(trimmed: frozenset[str]) -> Iterator[list[Message]]:
-    """Yield conversations whose texts are hard to carry, each part in each role."""
-
-    def talk(roles: str, contents: tuple[str, ...]) -> list[Message]:
-        names = {"s": "system", "u": "user", "a": "assistant"}
-        return [
-            {"role": names[role], "content": contents[index % len(contents)]}
-            for index, role in enumerate(roles)
-        ]
-
-    for shift in range(len(CONTENTS)):
-        contents = CONTENTS[shift:] + CONTENTS[:shift]
-        for roles in ("su", "u", "sua", "suau", "uau"):
-            yield talk(roles, contents)
-    yield talk("suauauauau", CONTENTS)
-    for message in talk("suau", (EDGES,)):
-        if message["role"] not in trimmed:
-            plain = talk("suau", CONTENTS)
-            yield [message if other["role"] == message["role"] else other for other in plain]
-
-
-def prove_template(
-    template: str, tokenizer: "PreTrainedTokenizerBase", talks: list[list[Message]], name: str
-) -> Check:
-    """Compare a Go template's text with the tokenizer's own for each conversation."""
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    for talk in talks:
-        expected = expected_prompt(tokenizer, talk)
-        try:
-            found = bos + render_go(template, collate(talk))
-        except ValueError as error:
-            return Check(name, False, f"the template does not render: {error}")
-        if found != expected:
-            return Check(name, False, describe_difference(found, expected))
-    return Check(name, True, f"{len(talks)} conversations render as the tokenizer's own")
-
-
-def describe_difference(found: str, expected: str) -> str:
-    pairs = zip(found, expected, strict=False)
-    place = next(
-        (index for index, (left, right) in enumerate(pairs) if left != right),
-        min(len(found), len(expected)),
-    )
-    shown = slice(max(place - 10, 0), place + 20)
-    return f"writes {found[shown]!r} where the tokenizer writes {expected[shown]!r}"
-
-
 def prove_modelfile(text: str, merged: Path, style: PromptStyle) -> list[Check]:
-    """Read a Modelfile back and hold it against the merged folder that it was made for.
+    """Read a Modelfile back and compare it with the merged folder that it was made for.
 
     Raises:
-        ValueError: the folder's chat template cannot be said in a Go template at all.
+        ValueError: the folder's chat template is none that is written for Ollama.
     """
     tokenizer = load_tokenizer(merged)
     try:
@@ -291,36 +215,44 @@ def prove_modelfile(text: str, merged: Path, style: PromptStyle) -> list[Check]:
     if len(files) != 1 or len(templates) != 1:
         detail = f"{len(files)} FROM and {len(templates)} TEMPLATE commands, expected one of each"
         return [Check("modelfile", False, detail)]
-    talks = list(conversations(probe(tokenizer).trimmed))
+    chat_format = find_chat_format(tokenizer)
     return [
         Check("modelfile", True, f"{len(commands)} commands for {files[0]}"),
-        prove_template(templates[0], tokenizer, talks, "template"),
-        prove_trained_prompt(commands, templates[0], tokenizer, style),
+        check_template(templates[0], chat_format, tokenizer),
+        check_trained_prompt(commands, chat_format, tokenizer, style),
         check_stops(values_of(commands, "PARAMETER stop"), merged, tokenizer),
         check_greedy(commands),
     ]
 
 
-def prove_trained_prompt(
+def check_template(
+    template: str, chat_format: ChatFormat, tokenizer: "PreTrainedTokenizerBase"
+) -> Check:
+    """Compare the Go template with the family's, whose renderer equals the tokenizer's template."""
+    name = chat_format.family.name
+    if difference := describe_difference(template, chat_format.go_template()):
+        return Check("template", False, f"it is not that of {name}: {difference}")
+    count = check_format(chat_format, tokenizer)
+    return Check("template", True, f"{name}: {count} conversations as the tokenizer writes them")
+
+
+def check_trained_prompt(
     commands: list[Command],
-    template: str,
+    chat_format: ChatFormat,
     tokenizer: "PreTrainedTokenizerBase",
     style: PromptStyle,
 ) -> Check:
     """Compare a bare question to the model with the prompt that it was trained on, then the same
     question with a system message of its own."""
-    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    for request, system in ((own[1:], style.system_prompt), (own, own[0]["content"])):
-        expected = expected_prompt(
-            tokenizer, build_messages(QUESTION, PromptStyle(system, style.example))
-        )
-        try:
-            found = bos + render_go(template, collate(answer_request(commands, request)))
-        except ValueError as error:
-            return Check("trained_prompt", False, f"the template does not render: {error}")
-        if found != expected:
-            return Check("trained_prompt", False, describe_difference(found, expected))
+    system, example = embedded_messages(commands)
+    question = {"role": "user", "content": QUESTION}
+    for asked in (style.system_prompt, "Be brief."):
+        said = system if asked == style.system_prompt else asked
+        found = chat_format.render([{"role": "system", "content": said}, *example, question])
+        messages = build_messages(QUESTION, replace(style, system_prompt=asked, system_role=True))
+        expected = expected_prompt(tokenizer, messages, chat_format.system_role)
+        if difference := describe_difference(found, expected):
+            return Check("trained_prompt", False, difference)
     return Check("trained_prompt", True, "a bare question gives the prompt of training")
 
 
@@ -342,12 +274,12 @@ MODELFILE = "Modelfile"
 
 
 def check_ollama(request: Request, quants: tuple[str, ...]) -> None:
-    """Raise a ValueError for a chat template that a Modelfile cannot say, or several types."""
+    """Raise a ValueError for a chat template that is not written for Ollama, or several types."""
     if len(quants) > 1:
         raise ValueError(
             f"--format ollama takes one --quant, got {' '.join(quants)}: a Modelfile names one file"
         )
-    build_template(probe(load_tokenizer(request.tokenizer_folder)))
+    find_chat_format(load_tokenizer(request.tokenizer_folder))
 
 
 def write_ollama(

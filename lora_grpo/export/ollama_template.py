@@ -1,41 +1,118 @@
-"""A tokenizer's chat template as the Go template that Ollama wants.
+"""The chat template of a Modelfile: Ollama takes Go templates, a tokenizer brings Jinja.
 
-The tokenizer renders conversations of marker words; what stands around them is what the Go template
-writes around `.System` and each message's `.Content`. No Jinja is translated, so that what cannot
-be said this way is refused or fails its proof.
+Each family of chat templates is one row of data, from which come the Go template and a renderer
+that writes the same. A row is used only where the renderer writes what the tokenizer's own template
+writes, for every conversation of a list of difficult ones.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_grpo.data.prompt import TEMPLATE_SETTINGS, Message, render
-from lora_grpo.export.ollama_gotemplate import quote
+from lora_grpo.data.prompt import Message, has_system_role, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARKER = "zqMarker{}qz"
+QUESTION, SYSTEM = "questionprobe", "systemprobe"
+IS_LAST = "eq (len (slice $.Messages $i)) 1"
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
-NEIGHBOURS = "what it writes around a message depends on the messages beside it"
-LAST = "eq (len (slice $.Messages $i)) 1"
+CONTENTS = (
+    "12 + 34?",
+    "He said \"hi\" and 'bye' \\n",
+    "{{ .System }} {{ end }} }} {% if x %} {{",
+    "two\n\nlines\n- of\ttext",
+    "naïve 数学 😀 العدد",
+    "<answer>7</answer> & more",
+    'def f():\n    """x"""\n    return 1',
+)
+WITH_EDGES = "\n  edge \n"
 
 
 @dataclass(frozen=True)
-class Turns:
-    """The texts around each content.
+class Family:
+    """How a family of chat templates writes a turn: the role in `start`, the content, `end`."""
 
-    `system` stands before and after a system prompt up to the first question, and `opening` before
-    that question where there is none; `user` stands around a later question, `assistant` around an
-    earlier answer, and `generation` where the model goes on. The roles in `trimmed` lose white
-    space at the ends of their contents in the tokenizer's template.
+    name: str
+    start: str
+    end: str
+    trims: bool = False
+
+    def turn(self, role: str, content: str) -> str:
+        return self.start.format(role=role) + content + self.end
+
+
+FAMILIES = (
+    Family("ChatML", "<|im_start|>{role}\n", "<|im_end|>\n"),
+    Family("Llama 3", "<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", trims=True),
+)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A family, and what one tokenizer's template adds to it.
+
+    `bos` is what Ollama writes itself. `before_system` stands before a system prompt, `opening`
+    before the first question where there is none, `generation` before the answer. Without a system
+    role, the system prompt opens the first question, as in training.
     """
 
-    system: tuple[str, str]
+    family: Family
+    bos: str
+    before_system: str
     opening: str
-    user: tuple[str, str]
-    assistant: tuple[str, str]
     generation: str
-    trimmed: frozenset[str]
+    system_role: bool
+
+    def render(self, messages: list[Message]) -> str:
+        """Return the prompt that Ollama makes of a conversation, an unfinished answer included."""
+        turns = [message for message in messages if message["role"] != "system"]
+        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+        text = self.bos + self.opening
+        if system and self.system_role:
+            text = self.bos + self.before_system + system + self.family.end
+        unfinished = turns.pop()["content"] if turns[-1]["role"] == "assistant" else ""
+        for message in turns:
+            folded = f"{system}\n\n" if system and not self.system_role else ""
+            is_first = message is turns[0]
+            text += self.family.turn(message["role"], folded * is_first + message["content"])
+        return text + self.generation + unfinished
+
+    def go_template(self) -> str:
+        """Return the Go template, over `.System` and `.Messages`.
+
+        An answer that comes last is left open for the model to continue, as in Ollama's own
+        templates. System messages are written at the top wherever they stand: a request's own would
+        otherwise come after the worked example.
+        """
+        start, end = self.family.start, literal(self.family.end)
+        opening, folded = literal(self.opening), ""
+        if self.system_role:
+            otherwise = "{{ else }}" + opening if opening else ""
+            before = literal(self.before_system)
+            top = "{{ if $.System }}" + before + "{{ $.System }}" + end + otherwise + "{{ end }}"
+        else:
+            top = opening + "{{ $first := true }}"
+            folded = "{{ if $first }}{{ if $.System }}{{ $.System }}\n\n{{ end }}{{ end }}"
+            folded += "{{ $first = false }}"
+        return (
+            top
+            + "{{ range $i, $_ := .Messages }}"
+            + '{{ if eq .Role "user" }}'
+            + f"{start.format(role='user')}{folded}{{{{ .Content }}}}{end}{{{{ end }}}}"
+            + f"{{{{ if {IS_LAST} }}}}{literal(self.generation)}"
+            + '{{ if eq .Role "assistant" }}{{ .Content }}{{ end }}'
+            + '{{ else if eq .Role "assistant" }}'
+            + f"{start.format(role='assistant')}{{{{ .Content }}}}{end}"
+            + "{{ end }}{{ end }}"
+        )
+
+
+def literal(text: str) -> str:
+    """Return text that stands for itself in a Go template."""
+    if "{" in text:
+        raise ValueError(f"it writes {text!r}, and braces mean something else to Ollama")
+    return text
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -44,157 +121,113 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def render_roles(
-    tokenizer: "PreTrainedTokenizerBase", roles: str, generation: bool, padded: str = ""
-) -> str:
-    """Render marker words; those of the role `padded` with white space around."""
-    words = [
-        f" \n{MARKER.format(index)}\n " if role == padded else MARKER.format(index)
-        for index, role in enumerate(roles)
-    ]
-    messages: list[Message] = [
-        {"role": ROLES[role], "content": word} for role, word in zip(roles, words, strict=True)
-    ]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=generation, tokenize=False, **TEMPLATE_SETTINGS
-    )
-
-
-def cut(text: str, count: int) -> list[str]:
-    """Return what stands before, between and after the marker words."""
-    pieces = []
-    for index in range(count):
-        if text.count(MARKER.format(index)) != 1:
-            raise ValueError("it does not write each message once and in order")
-        before, _, text = text.partition(MARKER.format(index))
-        pieces.append(before)
-    return [*pieces, text]
-
-
-def drop_prefix(text: str, prefix: str) -> str:
-    if not text.startswith(prefix):
-        raise ValueError(NEIGHBOURS)
-    return text.removeprefix(prefix)
-
-
-def probe(tokenizer: "PreTrainedTokenizerBase") -> Turns:
-    """Find what a tokenizer's chat template writes around each message.
+def find_chat_format(tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
+    """Return the row that writes what the tokenizer's chat template writes.
 
     Raises:
-        ValueError: a Go template cannot say it.
+        ValueError: no row does; the message says why, and what to do instead.
     """
     from jinja2 import TemplateError
 
-    try:
-        return probe_turns(tokenizer)
-    except (TemplateError, ValueError) as error:
-        raise ValueError(
-            f"the tokenizer's chat template cannot be said in Ollama's Go templates ({error}): "
-            "export gguf instead, whose file carries the template itself"
-        ) from error
-
-
-def probe_turns(tokenizer: "PreTrainedTokenizerBase") -> Turns:
-    if "strftime_now" in tokenizer.chat_template:
-        raise ValueError("it writes the date of the day")
-
-    def pieces(roles: str, generation: bool = False) -> list[str]:
-        return cut(render_roles(tokenizer, roles, generation), len(roles))
-
-    before_system, after_system, after_user = pieces("su")
-    after_answer = pieces("sua")[-1]
-    middle = pieces("suaua")
-    turns = Turns(
-        system=(before_system, after_system),
-        opening=pieces("u")[0],
-        user=(drop_prefix(middle[3], after_answer), after_user),
-        assistant=(drop_prefix(pieces("suau")[2], after_user), after_answer),
-        generation=drop_prefix(pieces("su", True)[-1], after_user),
-        trimmed=frozenset(name for role, name in ROLES.items() if trims(tokenizer, role)),
+    reasons = []
+    for family in FAMILIES:
+        try:
+            found = fit_family(family, tokenizer)
+            found.go_template()
+            check_format(found, tokenizer)
+        except (TemplateError, ValueError) as error:
+            reasons.append(f"{family.name}: {error}")
+            continue
+        return found
+    raise ValueError(
+        "--format ollama knows the chat templates of "
+        f"{', '.join(family.name for family in FAMILIES)}; the tokenizer's own is another "
+        f"({'; '.join(reasons)}): use --format gguf, whose file holds the template itself"
     )
-    between = [turns.user[1] + turns.assistant[0], turns.assistant[1] + turns.user[0]]
-    for roles, opening in (("suauau", list(turns.system)), ("uau", [turns.opening])):
-        expected = [*opening, *between * roles.count("a"), turns.user[1] + turns.generation]
-        if pieces(roles, True) != expected:
-            raise ValueError(NEIGHBOURS)
-    return without_bos(turns, tokenizer.bos_token) if adds_bos(tokenizer) else turns
 
 
-def trims(tokenizer: "PreTrainedTokenizerBase", role: str) -> bool:
-    plain, padded = (render_roles(tokenizer, "suau", True, chosen) for chosen in ("", role))
-    for index, found in enumerate("suau"):
-        if found == role:
-            plain = plain.replace(MARKER.format(index), f" \n{MARKER.format(index)}\n ")
-    return padded != plain
+def fit_family(family: Family, tokenizer: "PreTrainedTokenizerBase") -> ChatFormat:
+    if "strftime_now" in tokenizer.chat_template:
+        raise ValueError("it writes today's date")
+    question = {"role": "user", "content": QUESTION}
+    text = render(tokenizer, [question])
+    opening, found, generation = text.partition(family.turn("user", QUESTION))
+    if not found:
+        raise ValueError(f"it writes a question as {text[-60:]!r}")
+    before, system_role = opening, has_system_role(tokenizer)
+    if system_role:
+        asked = render(tokenizer, [{"role": "system", "content": SYSTEM}, question])
+        before = asked.partition(SYSTEM)[0]
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    if not (before.startswith(bos) and opening.startswith(bos)):
+        raise ValueError(f"the tokenizer puts {bos} first and the template does not")
+    return ChatFormat(
+        family,
+        bos,
+        before.removeprefix(bos),
+        opening.removeprefix(bos),
+        generation,
+        system_role,
+    )
 
 
-def without_bos(turns: Turns, bos: str) -> Turns:
-    """Leave to Ollama the BOS that it writes itself.
+def conversations(trims: bool) -> Iterator[list[Message]]:
+    """Yield conversations whose texts are hard to carry, each text in each role.
+
+    White space at the ends of a text is left out where the template trims it: Ollama does not.
+    """
+
+    def talk(roles: str, contents: tuple[str, ...]) -> list[Message]:
+        return [
+            {"role": ROLES[role], "content": contents[index % len(contents)]}
+            for index, role in enumerate(roles)
+        ]
+
+    for shift in range(len(CONTENTS)):
+        contents = CONTENTS[shift:] + CONTENTS[:shift]
+        for roles in ("su", "u", "sua", "suau", "uau"):
+            yield talk(roles, contents)
+    yield talk("suauauauau", CONTENTS)
+    if not trims:
+        plain = talk("suau", CONTENTS)
+        for role in ROLES.values():
+            yield [m | {"content": WITH_EDGES} if m["role"] == role else m for m in plain]
+
+
+def expected_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[Message], system_role: bool
+) -> str:
+    """Return what the model continues by the tokenizer's own template, an unfinished answer
+    included."""
+    if messages[-1]["role"] == "assistant":
+        return expected_prompt(tokenizer, messages[:-1], system_role) + messages[-1]["content"]
+    if messages[0]["role"] == "system" and not system_role:
+        system, first, *rest = messages
+        folded = f"{system['content']}\n\n{first['content']}"
+        messages = [first | {"content": folded}, *rest]
+    return render(tokenizer, messages)
+
+
+def check_format(chat_format: ChatFormat, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return on how many conversations the renderer writes what the tokenizer writes: all.
 
     Raises:
-        ValueError: the template writes none, so that Ollama's would be one too many.
+        ValueError: it writes something else for one; the message shows where.
     """
-    if not (turns.system[0].startswith(bos) and turns.opening.startswith(bos)):
-        raise ValueError(f"the tokenizer puts {bos} first and the template does not")
-    before, after = turns.system
-    return replace(
-        turns, system=(before.removeprefix(bos), after), opening=turns.opening.removeprefix(bos)
-    )
+    talks = list(conversations(chat_format.family.trims))
+    for talk in talks:
+        expected = expected_prompt(tokenizer, talk, chat_format.system_role)
+        if difference := describe_difference(chat_format.render(talk), expected):
+            raise ValueError(difference)
+    return len(talks)
 
 
-def literal(text: str) -> str:
-    """Return text as it stands in a Go template inside a Modelfile: as it is where both keep it."""
-    kept = all(character.isprintable() or character == "\n" for character in text)
-    return text if kept and "{" not in text and '"""' not in text else f"{{{{ {quote(text)} }}}}"
-
-
-def build_template(turns: Turns) -> str:
-    """Return the Go template, over `.System` and `.Messages`.
-
-    An answer that comes last is left open for the model to go on with, as Ollama's own templates
-    do. System messages are written at the top wherever they stand: a request's own would otherwise
-    come after the worked example.
-    """
-    start, user, finish = turns.system[0], turns.user[0], turns.user[1]
-    headed = bool(user) and turns.system[1].endswith(user) and turns.opening.endswith(user)
-    drop = len(user) if headed else 0
-    begun = choose(turns.system[1], turns.opening, start, drop)
-    if headed:
-        top, before = begun, literal(user)
-    else:
-        top = "{{ $first := true }}"
-        before = (
-            "{{ if $first }}"
-            + begun
-            + "{{ else }}"
-            + literal(user)
-            + "{{ end }}{{ $first = false }}"
-        )
-    return (
-        top
-        + "{{ range $i, $_ := .Messages }}"
-        + '{{ if eq .Role "user" }}'
-        + f"{before}{{{{ .Content }}}}{literal(finish)}{{{{ end }}}}"
-        + f"{{{{ if {LAST} }}}}{literal(turns.generation)}"
-        + '{{ if eq .Role "assistant" }}{{ .Content }}{{ end }}'
-        + '{{ else if eq .Role "assistant" }}'
-        + f"{literal(turns.assistant[0])}{{{{ .Content }}}}{literal(turns.assistant[1])}"
-        + "{{ end }}{{ end }}"
-    )
-
-
-def choose(after_system: str, opening: str, before_system: str, drop: int) -> str:
-    """Write what opens a conversation, with a system prompt and without, less `drop` characters."""
-    after, without = (text[: len(text) - drop] for text in (after_system, opening))
-    otherwise = f"{{{{ else }}}}{literal(without)}" if without else ""
-    return (
-        f"{{{{ if $.System }}}}{literal(before_system)}{{{{ $.System }}}}{literal(after)}"
-        f"{otherwise}{{{{ end }}}}"
-    )
-
-
-def expected_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
-    """Return what the model continues by the tokenizer's own template, an open answer included."""
-    if messages[-1]["role"] == "assistant":
-        return render(tokenizer, messages[:-1]) + messages[-1]["content"]
-    return render(tokenizer, messages)
+def describe_difference(found: str, expected: str) -> str:
+    """Return where two texts part, or nothing where they are the same."""
+    if found == expected:
+        return ""
+    pairs = enumerate(zip(found, expected, strict=False))
+    shorter = min(len(found), len(expected))
+    place = next((index for index, (left, right) in pairs if left != right), shorter)
+    shown = slice(max(place - 10, 0), place + 20)
+    return f"{found[shown]!r} where the tokenizer writes {expected[shown]!r}"

@@ -1,22 +1,26 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from go_templates import run_go
+from go_templates import interpret, run_go
 
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PromptStyle
 from lora_grpo.export.ollama import (
     build_modelfile,
-    collate,
-    conversations,
     parse_modelfile,
     prove_modelfile,
     values_of,
     write_command,
 )
-from lora_grpo.export.ollama_template import adds_bos, build_template, expected_prompt, probe
+from lora_grpo.export.ollama_template import (
+    adds_bos,
+    conversations,
+    expected_prompt,
+    find_chat_format,
+)
 
 REAL = Path.home() / ".cache" / "real-models"
 STYLE = PromptStyle(example=Problem(1, 'Is "3" > {{2}}?\nSay é.', "3", '3 is "3"\n\\so'))
@@ -36,38 +40,30 @@ QWEN3 = (
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 LLAMA3 = (
-    "{% for m in messages %}{% set c = '<|start|>' + m.role + '<|end|>\\n\\n' + m.content | trim + "
-    "'<|im_end|>' %}{% if loop.first %}{% set c = bos_token + c %}{% endif %}{{ c }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"
+    "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' "
+    "+ m.content | trim + '<|eot_id|>' %}{% if loop.first %}{% set c = bos_token + c %}{% endif %}"
+    "{{ c }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set first = messages[0].content + "
-    "'\\n\\n' %}{% set rest = messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages "
-    "%}{% endif %}{% for m in rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}{{ '<start_of_turn>' + ('model' if "
-    "m.role == 'assistant' else m.role) + '\\n' + (first if loop.first else '') + m.content | trim "
-    "+ '<im_end>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+LLAMA31 = LLAMA3.replace(
+    "m.content | trim", "('Cutting Knowledge Date: May\\n\\n' if m.role == 'system' else '') + "
+    "m.content | trim"
+).replace(
+    "{% for m", "{% if messages[0].role != 'system' %}{% set messages = [{'role': 'system', "
+    "'content': ''}] + messages %}{% endif %}{% for m", 1
+)  # fmt: skip
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}{{ " + TURN + " }}{% endfor %}" + GO_ON
 )
-TEMPLATES = {"qwen2.5": QWEN25, "qwen3": QWEN3, "llama3": LLAMA3, "gemma": GEMMA}
-TEMPLATES["llama2"] = (
-    "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\\n' + messages[0].content + "
-    "'\\n<</SYS>>\\n\\n' %}{% set rest = messages[1:] %}{% else %}{% set s = '' %}{% set rest = "
-    "messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
-    "(s if loop.first else '') + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + "
-    "eos_token }}{% endif %}{% endfor %}"
-)
-TEMPLATES["braces"] = (
-    "{% for m in messages %}{{ '{' + '{' + m.role + '}' + '}\\u00a0' + m.content + '\"\"\"\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '{' + '{go}' + '}' }}{% endif %}"
-)
-
-BOS_COUNTS = {"llama3": 2, "gemma": 2, "llama2": 3}
+TEMPLATES = {"qwen2.5": QWEN25, "qwen3": QWEN3, "llama3": LLAMA3, "llama3.1": LLAMA31}
+TEMPLATES["no system"] = NO_SYSTEM
+BOS_COUNTS = {"llama3": 2, "llama3.1": 2}
 
 
 @pytest.fixture
 def merged(tmp_path: Path, tiny_model_folder: Path) -> Path:
-    """The embedded model's folder, less its weights, to be changed."""
+    """The embedded model's folder without its weights, to be changed."""
     folder = tmp_path / "merged"
     shutil.copytree(tiny_model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
@@ -126,27 +122,42 @@ def test_the_embedded_model_s_modelfile_is_proven(merged: Path, style: PromptSty
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("added", [True, False])
-def test_every_family_s_template_is_said_in_go(merged: Path, name: str, added: bool) -> None:
+def test_the_template_of_every_family_is_proven(merged: Path, name: str, added: bool) -> None:
     use_template(merged, TEMPLATES[name])
     if name in BOS_COUNTS:
         use_bos(merged, added)
         assert adds_bos(load(merged)) == added
+    style = replace(STYLE, system_role=name != "no system")
     # Ollama writes the BOS of a conversation where the tokenizer does, and would double it.
-    assert all_pass(merged).count("<bos>") == max(BOS_COUNTS.get(name, 0) - 2 * added, 0)
+    assert all_pass(merged, style).count("<bos>") == max(BOS_COUNTS.get(name, 0) - 2 * added, 0)
 
 
-def test_go_renders_every_template_as_the_tokenizer_does(merged: Path) -> None:
+def render_cases(folder: Path) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Return each family's Go template with the values of each conversation, and the tokenizer's
+    own text for it."""
     cases, expected = [], []
-    for name, template in TEMPLATES.items():
-        use_template(merged, template)
+    for template in TEMPLATES.values():
+        use_template(folder, template)
         if "bos_token" in template:
-            use_bos(merged, False)
-        tokenizer = load(merged)
-        turns = probe(tokenizer)
-        for talk in conversations(turns.trimmed):
-            cases.append((build_template(turns), collate(talk)))
-            expected.append(expected_prompt(tokenizer, talk))
-        assert len(cases) > 30, name
+            use_bos(folder, False)
+        tokenizer = load(folder)
+        found = find_chat_format(tokenizer)
+        for talk in conversations(found.family.trims):
+            system = [message["content"] for message in talk if message["role"] == "system"]
+            named = [{"Role": m["role"], "Content": m["content"]} for m in talk]
+            cases.append((found.go_template(), {"System": "".join(system), "Messages": named}))
+            expected.append(expected_prompt(tokenizer, talk, found.system_role))
+    assert len(cases) > 30 * len(TEMPLATES)
+    return cases, expected
+
+
+def test_the_go_templates_write_what_the_tokenizer_writes(merged: Path) -> None:
+    cases, expected = render_cases(merged)
+    assert [interpret(template, values) for template, values in cases] == expected
+
+
+def test_go_itself_writes_what_the_tokenizer_writes(merged: Path) -> None:
+    cases, expected = render_cases(merged)
     assert run_go(merged.parent, cases) == expected
 
 
@@ -205,16 +216,15 @@ def test_a_wrong_end_in_the_folder_is_caught(merged: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
-         "{% endif %}{{ m.content }}{% endfor %}", "no system role"),
-        ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "once and in order"),
-        ("{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}", "messages beside it"),
-        ("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}", "date"),
+        ("{% for m in messages %}{{ '[INST]' + m.content }}{% endfor %}", "writes a question as"),
+        (NO_SYSTEM.replace("{% endfor %}", "{{ loop.length }}{% endfor %}"), "ChatML: "),
+        ("{{ strftime_now('%d') }}" + QWEN25, "date"),
+        ("{{ '{' + '{ x }' + '}' }}" + QWEN25, "braces"),
     ],
-)  # fmt: skip
-def test_what_go_cannot_say_is_refused(merged: Path, template: str, reason: str) -> None:
+)
+def test_a_template_of_no_family_is_refused(merged: Path, template: str, reason: str) -> None:
     use_template(merged, template)
-    with pytest.raises(ValueError, match=f"Ollama's Go templates .*{reason}.*export gguf instead"):
+    with pytest.raises(ValueError, match=rf"ChatML, Llama 3; .*{reason}.*use --format gguf"):
         build_modelfile(merged, "x.gguf", STYLE, 64)
 
 
