@@ -13,18 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> int:
-    import tyro
-
-    from lora_grpo.rewards.check import CheckRewardsConfig, check_rewards, print_check
-
-    check = check_rewards(tyro.cli(CheckRewardsConfig, description=__doc__))
-    print_check(check)
-    return 0 if check.passed else 1
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("check-rewards"))

@@ -14,23 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> int:
-    import tyro
-
-    from lora_grpo.doctor.command import DoctorConfig, examine, print_report, show_progress, to_json
-
-    config = tyro.cli(DoctorConfig, description=__doc__)
-    with show_progress():
-        report = examine(config)
-    if config.json:
-        print(to_json(report))
-    else:
-        print_report(report)
-    return 0 if report.can_train else 1
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("doctor"))

@@ -11,23 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> None:
-    import tyro
-
-    from lora_grpo.results.evaluate import EvaluateConfig, evaluate
-    from lora_grpo.train.console import Display
-
-    config, display = tyro.cli(EvaluateConfig), Display()
-    report = evaluate(config, display.bar)
-    for note in report.get("notes", ()):
-        display.say(note)
-    display.results(report)
-    if config.output:
-        display.say(f"written: {config.output}")
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("evaluate"))

@@ -14,21 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> None:
-    import tyro
-
-    from lora_grpo.export.command import export_model
-    from lora_grpo.export.config import ExportConfig
-
-    result = export_model(tyro.cli(ExportConfig, description=__doc__))
-    print(result.table)
-    print(f"exported: {result.folder}")
-    for command in result.commands:
-        print(f"next: {command}")
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "interrupted: nothing was written"))
+    sys.exit(run("export"))

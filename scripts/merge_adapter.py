@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Merge a LoRA adapter into its base as a plain 16-bit model, proven to be the same policy.
 
     python scripts/merge_adapter.py adapters/<run> --output-dir merged/<run>
@@ -14,19 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import command_line, run_command
-
-
-def main() -> None:
-    import tyro
-
-    from lora_grpo.merge.command import MergeConfig, merge_adapter
-
-    result = merge_adapter(tyro.cli(MergeConfig))
-    print(result.table)
-    print(f"merged model: {result.folder}")
-    print(f"next: {command_line('evaluate.py', '--model', result.folder)}")
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "interrupted: nothing was written"))
+    sys.exit(run("merge"))

@@ -13,14 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> int:
-    from lora_grpo.memory.command import run
-
-    return run(sys.argv[1:])
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("plan"))

@@ -13,16 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> None:
-    import tyro
-
-    from lora_grpo.deploy.hub import PushConfig, push_to_hub
-
-    push_to_hub(tyro.cli(PushConfig, description=__doc__))
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "interrupted: run it again, what arrived is not sent twice"))
+    sys.exit(run("push"))

@@ -14,16 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without an installation
 
-from lora_grpo.machine.terminal import run_command
-
-
-def main() -> int:
-    import tyro
-
-    from lora_grpo.deploy.serve import ServeConfig, serve
-
-    return serve(tyro.cli(ServeConfig))
-
+from lora_grpo.cli import run
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run("serve"))

@@ -13,11 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_grpo.machine.hardware import GPU
-from lora_grpo.machine.terminal import command_line
+from lora_grpo.machine.terminal import command_line, has_scripts
 
 ASKED_FOR = "asked for"
 BNB_PLUGIN = "vllm_bnb_plugin"
-INSTALL = "pip install -r requirements.txt"
+INSTALL = (
+    "pip install -r requirements.txt"
+    if has_scripts()
+    else "pip install unsloth vllm vllm-bnb-plugin"
+)
 # One process: the engine shares the GPU with the update, and a crash leaves nothing behind.
 VLLM_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Quiet, no reports to its makers, and on a CPU no thread bound to a core that the update needs too.

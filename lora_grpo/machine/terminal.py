@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
@@ -16,6 +17,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13
+# Each command of the installed package, and the script of a checkout that does the same.
+COMMAND = "lora-grpo"
+SCRIPTS = {
+    "train": "train_lora.py",
+    "evaluate": "evaluate.py",
+    "merge": "merge_adapter.py",
+    "export": "export_model.py",
+    "push": "push_to_hub.py",
+    "chat": "chat.py",
+    "serve": "serve.py",
+    "doctor": "doctor.py",
+    "plan": "plan_memory.py",
+    "check-rewards": "check_rewards.py",
+}
 NEEDED = ((3, 11), (3, 13))  # pyproject.toml: requires-python, the upper one excluded
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -112,19 +127,31 @@ def describe_write_error(error: OSError) -> str:
 
 
 def is_missing_package(name: str | None) -> bool:
-    """Return whether a module is missing because the environment is not filled, and not because
-    the code is wrong: then every package that the requirement files pin is installed."""
+    """Return whether a module is missing because the environment is incomplete, and not because
+    the code is wrong: then every package that this one requires is installed."""
     from importlib.util import find_spec
 
     package = (name or "").partition(".")[0]
     if package in ("", "lora_grpo") or find_spec(package) is not None:
         return False
+    return bool(missing_requirements())
+
+
+def missing_requirements() -> list[str]:
+    """Return what the requirement file of the checkout pins, or the installed package requires,
+    and this Python does not have."""
+    from importlib.metadata import PackageNotFoundError, requires
+
     try:
         lines = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
+        required = [line.partition("#")[0].strip() for line in lines]
+        required = [line for line in required if "==" in line]
     except OSError:
-        return False
-    pinned = [line.partition("==")[0] for line in lines if "==" in line.partition("#")[0]]
-    return not all(map(is_installed, pinned))
+        try:
+            required = [line for line in requires(COMMAND) or () if "extra ==" not in line]
+        except PackageNotFoundError:
+            return []
+    return [line for line in required if not is_installed(re.match(r"[\w.-]+", line)[0])]
 
 
 def is_installed(distribution: str) -> bool:
@@ -142,6 +169,9 @@ def describe_environment(package: str) -> str:
     from shutil import which
 
     lack = f"{sys.executable} has no package {package}"
+    if is_started_as_command() or not has_scripts():
+        missing = missing_requirements()
+        return f"{lack}: type {join(python_here(), '-m', 'pip', 'install', *missing)}"
     script, arguments = near(Path(sys.argv[0]).absolute()), sys.argv[1:]
     python = ROOT / ".venv" / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
@@ -164,9 +194,34 @@ def describe_environment(package: str) -> str:
     )
 
 
+def is_started_as_command() -> bool:
+    """Return whether this process was started as `lora-grpo COMMAND`, and not by a script."""
+    return sys.argv[0].startswith(f"{COMMAND} ")
+
+
+def has_scripts() -> bool:
+    """Return whether the package lies in a checkout, with its scripts."""
+    return (ROOT / "scripts" / SCRIPTS["train"]).is_file()
+
+
 def command_line(script: str, *arguments: object) -> str:
-    """Return the command that runs a script of scripts/, as it works where the user is."""
-    return join(python_here(), near(ROOT / "scripts" / script), *arguments)
+    """Return the command that does what a script of scripts/ does, as it works where the user is:
+    the script itself, or `lora-grpo` where that was started or where there is no checkout."""
+    if has_scripts() and not is_started_as_command():
+        return join(python_here(), near(ROOT / "scripts" / script), *arguments)
+    name = next(name for name, file in SCRIPTS.items() if file == script)
+    return join(*console_command(), name, *arguments)
+
+
+def console_command() -> tuple[str, ...]:
+    """Return what to type for `lora-grpo`: its name where the shell finds it, else its path."""
+    from shutil import which
+
+    own = Path(sys.executable).parent / COMMAND
+    if not own.is_file():
+        return (python_here(), "-m", "lora_grpo.cli")
+    typed = which(COMMAND)
+    return (COMMAND if typed and Path(typed) == own else near(own),)
 
 
 def join(*words: object) -> str:
