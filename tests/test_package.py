@@ -20,8 +20,9 @@ from lora_grpo.machine.terminal import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FEW = ("--preset tiny --max-steps 2 --num-generations 4 --per-device-train-batch-size 8").split()
-FEW += ("--num-eval-items 4 --num-validation-items 4 --max-completion-length 48").split()
+FEW = ("--preset", "tiny", "--max-steps", 2, "--num-generations", 4)
+FEW += ("--per-device-train-batch-size", 8, "--num-eval-items", 4)
+FEW += ("--num-validation-items", 4, "--max-completion-length", 48)
 
 
 def run(command: list[object], home: Path, **more: str) -> subprocess.CompletedProcess[str]:
