@@ -1,14 +1,16 @@
 """What to export and where: the knobs of `export_model.py`, checked before anything heavy loads."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from lora_grpo.export.gguf.quants import QUANTS
+
 FORMATS = ("safetensors", "gguf", "gguf-adapter", "ollama", "fp8", "int8", "w4a16", "bnb-4bit")
-QUANTS = ("f16", "bf16", "q8_0", "q5_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m")
 DEFAULT_QUANT = "q8_0"
 
 
@@ -93,7 +95,7 @@ def split(given: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def check_names(flag: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+def check_names(flag: str, names: tuple[str, ...], known: Iterable[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(

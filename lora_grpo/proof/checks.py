@@ -59,10 +59,6 @@ def describe_distance(reference: list[torch.Tensor], found: list[torch.Tensor]) 
     return asdict(measure_distance(reference, found))
 
 
-# How much further than random noise within a type's bound an export may take a model.
-LOGIT_FACTOR, KL_FACTOR = 3, 4
-
-
 def check_tokenizer(folder: Path, expected: "PreTrainedTokenizerBase", texts: list[str]) -> Check:
     """Tokenize prompts and a probe with the merged folder's tokenizer and with the adapter's."""
     found = read_tokenizer(folder)
@@ -124,8 +120,8 @@ def check_reload(loading: dict[str, set]) -> Check:
 def check_distance(
     merged: Distance,
     noise: Distance,
-    logit_factor: float = LOGIT_FACTOR,
-    kl_factor: float = KL_FACTOR,
+    logit_factor: float,
+    kl_factor: float,
 ) -> list[Check]:
     """Compare a model's distance from its reference with that of noise of the expected size.
 

@@ -1,63 +1,55 @@
-"""The bounds of GGUF's types hold for what the gguf package writes, and notice 1 %."""
+"""A stored tensor that is not what its type makes of the merged one is noticed."""
 
 import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from lora_grpo.export.gguf.quants import QUANTS, choose_type, count_faults, error_bound, quantize
+from lora_grpo.export.gguf.quants import QUANTS, choose_type, find_fault, quantize
 
-WRITTEN = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "Q5_1", "Q4_1")
+TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0")
 
 
-def roundtrip(values: np.ndarray, kind: str) -> np.ndarray:
+def draw(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.05, (64, 128)).astype(np.float32)
+
+
+def store(values: np.ndarray, kind: str) -> np.ndarray:
     qtype = GGMLQuantizationType[kind]
-    return gguf.dequantize(gguf.quantize(values, qtype), qtype).reshape(values.shape)
+    return gguf.dequantize(quantize(values, qtype, "w"), qtype).reshape(values.shape)
 
 
-def draw(seed: int, shape: tuple[int, ...] = (16, 128)) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.05, shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_what_is_written_lies_within_the_bound(kind: str) -> None:
-    for seed in range(20):
-        values = draw(seed)
-        assert count_faults(values, roundtrip(values, kind), kind) == (0, 0.0)
-
-
-@pytest.mark.parametrize("kind", WRITTEN)
-@settings(max_examples=60, deadline=None)
-@given(
-    values=arrays(
-        np.float32,
-        (2, 32),
-        elements=st.floats(-1000, 1000, width=32, allow_subnormal=False),
-    )
-)
-def test_odd_blocks_lie_within_the_bound(kind: str, values: np.ndarray) -> None:
-    """Zeros, ties of opposite sign, one large value among small ones."""
-    assert count_faults(values, roundtrip(values, kind), kind)[0] == 0
-
-
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_one_per_cent_is_noticed(kind: str) -> None:
+@pytest.mark.parametrize("kind", TYPES)
+def test_one_value_or_one_per_cent_is_noticed(kind: str) -> None:
     values = draw(0)
-    scaled = roundtrip(values * np.float32(1.01), kind)
-    assert count_faults(values, scaled, kind)[0] >= (16 * 128) // 32
+    found = store(values, kind)
+    assert find_fault(values, found, kind, by_llamacpp=False) is None
+    for change in (1.01, 0.99):
+        scaled = store(values * np.float32(change), kind)
+        assert find_fault(values, scaled, kind, by_llamacpp=False)
+    for value in (np.nextafter(found[3, 5], np.float32(1)), np.nan):
+        damaged = found.copy()
+        damaged[3, 5] = value
+        assert find_fault(values, damaged, kind, by_llamacpp=False)
 
 
-@pytest.mark.parametrize("kind", WRITTEN[1:])
-def test_a_value_beyond_half_a_step_is_noticed(kind: str) -> None:
-    values = draw(1)
-    found = roundtrip(values, kind)
-    found[3, 5] = values[3, 5] + 1.1 * error_bound(values, kind)[3, 5]
-    assert count_faults(values, found, kind)[0] == 1
-    found[3, 5] = np.nan
-    assert count_faults(values, found, kind)[0] == 1
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q5_1", "Q4_K", "Q6_K"])
+def test_what_llamacpp_made_may_be_off_by_noise_and_not_by_a_factor(kind: str) -> None:
+    """Noise of half a step, if all steps span four standard deviations, and a scale that is fitted
+    by least squares, as K-quants fit theirs."""
+    values, bits = draw(1), int(kind[1])
+    noise = np.random.default_rng(2).uniform(-0.5, 0.5, values.shape).astype(np.float32)
+    found = values + noise * np.float32(0.05 * 4 / 2**bits)
+    found *= np.vdot(found, values) / np.vdot(found, found)
+    assert find_fault(values, found, kind, by_llamacpp=True) is None
+    for damaged in (
+        found * 1.01,
+        found * 0.98,
+        np.roll(found, 1, axis=0),
+        0 * found,
+        found * np.nan,
+    ):
+        assert find_fault(values, damaged.astype(np.float32), kind, by_llamacpp=True)
 
 
 def test_a_tensor_takes_its_type() -> None:

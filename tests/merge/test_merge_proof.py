@@ -132,8 +132,8 @@ def test_an_honest_merge_passes(honest):
 
 def test_a_greedy_choice_may_flip_only_within_the_logit_bound():
     noise = Distance(0.1, 1e-4, 1.0, 0.0, 100)
-    close = check_distance(Distance(0.2, 1e-4, 0.99, 0.25, 100), noise)
-    far = check_distance(Distance(0.2, 1e-4, 0.99, 0.35, 100), noise)
+    close = check_distance(Distance(0.2, 1e-4, 0.99, 0.25, 100), noise, 3, 4)
+    far = check_distance(Distance(0.2, 1e-4, 0.99, 0.35, 100), noise, 3, 4)
     assert [check.passed for check in close] == [True, True, True]
     assert [check.passed for check in far] == [True, True, False]
 

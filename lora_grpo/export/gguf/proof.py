@@ -1,12 +1,11 @@
-"""The proof of a GGUF file: read back with other code than wrote it, and held against the merged
+"""The proof of a GGUF file: read back with other code than wrote it, and compared with the merged
 model.
 
-transformers reads the tensors, a tokenizer is built from what the file says, and the model that
-comes out may be as far from the merged one as random noise within the type's bound takes it. Where
-llama.cpp is installed, it runs the file too.
+transformers reads the tensors, a tokenizer is built from what the file says, and the logits of the
+model that comes out are compared with the merged model's. Where llama.cpp is installed, it runs the
+file too.
 """
 
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lora_grpo.export.gguf.quants import QUANTS, count_faults, error_bound
+from lora_grpo.export.gguf.quants import QUANTS, find_fault
 from lora_grpo.export.gguf.tokenizer import (
     PROBE,
     Vocabulary,
@@ -28,7 +27,7 @@ from lora_grpo.export.gguf.write import ROPE_FREQUENCIES, GGUFModel, describe_mo
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.tensors import read_tensor
 from lora_grpo.policy.base import declared_end_ids, read_tokenizer
-from lora_grpo.proof.checks import PROBE_TEXT, Check, check_distance, shares_embeddings
+from lora_grpo.proof.checks import PROBE_TEXT, Check, check_ties, shares_embeddings
 from lora_grpo.proof.distance import Distance, collect_logits, measure_distance
 from lora_grpo.proof.reference import quiet_transformers
 
@@ -62,14 +61,13 @@ def prove_file(path: Path, folder: Path, model: GGUFModel, quant: str, seen: "Re
         return Proof((Check("read", False, f"gguf cannot read it: {error}"),), {})
     checks = [check_keys(reader, model, quant), *check_vocabulary(reader, folder, seen.texts)]
     with quiet_transformers():
-        logits, found = observe_file(path, reader, model, seen)
+        logits, found = observe_file(path, reader, model, quant, seen)
         checks += found
         figures = {"bytes": path.stat().st_size, "types": count_types(reader)}
         if logits is not None:
             distance = measure_distance(seen.logits, logits)
-            noise = observe_noise(folder, reader, model, seen)
-            checks += check_distance(distance, noise)
-            figures |= {"from_merged": asdict(distance), "noise_from_merged": asdict(noise)}
+            checks.append(check_kl(distance, quant))
+            figures["from_merged"] = asdict(distance)
     if logits is not None and is_installed():
         from lora_grpo.export.gguf.llamacpp import prove_in_llamacpp
 
@@ -112,25 +110,18 @@ def check_vocabulary(reader: "GGUFReader", folder: Path, texts: list[str]) -> li
     found = read_vocabulary(reader)
     expected = describe_tokenizer(tokenizer, len(found.tokens), ends)
     named = [found.special[name] for name in ENDS if name in found.special]
-    templates = found.chat_template == expected.chat_template
+    others, wanted = (
+        {name: index for name, index in vocabulary.special.items() if name not in ENDS}
+        | {"BOS added": vocabulary.add_bos}
+        for vocabulary in (found, expected)
+    )
+    same = found.chat_template == expected.chat_template
     return [
         check_tokens(found, expected, tokenizer, texts),
         Check("eos", named == ends, f"ends with {named}, expected {ends}"),
-        check_bos(found, expected),
-        Check("chat_template", templates, f"{'' if templates else 'not '}the tokenizer's own"),
+        Check("special_tokens", others == wanted, f"{others}, expected {wanted}"),
+        Check("chat_template", same, f"{'' if same else 'not '}the tokenizer's own"),
     ]
-
-
-def check_bos(found: Vocabulary, expected: Vocabulary) -> Check:
-    """Compare whether BOS is put in front of a text, and the ids of BOS, padding and unknown."""
-
-    def describe(vocabulary: Vocabulary) -> str:
-        ids = {name: id for name, id in vocabulary.special.items() if name not in ENDS}
-        return f"{ids}, BOS {'' if vocabulary.add_bos else 'not '}added"
-
-    passed = describe(found) == describe(expected)
-    detail = "" if passed else f", expected {describe(expected)}"
-    return Check("special_tokens", passed, describe(found) + detail)
 
 
 def check_tokens(
@@ -163,7 +154,7 @@ def check_tokens(
 
 
 def observe_file(
-    path: Path, reader: "GGUFReader", model: GGUFModel, seen: "Reference"
+    path: Path, reader: "GGUFReader", model: GGUFModel, quant: str, seen: "Reference"
 ) -> tuple[list[torch.Tensor] | None, list[Check]]:
     """Load a file with transformers, compare every tensor, and return its logits on the merged
     model's sequences."""
@@ -173,11 +164,11 @@ def observe_file(
         logits = list(collect_logits(loaded, seen.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         return None, [Check("reload", False, f"{type(error).__name__}: {error}")]
-    tied, expected = shares_embeddings(loaded), bool(model.config.tie_word_embeddings)
-    words = {True: "tied", False: "not tied"}
+    tied = bool(model.config.tie_word_embeddings)
+    by_llamacpp = QUANTS[quant].needs_llamacpp
     return logits, [
-        check_tensors(loaded, reader, model),
-        Check("tied_embeddings", tied == expected, f"{words[tied]}, expected {words[expected]}"),
+        check_tensors(loaded, reader, model, by_llamacpp),
+        check_ties(shares_embeddings(loaded), tied),
     ]
 
 
@@ -195,50 +186,30 @@ def load_file(path: Path, model: GGUFModel) -> "PreTrainedModel":
         ).eval()
 
 
-def paired_weights(
-    loaded: "PreTrainedModel", reader: "GGUFReader", model: GGUFModel
-) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
-    """Yield GGUF's name, type, the loaded parameter and the merged weight in float32."""
+def check_tensors(
+    loaded: "PreTrainedModel", reader: "GGUFReader", model: GGUFModel, by_llamacpp: bool
+) -> Check:
+    """Compare every loaded tensor with what its type makes of the merged one."""
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    names = name_map(model.config)
-    for name, parameter in loaded.named_parameters():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if stored in kinds and stored in model.tensors:
-            merged = read_tensor(model.tensors[stored]).float()
-            yield stored, kinds[stored], parameter, merged
-
-
-def check_tensors(loaded: "PreTrainedModel", reader: "GGUFReader", model: GGUFModel) -> Check:
-    """Compare every tensor with the merged one, within the bound of its type."""
-    held = {tensor.name for tensor in reader.tensors} - {ROPE_FREQUENCIES}
-    faults = [f"{name} does not belong there" for name in sorted(held - model.tensors.keys())]
-    missing = set(model.tensors)
-    for name, kind, parameter, merged in paired_weights(loaded, reader, model):
-        missing.discard(name)
-        count, worst = count_faults(merged.numpy(), parameter.detach().numpy(), kind)
-        if count:
-            faults.append(
-                f"{name}: {count} of {merged.numel()} values off by up to {worst:.3g}, "
-                f"more than {kind} may"
-            )
+    extra = sorted(kinds.keys() - model.tensors.keys() - {ROPE_FREQUENCIES})
+    faults = [f"{name} does not belong there" for name in extra]
+    missing, names = set(model.tensors), name_map(model.config)
+    for parameter_name, parameter in loaded.named_parameters():
+        name = names.get_name(parameter_name, try_suffixes=(".weight", ".bias"))
+        if name in kinds and name in missing:
+            missing.discard(name)
+            merged = read_tensor(model.tensors[name]).float().numpy()
+            found = parameter.detach().numpy()
+            if fault := find_fault(merged, found, kinds[name], by_llamacpp):
+                faults.append(f"{name} in {kinds[name]}: {fault}")
     faults += [f"{name} is missing" for name in sorted(missing)]
-    detail = "; ".join(faults[:3]) or f"{len(model.tensors)} tensors, all within their type's bound"
+    detail = "; ".join(faults[:3]) or f"{len(model.tensors)} tensors are the merged ones, by type"
     return Check("tensors", not faults, detail)
 
 
-def observe_noise(
-    folder: Path, reader: "GGUFReader", model: GGUFModel, seen: "Reference"
-) -> Distance:
-    """Measure how far random noise within the bounds takes the merged model from itself."""
-    from transformers import AutoModelForCausalLM
-
-    release_memory()
-    noisy = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, kind, parameter, merged in paired_weights(noisy, reader, model):
-            bound = torch.from_numpy(np.ascontiguousarray(error_bound(merged.numpy(), kind)))
-            parameter.add_(bound * torch.rand(bound.shape, generator=generator).mul_(2).sub_(1))
-    return measure_distance(seen.logits, collect_logits(noisy, seen.sequences))
+def check_kl(distance: Distance, quant: str) -> Check:
+    """Compare the file's mean KL from the merged model with the largest one allowed to its type."""
+    bound = QUANTS[quant].largest_kl
+    agreed = f"{distance.greedy_agreement:.2%} of {distance.positions} choices agree"
+    detail = f"{distance.mean_kl:.3g} nats per token, allowed {bound:g}; {agreed}"
+    return Check("kl", distance.mean_kl <= bound, detail)
