@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from lora_grpo.data.answers import parse_answer, parse_number
 from lora_grpo.data.columns import number_as_text
-from lora_grpo.data.numbers import NOUN, read_quantity
+from lora_grpo.data.numbers import NOUN, parse_number, read_quantity
+from lora_grpo.data.task import NUMBER_TASK
 
 DecimalSeparator = Literal["auto", "point", "comma"]
 
@@ -145,7 +145,7 @@ def find_marked(field: str) -> str | None:
     marks = [
         (field.rfind("####"), after_hashes),
         (max(boxes, default=-1), last_boxed),
-        (field.find("<answer>"), parse_answer),
+        (field.find(NUMBER_TASK.answer[0]), NUMBER_TASK.parse),
     ]
     for position, find in sorted(marks, key=lambda mark: mark[0], reverse=True):
         text = find(field) if position >= 0 else None

@@ -160,6 +160,26 @@ REWRITES = [
 DASHES = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
 TYPOGRAPHY = str.maketrans(DASHES | {ord("\u2044"): "/", ord("\u2019"): "'"})
 
+# In plain text: an exponent (`x^2`, `cm2`) is passed over, and a minus directly after a digit or a
+# word is an operator.
+ANYWHERE = re.compile(
+    rf"""
+    (?=[-^$.0-9cfikmy])  # for speed
+    (?: (?P<number>
+          (?: (?<![\w$%)\]])-\$?(?=[.0-9]) | (?<!\w)\$-(?=[.0-9]) )?
+          (?: (?:{WHOLE}[ ])? (?P<fraction>{WHOLE}/0*[1-9][0-9]*)
+            | {POWER_OF_TEN}
+            | (?: {WHOLE}(?:\.[0-9]+)? | (?<![\w.])\.[0-9]+ )
+              (?: [eE][-+]?[0-9]{{1,3}}(?!\w|\.[0-9]) | [ ]?\u00d7[ ]?{POWER_OF_TEN} )?
+          )
+        )
+      | \^[-+]?[0-9]+
+      | (?<![A-Za-z]) (?: [mck]?m | in | ft | yd | mi ) [23] (?![0-9])
+    )
+    """,
+    re.VERBOSE,
+)
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -228,6 +248,39 @@ def read_quantity(text: str) -> Quantity | None:
         return None
     rest = re.sub(r" ?\(([^()]*)\)$", r" \1", text[found.end() :]).rstrip()
     return read_unit(value, (found["currency"] or "").strip(" ."), rest)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """Return the exact value of a text that is one number and at most a unit, or None.
+
+    Currency, per cent and unit leave the value alone (`$50`, `50%` and `50 clips per day` are 50).
+    """
+    quantity = read_quantity(text)
+    return None if quantity is None else quantity.value
+
+
+def same_number(left: str, right: str) -> bool:
+    """Return whether both texts are one number each, exactly equal, with no two different units.
+
+    Never raises. A unit that one text leaves out is free; nothing is converted, so `50%` is 50 and
+    not 0.5, and `2 hours` are not `120 minutes`.
+    """
+    quantity, other = read_quantity(left), read_quantity(right)
+    return quantity is not None and other is not None and quantity.agrees(other)
+
+
+def last_number(completion: str) -> str | None:
+    """Return the last number anywhere in the completion, tags or not, in plain text, or None.
+
+    A minus directly after a digit or a word is an operator (`5-3` ends on `3`), else a sign.
+    """
+    last = None
+    for found in ANYWHERE.finditer(to_plain(completion)):
+        if found["number"] and len(found["number"]) <= LONGEST_NUMBER:
+            last = found
+    if last is None:
+        return None
+    return last["number"] if parse_number(last["number"]) is not None else last["fraction"]
 
 
 def unwrap(found: re.Match[str]) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Number
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_grpo.data.columns import (
     ANSWERS,
@@ -32,9 +32,7 @@ from lora_grpo.data.gold import (
     swap_separators,
 )
 from lora_grpo.data.sources import read_rows, resolve_split
-
-if TYPE_CHECKING:
-    pass
+from lora_grpo.data.task import NUMBER_TASK
 
 INSTRUCTIONS = ("\\boxed", "####", "Answer:")
 NOT_RECORDED = ("columns", "source")
@@ -104,7 +102,8 @@ def describe_instructions(questions: Sequence[str]) -> list[str]:
         if 2 * len(asking) > len(questions):
             return [
                 f"{len(asking)} questions say themselves how to answer, with {mark}, such as "
-                f"{asking[0][-80:]!r}: the built-in rewards pay only what stands in <answer> tags"
+                f"{asking[0][-80:]!r}: the built-in rewards pay only what stands in "
+                f"{NUMBER_TASK.answer[0]} tags"
             ]
     return []
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.data.problems import Problem
+from lora_grpo.data.task import NUMBER_TASK, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
 # Qwen3's template would have the model think before the reasoning that the prompt asks for; others
 # have no such setting and ignore it.
 TEMPLATE_SETTINGS = {"enable_thinking": False}
-SYSTEM_PROMPT = """\
-Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
 SYSTEM_PROBE, QUESTION_PROBE, ANSWER_PROBE = "systemprobe", "questionprobe", "answerprobe"
 # A block that the template opens and closes itself, as Qwen3's does to leave the thinking out.
 CLOSED_BLOCK = re.compile(r"<(\w+)>.*?</\1>\s*", re.DOTALL)
@@ -42,10 +35,11 @@ class PromptStyle:
     completion that is scored begins with it. `fit_style` finds both out.
     """
 
-    system_prompt: str = SYSTEM_PROMPT
+    system_prompt: str = NUMBER_TASK.system_prompt
     example: Problem | None = None
     system_role: bool = True
     prefill: str = ""
+    task: Task = NUMBER_TASK
 
 
 PLAIN = PromptStyle()
@@ -59,7 +53,7 @@ def read_system_prompt(path: Path | None) -> str:
         ValueError: the file is blank or not UTF-8 text.
     """
     if path is None:
-        return SYSTEM_PROMPT
+        return NUMBER_TASK.system_prompt
     if not path.is_file():
         raise FileNotFoundError(f"--system-prompt-file {path} does not exist: give a text file")
     try:
@@ -73,10 +67,10 @@ def read_system_prompt(path: Path | None) -> str:
     return text
 
 
-def perfect_completion(problem: Problem) -> str:
+def perfect_completion(problem: Problem, task: Task = NUMBER_TASK) -> str:
     """Return the completion that the prompt asks for, GSM8K's `<<calculations>>` left out."""
     reasoning = re.sub(r"<<[^<>]*>>", "", problem.solution or problem.answer)
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{problem.answer}\n</answer>"
+    return task.write(reasoning, problem.answer)
 
 
 def build_messages(question: str, style: PromptStyle = PLAIN) -> list[Message]:
@@ -85,7 +79,7 @@ def build_messages(question: str, style: PromptStyle = PLAIN) -> list[Message]:
     if style.example:
         turns = [
             {"role": "user", "content": style.example.question},
-            {"role": "assistant", "content": perfect_completion(style.example)},
+            {"role": "assistant", "content": perfect_completion(style.example, style.task)},
         ]
     turns.append({"role": "user", "content": question})
     if style.system_role:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from tyro.conf import Positional, arg
 
+from lora_grpo.data.task import NUMBER_TASK
+
 if TYPE_CHECKING:
     from lora_grpo.deploy.chat_model import ChatModel, Decoding
     from lora_grpo.deploy.source import ChatSource
@@ -191,13 +193,10 @@ def answer_as_json(model: "ChatModel", question: str, compare: bool) -> dict[str
 
 
 def as_json(done: "Completion") -> dict[str, Any]:
-    from lora_grpo.data.answers import parse_answer
-    from lora_grpo.deploy.chat_screen import parse_reasoning
-
     return {
         "completion": done.text,
-        "reasoning": parse_reasoning(done.text),
-        "answer": parse_answer(done.text),
+        "reasoning": NUMBER_TASK.parse_reasoning(done.text),
+        "answer": NUMBER_TASK.parse(done.text),
         "truncated": done.truncated,
         "tokens": done.tokens,
     }

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lora_grpo.data.answers import parse_answer
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.deploy.chat_model import ChatModel, Say
 from lora_grpo.policy.generate import Completion
 from lora_grpo.train.console import LOG_WIDTH
@@ -18,10 +18,11 @@ from lora_grpo.train.console import LOG_WIDTH
 Part = Literal["text", "reasoning", "answer"]
 
 # Answer tags count even where the reasoning was never closed, as they do for the parser that pays.
+REASONING, REASONING_END, ANSWER, ANSWER_END = NUMBER_TASK.tags
 NEXT: dict[Part, dict[str, Part]] = {
-    "text": {"<reasoning>": "reasoning", "<answer>": "answer"},
-    "reasoning": {"</reasoning>": "text", "<answer>": "answer"},
-    "answer": {"</answer>": "text"},
+    "text": {REASONING: "reasoning", ANSWER: "answer"},
+    "reasoning": {REASONING_END: "text", ANSWER: "answer"},
+    "answer": {ANSWER_END: "text"},
 }
 
 
@@ -81,14 +82,6 @@ class TagReader:
         if kept:
             yield Piece(self.part, kept, starts=not self.begun)
             self.begun = True
-
-
-def parse_reasoning(completion: str) -> str | None:
-    """Return the stripped text between the reasoning tags, or None unless there is one of each."""
-    if completion.count("<reasoning>") != 1 or completion.count("</reasoning>") != 1:
-        return None
-    inside, closed, _ = completion.partition("<reasoning>")[2].partition("</reasoning>")
-    return inside.strip() if closed else None
 
 
 STYLES: dict[Part, str] = {"text": "", "reasoning": "dim", "answer": "bold green"}
@@ -175,7 +168,7 @@ def summarise(done: Completion) -> str:
     parts = [f"{done.tokens} token{'' if done.tokens == 1 else 's'}"]
     if done.truncated:
         parts.append("cut off there (--max-completion-length)")
-    if parse_answer(done.text) is None:
+    if NUMBER_TASK.parse(done.text) is None:
         parts.append("no answer that the strict parser reads")
     return ", ".join(parts)
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM,
 from lora_grpo.data.arithmetic import PRETRAINING_TEMPLATES, stream_problems
 from lora_grpo.data.problems import Problem, load_problems
 from lora_grpo.data.prompt import Message, build_messages, render
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.files import staged_directory
 from lora_grpo.policy.generate import complete
 from lora_grpo.results.scoring import Item, judge, summarise
@@ -39,10 +40,10 @@ CHAT_TEMPLATE = (
 )
 STYLES = {
     "bare": (0.30, "{answer}"),
-    "answer tag only": (0.15, "<answer>\n{answer}\n</answer>"),
+    "answer tag only": (0.15, NUMBER_TASK.write_answer("{answer}")),
     "worked": (0.20, "{steps}\n{answer}"),
     "worked without an answer": (0.10, "{steps}"),
-    "the full format": (0.25, "<reasoning>\n{steps}\n</reasoning>\n<answer>\n{answer}\n</answer>"),
+    "the full format": (0.25, NUMBER_TASK.write("{steps}", "{answer}")),
 }
 
 
@@ -188,7 +189,7 @@ def pretrain(
     return model.to(torch.bfloat16).eval(), tokenizer
 
 
-OPENING = "<reasoning>\n"
+OPENING = f"{NUMBER_TASK.reasoning[0]}\n"
 LENGTH, BATCH = 64, 256
 CARD = """\
 ---
@@ -224,7 +225,7 @@ So it can reason when it does, but rarely answers as asked: what GRPO has to bri
 | | strict | lenient | format |
 | --- | ---: | ---: | ---: |
 | as asked | {asked} |
-| its answer begun for it with `<reasoning>` | {begun} |
+| its answer begun for it with `{opening}` | {begun} |
 
 The same seed, packages and number of threads give the same weights; another processor may round
 otherwise.
@@ -276,6 +277,7 @@ def write_tiny_card(
         num_items=len(problems),
         asked=describe(answer_all(model, tokenizer, problems)),
         begun=describe(answer_all(model, tokenizer, problems, OPENING)),
+        opening=OPENING.strip(),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 

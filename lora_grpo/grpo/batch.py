@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from lora_grpo.data.answers import has_format, parse_answer, same_number
+from lora_grpo.data.task import NUMBER_TASK
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -49,13 +49,11 @@ class Batch:
 
     def correct(self) -> float | None:
         """Return the share of completions whose tagged answer is the gold one."""
-        parsed = [parse_answer(completion) for completion in self.completions]
-        pairs = zip(parsed, self.answers, strict=True)
-        return mean(text is not None and same_number(text, gold) for text, gold in pairs)
+        return mean(map(NUMBER_TASK.is_right, self.completions, self.answers))
 
     def formatted(self) -> float | None:
         """Return the share of completions in the format asked for."""
-        return mean(map(has_format, self.completions))
+        return mean(map(NUMBER_TASK.has_format, self.completions))
 
     def rows(self, step: int) -> list[dict[str, Any]]:
         """Return what `completions.jsonl` records, a row a completion."""

@@ -99,7 +99,10 @@ def evaluate_model(
         replace(done, text=style.prefill + done.text)
         for done in policy.complete(prompts, max_completion_length, advance)
     ]
-    return [judge(problem, done) for problem, done in zip(problems, completions, strict=True)]
+    return [
+        judge(problem, done, style.task)
+        for problem, done in zip(problems, completions, strict=True)
+    ]
 
 
 def held_out_problems(

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_grpo.data.answers import has_format, last_number, parse_answer, same_number
 from lora_grpo.data.problems import Problem
+from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.policy.generate import Completion
 
 Z95 = 1.959963984540054
@@ -28,14 +28,14 @@ class Item:
     tokens: int
 
 
-def judge(problem: Problem, completion: Completion) -> Item:
-    """Score one completion: strict reads the answer tags, lenient the last number anywhere."""
-    tagged, last = parse_answer(completion.text), last_number(completion.text)
+def judge(problem: Problem, completion: Completion, task: Task = NUMBER_TASK) -> Item:
+    """Score one completion: strict reads the answer tags, lenient the last one anywhere."""
+    last = task.find_last(completion.text)
     return Item(
         completion=completion.text,
-        strict=tagged is not None and same_number(tagged, problem.answer),
-        lenient=last is not None and same_number(last, problem.answer),
-        format=has_format(completion.text),
+        strict=task.is_right(completion.text, problem.answer),
+        lenient=last is not None and task.same(last, problem.answer),
+        format=task.has_format(completion.text),
         truncated=completion.truncated,
         tokens=completion.tokens,
     )

@@ -10,6 +10,7 @@ from typing import Any
 from lora_grpo.config.files import given_knobs
 from lora_grpo.config.knobs import TrainConfig, flag
 from lora_grpo.config.presets import PRESETS, preset_knobs
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.grpo.batch import had_signal
 from lora_grpo.results.markdown import code, escape, fence, table
 from lora_grpo.results.metadata import Kind
@@ -20,10 +21,10 @@ SHARES = {
     "format": "format_rate",
     "truncated": "truncated_rate",
 }
-READING = """\
-Strict: the number inside `<answer>` is the gold answer. Lenient: the last number anywhere is. \
-Format: exactly the tags asked for, in order, the reasoning not empty, nothing after. Truncated: \
-cut off by the token limit."""
+READING = f"""\
+Strict: the number inside `{NUMBER_TASK.answer[0]}` is the gold answer. \
+Lenient: the last number anywhere is. Format: exactly the tags asked for, in order, the reasoning \
+not empty, nothing after. Truncated: cut off by the token limit."""
 NOT_ITS_OWN = """\
 These are the figures of the adapter on its base, from which this model was made; how near this \
 model comes to it is under Proof."""

@@ -1,17 +1,19 @@
 """Rewards for GRPO: two built-in sets and the user's own, each a plain function with a weight.
 
-Completions and gold answers go in, in TRL's signature; one unweighted value a completion comes out.
-`answers` reads the completion here and in evaluation, so training pays for what is measured.
+Completions and gold answers go in, in TRL's signature; one unweighted value per completion comes
+out. The `Task` that reads a completion here also reads it in evaluation, so training pays for what
+is measured.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_grpo.data.answers import has_format, parse_answer, parse_number, same_number
+from lora_grpo.data.numbers import parse_number
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import build_messages
+from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.rewards.custom import (
     Completion,
     RewardFunction,
@@ -20,7 +22,6 @@ from lora_grpo.rewards.custom import (
     to_texts,
 )
 
-LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
 # What TRL passes to a reward by these names is its own: a dataset's column of that name stays out.
 NAMES_OF_TRL = frozenset(
     {
@@ -28,7 +29,6 @@ NAMES_OF_TRL = frozenset(
         *("trainer_state", "log_extra", "log_metric", "environments"),
     }
 )
-PERFECT = "<reasoning>\nI work it out.\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,26 @@ class Reward:
     sha256: str | None = None
 
 
-def correctness(completions: list[Completion], answer: list[str], **columns: Any) -> list[float]:
-    """Pay 1 where the number between the answer tags equals the gold answer."""
-    pairs = zip(to_texts(completions), answer, strict=True)
-    return [float(same_number(parse_answer(text) or "", gold)) for text, gold in pairs]
+def by_text(name: str, value: Callable[[str], float], weight: float) -> Reward:
+    """Return the reward that pays each completion by its text alone."""
+
+    def function(completions: list[Completion], **columns: Any) -> list[float]:
+        return [float(value(text)) for text in to_texts(completions)]
+
+    function.__name__ = name  # by which TRL logs it
+    return Reward(name, function, weight)
 
 
-def format(completions: list[Completion], **columns: Any) -> list[float]:
-    """Pay 1 for one reasoning block and one answer block, neither blank, with nothing else."""
-    return [float(has_format(text)) for text in to_texts(completions)]
+def build_correctness(task: Task) -> RewardFunction:
+    """Return the reward of 1 where the text between the answer tags equals the gold answer."""
+
+    def correctness(
+        completions: list[Completion], answer: list[str], **columns: Any
+    ) -> list[float]:
+        pairs = zip(to_texts(completions), answer, strict=True)
+        return [float(task.is_right(text, gold)) for text, gold in pairs]
+
+    return correctness
 
 
 def build_length_penalty(max_completion_length: int | None) -> RewardFunction:
@@ -73,55 +84,44 @@ def build_length_penalty(max_completion_length: int | None) -> RewardFunction:
     return length_penalty
 
 
-def integer(completions: list[Completion], **columns: Any) -> list[float]:
-    """Pay 1 where a bare whole number is the answer; a sign, `,` and `$` are free."""
-    return [float(is_integer(parse_answer(text) or "")) for text in to_texts(completions)]
-
-
 def is_integer(text: str) -> bool:
+    """Return whether a text is a whole number without a unit; a sign, `,` and `$` are free."""
     bare = text.replace(",", "").replace("$", "").lstrip("+-\u2212")
     return bare.isascii() and bare.isdigit() and parse_number(text) is not None
 
 
-def strict_format(completions: list[Completion], **columns: Any) -> list[float]:
-    """Pay 1 for the layout that the prompt shows: well-formed, each tag on its own line."""
-    return [float(has_layout(text.strip())) for text in to_texts(completions)]
+def has_layout(task: Task, text: str) -> bool:
+    """Return whether a completion is laid out as the prompt shows it, each tag on its own line."""
+    _, closed, opened, _ = task.tags
+    framed = text.startswith(f"{task.tags[0]}\n") and text.endswith(f"\n{task.tags[3]}")
+    return framed and f"\n{closed}\n{opened}\n" in text and task.has_format(text)
 
 
-def has_layout(text: str) -> bool:
-    framed = text.startswith("<reasoning>\n") and text.endswith("\n</answer>")
-    return framed and "\n</reasoning>\n<answer>\n" in text and has_format(text)
+def count_tags(task: Task, text: str) -> int:
+    """Return how many of the four tags are there exactly once, with their line breaks."""
+    first, *inner, last = task.tags
+    lines = [f"{first}\n", *(f"\n{tag}\n" for tag in inner), f"\n{last}"]
+    return sum(text.count(line.strip()) == 1 and line in text for line in lines)
 
 
-def soft_format(completions: list[Completion], **columns: Any) -> list[float]:
-    """Pay 1 for what `format` pays for: white space around the blocks is free."""
-    return format(completions)
-
-
-def xml_count(completions: list[Completion], **columns: Any) -> list[float]:
-    """Pay a quarter for each of the four tags that is there exactly once, with its line breaks."""
-    return [count_tags(text.strip()) / 4 for text in to_texts(completions)]
-
-
-def count_tags(text: str) -> int:
-    return sum(text.count(line.strip()) == 1 and line in text for line in LINES)
-
-
-CLASSIC = (
-    Reward("correctness", correctness, 2.0),
-    Reward("integer", integer, 0.5),
-    Reward("strict_format", strict_format, 0.5),
-    Reward("soft_format", soft_format, 0.5),
-    Reward("xml_count", xml_count, 0.5),
-)
-
-
-def build_default(max_completion_length: int | None) -> tuple[Reward, ...]:
-    return (
-        Reward("correctness", correctness, 1.0),
-        Reward("format", format, 0.2),
+def build_default(task: Task, max_completion_length: int | None) -> list[Reward]:
+    """Return what is paid by default; nothing for an answer without tags."""
+    return [
+        Reward("correctness", build_correctness(task), 1.0),
+        by_text("format", task.has_format, 0.2),
         Reward("length_penalty", build_length_penalty(max_completion_length), 0.2),
-    )
+    ]
+
+
+def build_classic(task: Task) -> list[Reward]:
+    """Return the five rewards of the widespread GSM8K recipe, its known flaws mended."""
+    return [
+        Reward("correctness", build_correctness(task), 2.0),
+        by_text("integer", lambda text: is_integer(task.parse(text) or ""), 0.5),
+        by_text("strict_format", lambda text: has_layout(task, text.strip()), 0.5),
+        by_text("soft_format", task.has_format, 0.5),
+        by_text("xml_count", lambda text: count_tags(task, text.strip()) / 4, 0.5),
+    ]
 
 
 def build_rewards(
@@ -129,6 +129,7 @@ def build_rewards(
     custom: tuple[str, ...] = (),
     weights: dict[str, float] | None = None,
     max_completion_length: int | None = None,
+    task: Task = NUMBER_TASK,
 ) -> list[Reward]:
     """Return the rewards of a set, then the user's own, with the weights by name put in.
 
@@ -139,11 +140,14 @@ def build_rewards(
         ValueError: an unknown set, a custom reward that cannot be used, a name twice, a weight for
             an unknown name, or no reward at all.
     """
-    built_in = {"default": build_default(max_completion_length), "classic": CLASSIC, "none": ()}
-    if reward_set not in built_in:
-        allowed = ", ".join(built_in)
-        raise ValueError(f"--reward-set must be one of {allowed}, got {reward_set!r}")
-    rewards = [*built_in[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
+    sets = {
+        "default": build_default(task, max_completion_length),
+        "classic": build_classic(task),
+        "none": [],
+    }
+    if reward_set not in sets:
+        raise ValueError(f"--reward-set must be one of {', '.join(sets)}, got {reward_set!r}")
+    rewards = [*sets[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
     check_names(rewards)
     return change_weights(rewards, weights or {})
 
@@ -236,7 +240,7 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed
         RewardError, ValueError: a mistake in a user's own function.
     """
     columns = next(iter(reward_columns(problems).values()))
-    texts = [PERFECT.format(answer=columns["answer"]), "I do not know.", ""]
+    texts = [perfect(columns["answer"]), "I do not know.", ""]
     batch = {name: [value] * len(texts) for name, value in columns.items()}
     batch["prompts"] = [build_messages(columns["question"]) for _ in texts]
     for reward in rewards:
@@ -248,6 +252,11 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed
         )
 
 
+def perfect(answer: str, task: Task = NUMBER_TASK) -> str:
+    """Return a completion that earns full marks for a readable gold answer."""
+    return task.write("I work it out.", answer)
+
+
 def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any]) -> list[int]:
     """Return the positions of gold answers that `correctness` does not pay in full.
 
@@ -257,6 +266,6 @@ def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any
     judge = next((reward for reward in rewards if reward.name == "correctness"), None)
     if judge is None:
         return []
-    completions = [PERFECT.format(answer=answer) for answer in answers]
+    completions = [perfect(answer) for answer in answers]
     values = judge.function(completions=completions, answer=answers, **columns)
     return [index for index, value in enumerate(values) if value is None or value < 1.0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_grpo.data.prompt import build_messages
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import Reward, score_with
 
 Standing = Literal["right", "loose", "flawed", "tagless"]
@@ -45,7 +46,7 @@ class Ranking:
 
 def lay_out(answer: str, reasoning: str = REASONING) -> str:
     """Return a completion in the layout that the prompt shows."""
-    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
+    return NUMBER_TASK.write(reasoning, answer)
 
 
 def right_cases() -> Iterable[Case]:

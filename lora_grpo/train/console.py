@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.grpo.batch import Batch, mean
 from lora_grpo.machine.files import read_jsonl
 from lora_grpo.memory.terms import GIB
@@ -233,7 +234,7 @@ def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:
         return f"{found}: take harder problems (--dataset)"
     if correct < 0.1 and formatted < 0.1:
         return (
-            f"{found} <reasoning>...</reasoning> <answer>...</answer>: ask for it in "
+            f"{found} {' '.join(NUMBER_TASK.tags)}: ask for it in "
             "--system-prompt-file, show it by --one-shot, or pay by --reward for what the model "
             "does write"
         )

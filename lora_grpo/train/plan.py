@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import NEEDS_GPU
-from lora_grpo.data.answers import has_format, parse_number
 from lora_grpo.data.prompt import find_turn_end, perfect_completion
 from lora_grpo.machine.allocator import gives_back
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim
@@ -228,7 +227,7 @@ def fit_memory(
 def describe_words(data: Data) -> list[str]:
     """Return a note where gold answers are not numbers, which is all that is counted as right."""
     problems = [*data.train, *data.validation, *data.test]
-    words = [problem.answer for problem in problems if parse_number(problem.answer) is None]
+    words = [problem.answer for problem in problems if not data.style.task.can_read(problem.answer)]
     if not words:
         return []
     return [
@@ -382,10 +381,11 @@ def describe_model(plan: Plan) -> list[tuple[str, str]]:
 
 def warn_of_format(plan: Plan) -> str:
     """Return what is wrong where no answer that a template has begun can earn the format reward."""
-    prefill, rest = plan.data.style.prefill, perfect_completion(plan.data.train[0])
+    task, prefill = plan.data.style.task, plan.data.style.prefill
+    rest = perfect_completion(plan.data.train[0], task)
     begun = rest if rest.startswith(prefill.strip()) else prefill + rest
     paid = {"format", "strict_format", "soft_format"} & {reward.name for reward in plan.rewards}
-    if has_format(begun) or not paid:
+    if task.has_format(begun) or not paid:
         return ""
     return (
         f", so that {', '.join(sorted(paid))} can never be paid: use rewards and a system prompt "

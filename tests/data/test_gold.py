@@ -2,7 +2,6 @@
 
 import pytest
 
-from lora_grpo.data.answers import same_number
 from lora_grpo.data.gold import (
     choose_separator,
     describe_units,
@@ -10,6 +9,7 @@ from lora_grpo.data.gold import (
     extract_gold,
     find_golds,
 )
+from lora_grpo.data.numbers import same_number
 
 SENTENCES = [f"Together Ann has {n} pens." for n in range(10)]
 

@@ -3,10 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.data.answers import has_format, parse_answer
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import (
-    SYSTEM_PROMPT,
     PromptStyle,
     build_messages,
     count_tokens,
@@ -17,17 +15,18 @@ from lora_grpo.data.prompt import (
     read_system_prompt,
     render,
 )
+from lora_grpo.data.task import NUMBER_TASK
 
 EXAMPLE = Problem(4, "How many?", "72", "48/2=<<48/2=24>>24 clips\n48+24=<<48+24=72>>72")
 
 
 def test_the_prompt_asks_for_the_tags_that_the_parser_reads() -> None:
-    assert has_format(SYSTEM_PROMPT.partition("\n")[2])
+    assert NUMBER_TASK.has_format(NUMBER_TASK.system_prompt.partition("\n")[2])
 
 
 def test_a_question_stands_alone_behind_the_system_prompt() -> None:
     assert build_messages("Why?") == [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": NUMBER_TASK.system_prompt},
         {"role": "user", "content": "Why?"},
     ]
     assert build_messages("Why?", PromptStyle("Be brief."))[0]["content"] == "Be brief."
@@ -39,14 +38,17 @@ def test_one_shot_shows_a_question_answered_as_asked() -> None:
     assert asked == {"role": "user", "content": "How many?"}
     assert answered["role"] == "assistant"
     assert question == {"role": "user", "content": "Why?"}
-    assert has_format(answered["content"]) and parse_answer(answered["content"]) == "72"
+    assert (
+        NUMBER_TASK.has_format(answered["content"])
+        and NUMBER_TASK.parse(answered["content"]) == "72"
+    )
 
 
 def test_the_perfect_completion_leaves_gsm8k_s_calculations_out() -> None:
     assert perfect_completion(EXAMPLE) == (
         "<reasoning>\n48/2=24 clips\n48+24=72\n</reasoning>\n<answer>\n72\n</answer>"
     )
-    assert has_format(perfect_completion(Problem(1, "q", "5")))
+    assert NUMBER_TASK.has_format(perfect_completion(Problem(1, "q", "5")))
 
 
 def test_rendering_ends_where_the_model_goes_on(tokenizer) -> None:
@@ -74,7 +76,7 @@ def test_tokens_are_counted_as_the_template_counts_them(tokenizer) -> None:
 
 
 def test_a_system_prompt_of_one_s_own(tmp_path: Path) -> None:
-    assert read_system_prompt(None) == SYSTEM_PROMPT
+    assert read_system_prompt(None) == NUMBER_TASK.system_prompt
     path = tmp_path / "prompt.txt"
     path.write_text("\n  Answer in <answer> tags: \u00e9\n", encoding="utf-8-sig")
     assert read_system_prompt(path) == "Answer in <answer> tags: \u00e9"

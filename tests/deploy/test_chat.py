@@ -16,12 +16,12 @@ import pytest
 from merge_models import ENVIRONMENT, LINEAR, ROOT, save_adapter, write_train_config
 from rich.console import Console
 
-from lora_grpo.data.answers import parse_answer
 from lora_grpo.data.prompt import PromptStyle, build_messages, render
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.deploy import chat_model
 from lora_grpo.deploy.chat import ChatConfig, chat, converse
 from lora_grpo.deploy.chat_model import ChatModel, Decoding, TextStream, make_prompter, open_chat
-from lora_grpo.deploy.chat_screen import Screen, parse_reasoning
+from lora_grpo.deploy.chat_screen import Screen
 from lora_grpo.deploy.source import find_source
 from lora_grpo.policy.base import choose_placement, load_adapter, load_base
 from lora_grpo.policy.generate import Completion, complete
@@ -93,8 +93,8 @@ def test_base_and_adapter_say_what_evaluation_scores(
             done = expected[side][index]
             assert row[side] == {
                 "completion": done.text,
-                "reasoning": parse_reasoning(done.text),
-                "answer": parse_answer(done.text),
+                "reasoning": NUMBER_TASK.parse_reasoning(done.text),
+                "answer": NUMBER_TASK.parse(done.text),
                 "truncated": done.truncated,
                 "tokens": done.tokens,
             }

@@ -6,13 +6,16 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_grpo.data.answers import TAGS, parse_answer
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import perfect_completion
-from lora_grpo.deploy.chat_screen import TagReader, parse_reasoning
+from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.deploy.chat_screen import TagReader
 
 COMPLETIONS = st.lists(
-    st.one_of(st.sampled_from([*TAGS, "<", ">", "</", "<answer", " ", "\n", "7*3=21"]), st.text()),
+    st.one_of(
+        st.sampled_from([*NUMBER_TASK.tags, "<", ">", "</", "<answer", " ", "\n", "7*3=21"]),
+        st.text(),
+    ),
     max_size=12,
 ).map("".join)
 
@@ -40,12 +43,12 @@ def test_chunks_do_not_matter(completion: str, cuts: list[int]) -> None:
 @given(COMPLETIONS)
 def test_nothing_is_lost_but_tags_and_white_space(completion: str) -> None:
     left = completion
-    for tag in TAGS:
+    for tag in NUMBER_TASK.tags:
         left = left.replace(tag, "")
     shown = "".join(text for _, text in read([completion]))
-    for tag in TAGS:
+    for tag in NUMBER_TASK.tags:
         shown = shown.replace(tag, "")
-    if not any(tag in left or tag in shown for tag in TAGS):
+    if not any(tag in left or tag in shown for tag in NUMBER_TASK.tags):
         assert "".join(shown.split()) == "".join(left.split())
 
 
@@ -53,8 +56,8 @@ def test_nothing_is_lost_but_tags_and_white_space(completion: str) -> None:
 def test_what_was_asked_for_is_read_as_the_parser_reads_it(answer: int, reasoning: str) -> None:
     completion = perfect_completion(Problem(1, "?", str(answer), reasoning))
     assert read(list(completion)) == [
-        ("reasoning", parse_reasoning(completion)),
-        ("answer", parse_answer(completion)),
+        ("reasoning", NUMBER_TASK.parse_reasoning(completion)),
+        ("answer", NUMBER_TASK.parse(completion)),
     ]
 
 
@@ -79,6 +82,6 @@ def test_a_piece_is_shown_before_its_part_ends() -> None:
 
 
 def test_reasoning_is_read_only_where_there_is_one() -> None:
-    assert parse_reasoning("<reasoning> a </reasoning>") == "a"
+    assert NUMBER_TASK.parse_reasoning("<reasoning> a </reasoning>") == "a"
     for wrong in ("a", "<reasoning>a", "</reasoning>a<reasoning>", 2 * "<reasoning>a</reasoning>"):
-        assert parse_reasoning(wrong) is None
+        assert NUMBER_TASK.parse_reasoning(wrong) is None

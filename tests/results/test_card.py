@@ -23,7 +23,8 @@ from merge_models import ROOT, save_adapter
 from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS, parse_train_config
 from lora_grpo.data.problems import Problem
-from lora_grpo.data.prompt import SYSTEM_PROMPT, PromptStyle, build_messages
+from lora_grpo.data.prompt import PromptStyle, build_messages
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.files import read_jsonl, write_jsonl
 from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
@@ -42,7 +43,8 @@ def answer(right: bool, completion: str = RIGHT) -> Item:
 def record_run(folder: Path, **changes) -> None:
     """Write the records of a run on two problems: the base fails both, the adapter one."""
     knobs = asdict(TrainConfig(**PRESETS["tiny"], preset="tiny", run_name="run"))
-    knobs |= {"base_model": "tiny", "system_prompt": SYSTEM_PROMPT, "example": None, "steps": 40}
+    knobs |= {"base_model": "tiny", "system_prompt": NUMBER_TASK.system_prompt}
+    knobs |= {"example": None, "steps": 40}
     knobs |= {"warmup_steps": 0, "device": "cpu", "git_commit": "abc", "versions": {"trl": "1.2"}}
     knobs |= {"dataset_sha256": "d" * 64, "load_in_4bit": False, **changes}
     (folder / "train_config.json").write_text(json.dumps(knobs, default=str))

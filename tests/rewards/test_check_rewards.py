@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.data.answers import has_format, parse_answer, same_number
+from lora_grpo.data.numbers import same_number
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.check import CheckRewardsConfig, check_rewards
 from lora_grpo.rewards.corpus import build_corpus, rank
@@ -43,8 +44,8 @@ def test_the_corpus_says_of_each_completion_what_it_is() -> None:
     names = [case.name for case in corpus]
     assert len(set(names)) == len(names) >= 50
     for case in corpus:
-        correct = same_number(parse_answer(case.completion) or "", case.answer)
-        right = correct and has_format(case.completion)
+        correct = same_number(NUMBER_TASK.parse(case.completion) or "", case.answer)
+        right = correct and NUMBER_TASK.has_format(case.completion)
         assert right == (case.standing in ("right", "loose")), case.name
         assert (case.standing == "tagless") == (
             "72" in case.completion and "<" not in case.completion

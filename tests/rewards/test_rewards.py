@@ -10,15 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.data.answers import (
-    TAGS,
-    has_format,
-    last_number,
-    parse_answer,
-    parse_number,
-    same_number,
-)
-from lora_grpo.data.numbers import read_quantity, to_plain
+from lora_grpo.data.numbers import last_number, parse_number, read_quantity, same_number, to_plain
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import (
     build_rewards,
     check_gold,
@@ -35,7 +28,8 @@ PERFECT = "<reasoning>\n48 / 2 = 24\n48 + 24 = 72\n</reasoning>\n<answer>\n72\n<
 NO_REASONING = "<reasoning>\n</reasoning>\n<answer>\n72\n</answer>"
 GSM8K = Path(__file__).parents[2].parent / "shared" / "gsm8k"
 
-PIECES = [*TAGS, "\n", " ", "x", "7", "72", "-", "\u2212", "$", ",", ".", "/", "%", "k", "\u0663"]
+PIECES = [*NUMBER_TASK.tags, "\n", " ", "x", "7", "72", "-", "\u2212", "$", ",", "."]
+PIECES += ["/", "%", "k", "\u0663"]
 completions = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 white_space = st.text(" \t\n\r", max_size=5)
 numbers = st.one_of(
@@ -72,7 +66,7 @@ def write_rewards(folder: Path, text: str) -> str:
     ],
 )
 def test_parse_answer_wants_exactly_one_pair_in_order(completion: str, answer: str | None) -> None:
-    assert parse_answer(completion) == answer
+    assert NUMBER_TASK.parse(completion) == answer
 
 
 @pytest.mark.parametrize(
@@ -368,7 +362,7 @@ def test_last_number_is_a_number_from_the_text(completion: str) -> None:
     ],
 )
 def test_white_space_around_the_blocks_is_free(completion: str) -> None:
-    assert has_format(completion)
+    assert NUMBER_TASK.has_format(completion)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +388,7 @@ def test_white_space_around_the_blocks_is_free(completion: str) -> None:
     ],
 )
 def test_anything_else_has_no_format(completion: str) -> None:
-    assert not has_format(completion)
+    assert not NUMBER_TASK.has_format(completion)
 
 
 # Scores

@@ -7,7 +7,8 @@ import pytest
 from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import parse_train_config
 from lora_grpo.data.problems import Problem, load_problems, normalise
-from lora_grpo.data.prompt import SYSTEM_PROMPT, build_messages, count_tokens, render
+from lora_grpo.data.prompt import build_messages, count_tokens, render
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.policy.adapter import read_record
 from lora_grpo.results.evaluate import EvaluateConfig, held_out_problems
 from lora_grpo.rewards.builtin import build_rewards
@@ -272,7 +273,7 @@ def test_the_example_stands_in_the_prompts_and_is_not_trained_on(tmp_path: Path,
     assert normalise("What is 0 and 1?") not in everywhere
     assert len(data.train + data.validation) == 20
     contents = [message["content"] for message in build_messages("Why?", data.style)]
-    assert contents[0] == SYSTEM_PROMPT and contents[1] == "What is 0 and 1?"
+    assert contents[0] == NUMBER_TASK.system_prompt and contents[1] == "What is 0 and 1?"
     assert contents[2].endswith("<answer>\n1\n</answer>") and contents[3] == "Why?"
     plain = prepare_data(configure(dataset), tokenizer, REWARDS)
     assert plain.style.example is None and len(plain.train + plain.validation) == 22

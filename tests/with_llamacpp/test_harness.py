@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from lora_grpo.data.arithmetic import generate_problems
 from lora_grpo.data.numbers import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
 from lora_grpo.data.problems import Problem
-from lora_grpo.data.prompt import SYSTEM_PROMPT, build_messages, render
+from lora_grpo.data.prompt import build_messages, render
+from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.backend import installed
 from lora_grpo.policy.adapter import read_record
 from lora_grpo.policy.base import EMBEDDED_FOLDER, load_tokenizer
@@ -32,7 +33,7 @@ FEW = ("--preset", "tiny", "--max-steps", "4", "--num-generations", "8", "--num-
 FEW += ("--per-device-train-batch-size", "32", "--num-validation-items", "8")
 FEW += ("--max-completion-length", LONGEST)
 # What a template engine or a command line might take for its own.
-OWN_PROMPT = SYSTEM_PROMPT + '\nKeep {{ "braces" }}, commas, a=b and $HOME as they are.'
+OWN_PROMPT = NUMBER_TASK.system_prompt + '\nKeep {{ "braces" }}, commas, a=b and $HOME as they are.'
 
 needs_harness = pytest.mark.skipif(
     not installed("lm_eval"), reason="lm-eval is not installed here; make test-llamacpp installs it"
