@@ -1,14 +1,51 @@
-"""Problems that the rewards can pay: what is blank or cannot earn full marks is dropped, with a
-sentence for each kind."""
+"""What the rewards can pay: problems that are blank or cannot earn full marks are dropped, with a
+sentence for each kind, and a system prompt that asks for other tags is refused."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from lora_grpo.data.gold import describe_unreadable
 from lora_grpo.data.problems import Problem, Reading
+from lora_grpo.data.task import Task
 from lora_grpo.rewards.builtin import Reward, check_columns, check_gold
 
 NAMED_ROWS = 5
 SHOWN_GOLDS = 3
+# What the built-in rewards read: the answer tags alone, all four tags, or no tag.
+READ_ANSWER, READ_NOTHING = {"correctness", "integer"}, {"length_penalty"}
+PAIR_OF_TAGS = re.compile(r"<(\w+)>(?=.*</\1>)", re.DOTALL)
+
+
+def check_prompt(
+    path: Path, prompt: str, rewards: Sequence[Reward], task: Task, has_example: bool
+) -> list[str]:
+    """Return a note where a system prompt does not ask for all tags that the built-in rewards read.
+
+    `has_example` says whether a worked example shows the tags in place of the prompt.
+
+    Raises:
+        ValueError: it asks for other tags, or for no answer tags.
+    """
+    paid = {reward.name for reward in rewards if reward.sha256 is None and reward.weight}
+    paid -= READ_NOTHING
+    needed = task.tags if paid - READ_ANSWER else task.answer
+    missing = [tag for tag in needed if tag not in prompt]
+    others = [f"<{name}>" for name in PAIR_OF_TAGS.findall(prompt) if f"<{name}>" not in task.tags]
+    if not missing or (has_example and not others):
+        return []
+    lacks = f"--system-prompt-file {path} does not contain {' '.join(missing)}"
+    if not paid:
+        return [f"{lacks}: strict accuracy and the best step count only what stands in these tags"]
+    unpaid = paid if set(task.answer) & set(missing) else paid - READ_ANSWER
+    if others or unpaid == paid:
+        asks = f" but asks for {' '.join(dict.fromkeys(others))}" if others else ""
+        raise ValueError(
+            f"{lacks}{asks}: the reward{'s' if len(unpaid) > 1 else ''} "
+            f"{', '.join(sorted(unpaid))} would never be paid: ask for {' '.join(task.tags)}, or "
+            "pay with a reward of your own (--reward-set none --reward file.py:function)"
+        )
+    return [f"{lacks}: {', '.join(sorted(unpaid))} is paid only where the model writes them itself"]
 
 
 def describe_rows(rows: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ from lora_grpo.data.prompt import (
 )
 from lora_grpo.data.sources import list_splits
 from lora_grpo.rewards.builtin import Reward
-from lora_grpo.rewards.usable import Sieve, keep_usable
+from lora_grpo.rewards.usable import Sieve, check_prompt, keep_usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def prepare_data(
         --strict-data.
     """
     sieve = Sieve(config.strict_data)
-    style = fit_style(tokenizer, PromptStyle(read_system_prompt(config.system_prompt_file)))
+    style = read_style(config, tokenizer, rewards, sieve)
     reading = read_data(config, config.dataset, "train", config.decimal_separator)
     train = keep_usable(sieve, "train", reading, rewards)
     test_name = find_test(config, reading.split)
@@ -154,6 +154,20 @@ def prepare_data(
         notes=(*sieve.notes, *describe_sizes(config, train, test)),
         longest_prompt=longest,
     )
+
+
+def read_style(
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    rewards: Sequence[Reward],
+    sieve: Sieve,
+) -> PromptStyle:
+    """Return what stands around each question, once a system prompt of the user's was checked."""
+    path = config.system_prompt_file
+    style = PromptStyle(read_system_prompt(path))
+    if path is not None and config.resume is None:
+        sieve.notes += check_prompt(path, style.system_prompt, rewards, style.task, config.one_shot)
+    return fit_style(tokenizer, style)
 
 
 def read_data(

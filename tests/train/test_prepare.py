@@ -304,8 +304,56 @@ def test_a_system_prompt_file_replaces_the_built_in_one(tmp_path: Path, tokenize
     file.write_text("  ")
     with pytest.raises(ValueError, match=r"prompt\.txt is blank"):
         prepare_data(config, tokenizer, REWARDS)
-    file.write_text("Use the tags.")
-    assert prepare_data(config, tokenizer, REWARDS).style.system_prompt == "Use the tags."
+    file.write_text(OWN_PROMPT)
+    data = prepare_data(config, tokenizer, REWARDS)
+    assert data.style.system_prompt == OWN_PROMPT and data.notes == ()
+
+
+OWN_PROMPT = "Think in <reasoning>...</reasoning>, then answer in <answer>...</answer>."
+ANSWER_ALONE = "Think step by step. Put the final number in <answer></answer>."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "knobs", "unpaid"),
+    [
+        ("Answer in <final>...</final>.", {}, "correctness, format"),
+        ("Think.", {}, "correctness, format"),
+        ("Think in <think>...</think>, answer in <answer>...</answer>.", {}, "format"),
+        ("Answer in <final>...</final>.", {"one_shot": True}, "correctness, format"),
+        ("Think.", {"reward_set": "classic"}, "correctness, integer, soft_format"),
+    ],
+)
+def test_a_system_prompt_whose_tags_are_not_paid_is_refused(
+    tmp_path: Path, tokenizer, prompt: str, knobs: dict, unpaid: str
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text(prompt)
+    path = write(tmp_path / "a.jsonl", make_rows(20))
+    config = configure(path, system_prompt_file=file, **knobs)
+    rewards = build_rewards(config.reward_set)
+    with pytest.raises(ValueError, match=f"--system-prompt-file {file} .* {unpaid}.*<answer>"):
+        prepare_data(config, tokenizer, rewards)
+    resumed = dataclasses.replace(config, resume=tmp_path)
+    assert prepare_data(resumed, tokenizer, rewards).style.system_prompt == prompt
+
+
+def test_a_system_prompt_without_tags_is_free_where_it_can_be_paid(
+    tmp_path: Path, tokenizer
+) -> None:
+    file = tmp_path / "prompt.txt"
+    path = write(tmp_path / "a.jsonl", make_rows(20))
+    (tmp_path / "mine.py").write_text("def mine(completions, **columns): return [0.0]")
+    own = build_rewards("none", (f"{tmp_path}/mine.py:mine",))
+
+    def notes(prompt: str, rewards: list, **knobs) -> str:
+        file.write_text(prompt)
+        config = configure(path, system_prompt_file=file, **knobs)
+        return " ".join(prepare_data(config, tokenizer, rewards).notes)
+
+    assert "format" in notes(ANSWER_ALONE, REWARDS)
+    assert notes(ANSWER_ALONE, build_rewards(weights={"format": 0.0})) == ""
+    assert notes("Think.", REWARDS, one_shot=True) == ""
+    assert "strict accuracy" in notes("Answer in <final>...</final>.", own)
 
 
 # Too little

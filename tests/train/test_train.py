@@ -318,7 +318,7 @@ def test_resume_refuses_a_changed_world_and_takes_a_moved_one(
     texts = {
         "rows.jsonl": "\n".join(map(json.dumps, rows)),
         "mine.py": "def mine(completions, level, **columns): return [0.0 for _ in level]",
-        "prompt.txt": "Think.",
+        "prompt.txt": "Put the answer in <answer></answer>.",
     }
     for name, text in texts.items():
         (files / name).write_text(text)
