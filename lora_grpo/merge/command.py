@@ -18,7 +18,7 @@ from lora_grpo.machine.terminal import FailedError
 
 if TYPE_CHECKING:
     from lora_grpo.merge.inputs import MergePlan
-    from lora_grpo.merge.prove import Proof
+    from lora_grpo.merge.prove import MergeProof
     from lora_grpo.proof.reference import Reference
 
 Report = Callable[[str], None]
@@ -42,8 +42,11 @@ class MergeConfig:
     """Weights to merge into: the original ones, or those that the policy saw in 4-bit training."""
     dtype: Literal["bfloat16", "float16"] | None = None
     """Type to store; by default float16 if the base is stored in it, else bfloat16."""
+    proof: Literal["tensors", "logits"] | None = None
+    """tensors compares every stored tensor with base + delta; logits also loads both models in
+    float32 and compares what they compute; by default logits if the memory suffices."""
     num_prompts: int = 8
-    """Prompts to compare merged model and policy on, from eval_items.jsonl or built in."""
+    """Prompts to compare the logits on, from eval_items.jsonl or built in."""
 
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
@@ -69,7 +72,7 @@ class MergeConfig:
 class MergeResult:
     """Where the merged model is, and the proof that it is the policy.
 
-    `reference` holds what the proof saw of the merged model, where it ran it.
+    `reference` holds the merged model's logits where the proof computed them.
     """
 
     folder: Path
@@ -78,7 +81,7 @@ class MergeResult:
 
     @property
     def table(self) -> str:
-        """The distances of the proof, as a Markdown table."""
+        """The figures of the proof as text."""
         from lora_grpo.merge.report import build_table
 
         return build_table(self.report)
@@ -101,7 +104,7 @@ def merge_adapter(
     """
     from lora_grpo.machine.files import check_room, staged_directory
     from lora_grpo.merge.inputs import SMALL_FILES, plan_merge
-    from lora_grpo.merge.prove import prove_merge
+    from lora_grpo.merge.prove import choose_proof, prove_merge
     from lora_grpo.merge.report import build_report
     from lora_grpo.merge.write import write_side_files, write_weights
 
@@ -109,26 +112,30 @@ def merge_adapter(
     if plan is None:
         plan = plan_merge(config.adapter_dir, config.model, config.base, config.dtype)
     check_room(config.target, plan.nbytes + SMALL_FILES, "--output-dir")
+    kind, reason = choose_proof(config.proof, plan.nbytes)
     report(
         f"merging {len(plan.deltas)} of {len(plan.tensors)} tensors of {plan.base_name} in "
         f"{plan.dtype}, {plan.nbytes / 1e9:.2f} GB"
     )
+    report(f"proof: {kind} ({reason})")
     with staged_directory(config.target) as staged:
         with show_progress(plan.nbytes) as advance:
             write_weights(plan, staged, advance)
         write_side_files(plan, staged)
-        proof = prove_merge(plan, staged, config.num_prompts, report)
-        found = build_report(plan, proof, time.perf_counter() - started)
+        proof = prove_merge(plan, staged, config.num_prompts, report, kind)
+        found = build_report(plan, proof, kind, reason, time.perf_counter() - started)
         for warning in found["warnings"]:
             report(f"warning: {warning}")
         settle(config, staged, proof, found)
-    return MergeResult(config.target, found, proof.reference)
+    reference = proof.distances.reference if proof.distances else None
+    return MergeResult(config.target, found, reference)
 
 
-def settle(config: MergeConfig, staged: Path, proof: "Proof", found: dict[str, Any]) -> None:
+def settle(config: MergeConfig, staged: Path, proof: "MergeProof", found: dict[str, Any]) -> None:
     """Add report and card to a proven folder; raise a MergeProofError for any other."""
     from lora_grpo.machine.files import write_json
-    from lora_grpo.merge.report import REPORT, build_note
+    from lora_grpo.machine.folders import MERGED_FILE
+    from lora_grpo.merge.report import build_note
     from lora_grpo.results.card import write_model_card
 
     if proof.failed:
@@ -139,7 +146,7 @@ def settle(config: MergeConfig, staged: Path, proof: "Proof", found: dict[str, A
             f"the merged model is not base + adapter, it failed: {reasons}. Nothing was kept but "
             f"{path}, which says more"
         )
-    write_json(staged / REPORT, found)
+    write_json(staged / MERGED_FILE, found)
     note = build_note(found, config.adapter_dir, staged, config.target.name)
     write_model_card(staged, config.adapter_dir, note)
 

@@ -5,24 +5,32 @@ A plan and its proof go in; JSON values and text come out.
 
 import math
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo.machine.folders import MERGED_FILE
 from lora_grpo.policy.adapter import hash_weights
 
 if TYPE_CHECKING:
     from lora_grpo.merge.inputs import MergePlan
-    from lora_grpo.merge.prove import Proof
+    from lora_grpo.merge.prove import MergeProof
     from lora_grpo.results.card import CardNote
 
-REPORT = "merge_report.json"
 NOTABLE_LOSS = 0.25
 
 
-def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str, Any]:
-    """Return `merge_report.json`: what was merged into what, each check, and the distances."""
+def build_report(
+    plan: "MergePlan", proof: "MergeProof", kind: str, reason: str, seconds: float
+) -> dict[str, Any]:
+    """Return `merge_report.json`: what was merged into what, each check, and the distances.
+
+    `kind` is the proof that was run and `reason` why that one; without the logits proof the
+    distances are None.
+    """
+    distances = asdict(replace(proof.distances, reference=None)) if proof.distances else {}
+    warnings = [plan.warning, warn_of_rounding(plan, proof)]
     return {
         "adapter": plan.adapter_dir.resolve().name,
         "adapter_sha256": hash_weights(plan.adapter_dir),
@@ -32,15 +40,16 @@ def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str,
         "dtype": plan.dtype,
         "num_tensors": len(plan.tensors),
         "num_adapted": len(plan.deltas),
+        "proof": kind,
+        "proof_reason": reason,
         "passed": not proof.failed,
         "checks": [asdict(check) for check in proof.checks],
-        "from_policy": asdict(proof.merged) if proof.merged else None,
-        "rounding_noise_from_policy": asdict(proof.rounding_noise),
-        "bare_base_from_policy": asdict(proof.bare_base),
-        "from_4bit_policy": asdict(proof.from_4bit_policy) if proof.from_4bit_policy else None,
-        "warnings": [
-            warning for warning in (plan.warning, warn_of_rounding(plan, proof)) if warning
-        ],
+        "adapter_kept": round(proof.kept, 4),
+        "from_policy": distances.get("merged"),
+        "rounding_noise_from_policy": distances.get("rounding_noise"),
+        "bare_base_from_policy": distances.get("bare_base"),
+        "from_4bit_policy": distances.get("from_4bit_policy"),
+        "warnings": [warning for warning in warnings if warning],
         "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "versions": {
@@ -49,21 +58,25 @@ def build_report(plan: "MergePlan", proof: "Proof", seconds: float) -> dict[str,
     }
 
 
-def warn_of_rounding(plan: "MergePlan", proof: "Proof") -> str | None:
+def warn_of_rounding(plan: "MergePlan", proof: "MergeProof") -> str | None:
     """Return a warning where rounding undoes a good part of what the adapter does.
 
-    An adapter whose changes lie below half an ulp of the base's weights leaves no trace in them. KL
-    grows with the square of a change, so the root of the ratio is the share that is lost.
+    An adapter whose changes lie below half an ulp of the base's weights leaves no trace in them.
+    Measured in the logits where they are known: KL grows with the square of a change, so the root
+    of the ratio is the share that is lost. Else measured in the weights.
     """
-    if proof.merged is None:
-        return None
-    effect = proof.bare_base.mean_kl
-    lost = math.sqrt(max(proof.merged.mean_kl, 0.0) / effect) if effect > 0 else 1.0
+    lost, what = 1 - proof.kept, "the weights"
+    if proof.distances is not None:
+        if proof.distances.merged is None:
+            return None
+        effect, what = proof.distances.bare_base.mean_kl, "the model"
+        moved = max(proof.distances.merged.mean_kl, 0.0)
+        lost = math.sqrt(moved / effect) if effect > 0 else 1.0
     if lost <= NOTABLE_LOSS:
         return None
     finer = "serve the adapter itself" if plan.dtype == "float16" else "use --dtype float16"
     return (
-        f"rounding to {plan.dtype} moves the model {lost:.0%} as far as the adapter does, because "
+        f"rounding to {plan.dtype} moves {what} {lost:.0%} as far as the adapter does, because "
         f"the adapter changes very little: train longer, or {finer}"
     )
 
@@ -80,9 +93,15 @@ def list_figures(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def build_table(report: dict[str, Any]) -> str:
-    """Return the proof's figures as a table for a terminal or a model card."""
+    """Return the proof's figures for a terminal or a model card; a table where there are any."""
+    tensors = next(check["detail"] for check in report["checks"] if check["name"] == "tensors")
+    if not list_figures(report):
+        return (
+            f"tensors against base + delta: {tensors}; {report['adapter_kept']:.1%} of the "
+            "adapter's change is in them (logits were not compared)"
+        )
     lines = [
-        "| distance of | max logit difference | mean KL (nats a token) | same greedy choice |",
+        "| distance of | max logit difference | mean KL (nats per token) | same greedy choice |",
         "| --- | --- | --- | --- |",
     ]
     for words, distance in list_figures(report):
@@ -126,12 +145,12 @@ def describe_proof(report: dict[str, Any]) -> str:
     from lora_grpo.results.markdown import escape
 
     checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
-    positions = report["from_policy"]["positions"]
-    return "\n\n".join(
-        (
-            "The folder was reloaded and compared with base + adapter, both computed in float32, "
-            f"over {positions} positions. `{REPORT}` holds all of it.",
-            build_table(report),
-            "\n".join(checks),
+    done = "Every tensor was read back and compared with base + delta in float32."
+    if distance := report["from_policy"]:
+        done += (
+            " The folder was also loaded, and its logits compared with those of base + adapter in "
+            f"float32 over {distance['positions']} positions."
         )
+    return "\n\n".join(
+        (f"{done} `{MERGED_FILE}` holds all of it.", build_table(report), "\n".join(checks))
     )

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from lora_grpo.merge.command import MergeConfig, merge_adapter
+from lora_grpo.merge.compare import half_ulp
 from lora_grpo.merge.inputs import plan_merge
-from lora_grpo.merge.prove import half_ulp
 from lora_grpo.merge.write import write_weights
 from lora_grpo.proof.reference import render_prompts
 

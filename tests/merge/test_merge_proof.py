@@ -114,20 +114,42 @@ def honest(tmp_path_factory):
     return merge_only(adapter, folder / "merged"), folder / "merged"
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_merge_fails_by_name(tmp_path, honest, damage):
+SEEN_BY_LOADING = {"logits", "kl", "greedy", "reload"}
+KINDS = [(damage, "tensors") for damage in DAMAGES] + [
+    (damage, "logits") for damage, (_, expected) in DAMAGES.items() if expected & SEEN_BY_LOADING
+]
+
+
+@pytest.mark.parametrize(("damage", "kind"), KINDS)
+def test_a_damaged_merge_fails_by_name(tmp_path, honest, damage, kind):
+    """The tensors proof catches every damage; the logits proof makes the same checks and more."""
     plan, folder = honest
     do_damage, expected = DAMAGES[damage]
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     do_damage(damaged, plan)
-    proof = merge_proof.prove_merge(plan, damaged, 2, lambda line: None)
-    assert {check.name for check in proof.failed} >= expected
-    assert "tensors" in expected or "tensors" not in {check.name for check in proof.failed}
+    proof = merge_proof.prove_merge(plan, damaged, 2, lambda line: None, kind)
+    failed = {check.name for check in proof.failed}
+    assert failed >= (expected if kind == "logits" else expected - SEEN_BY_LOADING) > set()
+    assert ("tensors" in expected) == ("tensors" in failed)
 
 
-def test_an_honest_merge_passes(honest):
+@pytest.mark.parametrize("kind", ["tensors", "logits"])
+def test_an_honest_merge_passes(honest, kind):
     plan, folder = honest
-    assert not merge_proof.prove_merge(plan, folder, 2, lambda line: None).failed
+    proof = merge_proof.prove_merge(plan, folder, 2, lambda line: None, kind)
+    assert not proof.failed
+    assert (proof.distances is None) == (kind == "tensors")
+    assert proof.kept == pytest.approx(1, abs=0.01)
+
+
+def test_the_proof_follows_the_free_memory(monkeypatch):
+    monkeypatch.setattr(merge_proof, "available_memory", lambda: 6 * 10**9)
+    assert merge_proof.choose_proof(None, 8 * 10**8) == (
+        "logits",
+        "logits needs about 4.4 GB, 6.0 GB are free",
+    )
+    assert merge_proof.choose_proof(None, 3 * 10**9)[0] == "tensors"
+    assert merge_proof.choose_proof("logits", 3 * 10**9) == ("logits", "--proof logits")
 
 
 def test_a_greedy_choice_may_flip_only_within_the_logit_bound():
