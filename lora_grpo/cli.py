@@ -58,9 +58,9 @@ def evaluate() -> None:
 def merge() -> None:
     """Merge a LoRA adapter into its base as a plain 16-bit model, proven to be the same policy.
 
-    An adapter trained on a 4-bit base is merged into the original 16-bit weights. The distances of
-    the proof are printed and are in the folder's merge_report.json. Exit status: 0 merged and
-    proven, 1 the proof failed and nothing was kept, 2 the input cannot be merged.
+    An adapter trained on a 4-bit base is merged into the original 16-bit weights. What the proof
+    found is printed, and is in the folder's merge_report.json. Exit status: 0 merged and proven, 1
+    the proof failed and nothing was kept, 2 the input cannot be merged.
     """
     from lora_grpo.merge.command import MergeConfig, merge_adapter
 

@@ -16,7 +16,7 @@ from typing import Any
 from lora_grpo.machine.terminal import FailedError
 from lora_grpo.policy.adapter import TRAIN_CONFIG
 from lora_grpo.policy.base import public_name
-from lora_grpo.results.usage import hub_place
+from lora_grpo.results.card import hub_place
 
 
 class PushError(FailedError):

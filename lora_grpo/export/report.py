@@ -117,6 +117,7 @@ def write_export_card(folder: Path, request: "Request", name: str, outcome: "Out
         title=f"{request.name}, {name}",
         kind="quantized",
         library_name=LIBRARIES.get(name, "transformers"),
+        name=request.name,
         summary=f"`{escape(request.name)}` as {name}, for which `{SYSTEM_PROMPT}` holds the "
         "system prompt that it was trained with.",
         use=fence(commands, "bash"),

@@ -121,7 +121,6 @@ def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -
     from lora_grpo.results.card import CardNote
     from lora_grpo.results.markdown import code
     from lora_grpo.results.records import read_records
-    from lora_grpo.results.usage import use_model
 
     found = read_records(records, folder)
     base = f"{code(found.base.name)}, sha256 `{report['base_sha256'][:12]}`"
@@ -134,8 +133,8 @@ def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -
         title=f"{report['adapter']}, merged",
         kind="merged",
         library_name="transformers",
+        name=name,
         summary=summary,
-        use=use_model(found, folder, name),
         proof=describe_proof(report),
     )
 

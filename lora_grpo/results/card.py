@@ -1,106 +1,152 @@
 """Model cards: README.md of an adapter directory, of a merged folder and of an export.
 
-A card says only what is on record, and leaves out what is not. It holds no path of this machine:
-what is local goes by the last part of its name.
+The text is in `card.md.jinja`; here its values are collected. A card says only what is on record,
+leaves out what is not, and names local files by the last part of their path.
 """
 
 import hashlib
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.data.prompt import TEMPLATE_SETTINGS
+from lora_grpo.grpo.batch import had_signal
 from lora_grpo.machine.files import write_text
-from lora_grpo.policy.base import EMBEDDED
+from lora_grpo.policy.vllm import RANKS, allowed_rank
 from lora_grpo.results.curves import CURVES, write_curves
-from lora_grpo.results.markdown import code, escape, table
+from lora_grpo.results.markdown import code, escape, fence
 from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
 from lora_grpo.results.records import Records, read_records, short_name
-from lora_grpo.results.sections import (
-    write_command,
-    write_evaluation,
-    write_limits,
-    write_prompt,
-    write_samples,
-    write_settings,
-)
-from lora_grpo.results.usage import use_adapter
+from lora_grpo.results.reproduce import has_local_paths, list_settings, reproduce
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+HUB_OWNER = "OWNER"  # a push fills in who owns the repository
+EMBEDDED_IN_SHELL = (
+    "\"$(python -c 'from lora_grpo import EMBEDDED_FOLDER; print(EMBEDDED_FOLDER)')\""
+)
 
 
 @dataclass(frozen=True)
 class CardNote:
-    """What the maker of a folder adds to its card; `use` and `proof` are Markdown."""
+    """What the maker of a folder adds to its card; `summary`, `use` and `proof` are Markdown.
+
+    `name` is that of the folder which a merged model is written for.
+    """
 
     title: str
     kind: Kind
     library_name: str
-    summary: str
-    use: str
-    proof: str
+    name: str
+    summary: str = ""
+    use: str = ""
+    proof: str = ""
 
 
 def write_adapter_card(run_dir: Path) -> None:
     """Write `README.md` and `curves.png` into an adapter directory, from what it holds."""
-    records, name = read_records(run_dir, run_dir), run_dir.resolve().name
-    note = CardNote(
-        title=name,
-        kind="adapter",
-        library_name="peft",
-        summary=describe_adapter(records),
-        use=use_adapter(records, name),
-        proof="",
-    )
-    write_page(run_dir, records, note)
+    name = run_dir.resolve().name
+    write_model_card(run_dir, run_dir, CardNote(name, "adapter", "peft", name))
 
 
 def write_model_card(folder: Path, records: Path, note: CardNote) -> None:
-    """Write `README.md` into a merged or exported folder, and the curves of its run.
+    """Write `README.md` into a folder with weights, and the curves of its run.
 
     `records` is the folder with the run's records: the adapter directory, or a merged folder.
     """
-    write_page(folder, read_records(records, folder), note)
+    from huggingface_hub import ModelCard
+
+    found = read_records(records, folder)
+    card_data = build_metadata(found, note.kind, note.library_name, note.title)
+    metadata = write_yaml(card_data)
+    card = ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        metadata=metadata,
+        **collect_values(folder, found, note),
+    )
+    # `str(card)` would write the metadata anew, without the care of `write_yaml`.
+    write_text(folder / CARD, f"---\n{metadata}\n---\n{card.text}\n")
 
 
-def write_page(folder: Path, records: Records, note: CardNote) -> None:
-    metadata = build_metadata(records, note.kind, note.library_name, note.title)
-    curves = f"![Curves of the training run]({CURVES})" if write_curves(records, folder) else ""
-    training = [write_settings(records), curves]
-    sections = {
-        "Use": note.use,
-        "Prompt": write_prompt(records),
-        "Evaluation": write_evaluation(records, note.kind),
-        "Sample answers of the adapter": write_samples(records),
-        "Proof": note.proof,
-        "Training": "\n\n".join(part for part in training if part),
-        "Reproduce": write_command(records),
-        "Files": list_weights(folder),
-        "Licence": records.licence.text,
-        "Limits": write_limits(records),
+def collect_values(folder: Path, records: Records, note: CardNote) -> dict[str, Any]:
+    """Return what the template is filled with: what is on record, and functions that make any text
+    safe in Markdown."""
+    trained, items = records.trained, records.items
+    return {
+        "note": note,
+        "name": note.name,
+        "home": "adapters" if note.kind == "adapter" else "merged",
+        "hub_place": hub_place(note.name),
+        "records": records,
+        "base": records.base,
+        "trained": trained,
+        "found": records.evaluation,
+        "pairs": [(item["base"]["strict"], item["adapter"]["strict"]) for item in items],
+        "had_signal": not records.metrics or any(map(had_signal, records.metrics)),
+        "is_lora": note.kind == "adapter" and records.adapter.get("peft_type") == "LORA",
+        "has_tokenizer": note.kind != "adapter" or (folder / "tokenizer_config.json").is_file(),
+        "template_settings": "".join(
+            f", {name}={value}" for name, value in template_settings(folder).items()
+        ),
+        "length": trained.get("max_completion_length", TrainConfig.max_completion_length),
+        "served": serve_command(records, note),
+        "settings": list_settings(trained),
+        "command": " \\\n  ".join(reproduce(trained)) if "steps" in trained else None,
+        "has_local_paths": has_local_paths(trained),
+        "curves": CURVES if write_curves(records, folder) else None,
+        "weights": list_weights(folder),
+        **{"code": code, "escape": escape, "fence": fence, "quote": shlex.quote},
+        **{"json": write_literal, "percent": percent, "short_name": short_name},
     }
-    body = [f"# {escape(note.title)}", note.summary]
-    body += [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
-    header = f"---\n{write_yaml(metadata)}\n---\n\n"
-    write_text(folder / CARD, header + "\n\n".join(body) + "\n")
 
 
-def describe_adapter(records: Records) -> str:
-    base = f" for {code(records.base.name)}" if records.base else ""
-    if records.base and records.base.name == EMBEDDED:
-        base += ", the small model that comes with lora-grpo"
-    dataset = records.trained.get("dataset")
-    trained = f", trained with GRPO on {code(short_name(dataset))} by lora-grpo" if dataset else ""
-    kind = "A LoRA adapter" if records.adapter.get("peft_type") == "LORA" else "An adapter"
-    return f"{kind}{base}{trained}."
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
-def list_weights(folder: Path) -> str | None:
-    """Return the weight files with their sizes and hashes."""
-    paths = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
-    if not paths:
+def write_literal(value: Any, indent: int | None = None) -> str:
+    """Return strings, and lists and dictionaries of them, as Python reads them."""
+    return json.dumps(value, indent=indent, ensure_ascii=False)
+
+
+def hub_place(name: str) -> str:
+    """Return the id on the Hub that a card names until it is pushed."""
+    return f"{HUB_OWNER}/{name}"
+
+
+def template_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that training gave the folder's chat template, if it knows them."""
+    path = folder / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return {name: value for name, value in TEMPLATE_SETTINGS.items() if name in text}
+
+
+def serve_command(records: Records, note: CardNote) -> str | None:
+    """Return vLLM's command for the folder; None where vLLM would refuse the adapter."""
+    name, base, adapter = note.name, records.base, records.adapter
+    if note.kind == "merged":
+        return f"vllm serve {shlex.quote(name)} --served-model-name {shlex.quote(name)}"
+    ranks = [adapter.get("r", 0), *adapter.get("rank_pattern", {}).values()]
+    is_plain = adapter.get("peft_type") == "LORA" and not adapter.get("use_dora")
+    if note.kind != "adapter" or base is None or not is_plain or max(ranks) > RANKS[-1]:
         return None
-    rows = [(code(path.name), f"{path.stat().st_size:,}", code(sha256(path))) for path in paths]
-    return table(("file", "bytes", "sha256"), rows)
+    model = EMBEDDED_IN_SHELL if base.embedded else shlex.quote(base.name)
+    revision = f" --revision {shlex.quote(base.revision)}" if base.revision else ""
+    return (
+        f"vllm serve {model}{revision} \\\n  --enable-lora "
+        f"--max-lora-rank {allowed_rank(max(ranks))} --lora-modules {shlex.quote(f'{name}={name}')}"
+    )
+
+
+def list_weights(folder: Path) -> list[tuple[str, str, str]]:
+    """Return name, size and SHA-256 of each weight file."""
+    paths = sorted(path for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+    return [(path.name, f"{path.stat().st_size:,}", sha256(path)) for path in paths]
 
 
 def sha256(path: Path) -> str:

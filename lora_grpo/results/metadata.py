@@ -11,9 +11,9 @@ Kind = Literal["adapter", "merged", "quantized"]
 # To the Hub a "merge" is of several models: an adapter merged into its base is a fine-tune of it.
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "quantized": "quantized"}
 METRICS = {
-    "strict accuracy": "strict_accuracy",
-    "lenient accuracy": "lenient_accuracy",
-    "format": "format_rate",
+    "strict_accuracy": "strict accuracy",
+    "lenient_accuracy": "lenient accuracy",
+    "format_rate": "format",
 }
 
 
@@ -24,20 +24,27 @@ def build_metadata(records: Records, kind: Kind, library_name: str, name: str) -
     """
     from huggingface_hub import ModelCardData
 
-    base, results = records.base, list_results(records) if kind == "adapter" else []
-    hub_id = base.hub_id if base else None
+    found, data = records.evaluation, records.trained.get("dataset", "")
+    own = [build_result(found, key) for key in METRICS] if found and kind == "adapter" else []
+    hub_id = records.base.hub_id if records.base else None
+    is_lora = kind != "adapter" or records.adapter.get("peft_type") == "LORA"
+    tags = [
+        *(["grpo", "trl", "lora-grpo"] if records.trained else []),
+        *(["lora"] if is_lora else []),
+        *([kind] if kind != "adapter" else []),
+    ]
     return ModelCardData(
         base_model=hub_id,
         base_model_relation=RELATIONS[kind] if hub_id else None,
-        datasets=records.hub_datasets or None,
-        eval_results=results or None,
+        datasets=[data.partition(":")[0]] if is_hub_id(data) else None,
+        eval_results=own or None,
         language=records.languages or None,
         library_name=library_name,
-        metrics=["accuracy"] if results else None,
-        model_name=name if results else None,
+        metrics=["accuracy"] if own else None,
+        model_name=name if own else None,
         pipeline_tag="text-generation",
-        tags=list_tags(records, kind),
-        widget=build_widget(records, kind),
+        tags=tags,
+        widget=build_widget(records, kind) if records.items else None,
         **records.licence.metadata,
     )
 
@@ -53,54 +60,35 @@ def write_yaml(metadata: "ModelCardData") -> str:
     return yaml.dump(metadata.to_dict(), sort_keys=False).strip()
 
 
-def list_tags(records: Records, kind: Kind) -> list[str]:
-    lora = kind != "adapter" or records.adapter.get("peft_type") == "LORA"
-    return [
-        *(["grpo", "trl", "lora-grpo"] if records.trained else []),
-        *(["lora"] if lora else []),
-        *([kind] if kind != "adapter" else []),
-    ]
-
-
-def build_widget(records: Records, kind: Kind) -> list[dict[str, Any]] | None:
+def build_widget(records: Records, kind: Kind) -> list[dict[str, Any]]:
     """Return the first evaluated question as an example to try, with the adapter's own answer."""
-    if not records.items:
-        return None
     example: dict[str, Any] = {"messages": records.messages()}
     if kind == "adapter":
         example["output"] = {"text": records.items[0]["adapter"]["completion"]}
     return [example]
 
 
-def list_results(records: Records) -> list["EvalResult"]:
-    """Return the adapter's figures in per cent for the model index."""
+def build_result(found: dict[str, Any], key: str) -> "EvalResult":
+    """Return one of the adapter's figures in per cent for the model index."""
     from huggingface_hub import EvalResult
 
-    found = records.evaluation
-    if not found:
-        return []
-    dataset, _, config = found["dataset"].partition(":")
-    if not is_hub_id(found["dataset"]):
-        dataset, config = short_name(found["dataset"]), ""
-    results = []
-    for label, key in METRICS.items():
-        args: dict[str, Any] = {"num_items": found["num_items"], "decoding": "greedy"}
-        if key == "strict_accuracy":
-            low, high = (round(100 * bound, 2) for bound in found["adapter"]["ci95"])
-            label += f", % (95 % Wilson interval {low} to {high})"
-            args["ci95"] = [low, high]
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=dataset,
-                dataset_name=short_name(found["dataset"]),
-                dataset_config=config or None,
-                dataset_split=found["split"],
-                metric_type="accuracy",
-                metric_name=label if "%" in label else f"{label}, %",
-                metric_value=round(100 * found["adapter"][key], 2),
-                metric_args=args,
-            )
-        )
-    return results
+    name, (dataset, _, config) = found["dataset"], found["dataset"].partition(":")
+    if not is_hub_id(name):
+        dataset, config = short_name(name), ""
+    label = f"{METRICS[key]}, %"
+    settings: dict[str, Any] = {"num_items": found["num_items"], "decoding": "greedy"}
+    if key == "strict_accuracy":
+        low, high = settings["ci95"] = [round(100 * end, 2) for end in found["adapter"]["ci95"]]
+        label += f" (95 % Wilson interval {low} to {high})"
+    return EvalResult(
+        task_type="text-generation",
+        task_name="Text Generation",
+        dataset_type=dataset,
+        dataset_name=short_name(name),
+        dataset_config=config or None,
+        dataset_split=found["split"],
+        metric_type="accuracy",
+        metric_name=label,
+        metric_value=round(100 * found["adapter"][key], 2),
+        metric_args=settings,
+    )

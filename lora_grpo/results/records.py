@@ -1,6 +1,5 @@
 """What a card may say: everything that a run left on record, read once."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,19 +7,28 @@ from typing import Any
 
 from lora_grpo.data.prompt import Message, PromptStyle, build_messages
 from lora_grpo.data.tables import is_data_file
-from lora_grpo.machine.files import read_jsonl
-from lora_grpo.policy.adapter import CONFIG, has_tokenizer, read_record, read_train_config
+from lora_grpo.machine.files import read_json, read_jsonl
+from lora_grpo.machine.folders import MERGED_FILE
+from lora_grpo.policy.adapter import (
+    CONFIG,
+    EVAL,
+    EVAL_ITEMS,
+    METRICS,
+    VALIDATION,
+    RunRecord,
+    has_tokenizer,
+    read_record,
+)
 from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, load_tokenizer, public_name
-from lora_grpo.results.markdown import code, flatten
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-HUB = "https://huggingface.co"
-MERGE_REPORT = "merge_report.json"
+LICENCE_KEYS = ("license", "license_name", "license_link")
 # A sentence that a licence's text holds, white space and case apart.
 LICENCE_TEXTS = {
     "apache-2.0": "apache license version 2.0, january 2004",
     "mit": "permission is hereby granted, free of charge, to any person obtaining a copy",
 }
+PLAIN_QUESTION = "What is 12 + 30?"
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,75 @@ class Base:
     revision: str | None
     folder: Path | None
 
+    @property
+    def embedded(self) -> bool:
+        return self.name == EMBEDDED
+
 
 @dataclass(frozen=True)
 class Licence:
-    """A base's licence as metadata, empty where it is not known, and as sentences."""
+    """A base's licence as metadata, empty where it is not known, and what says so, if anything."""
 
     metadata: dict[str, str]
-    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """A run's records, what is missing empty; `evaluation` and `items` compare base and adapter."""
+
+    folder: Path
+    base: Base | None
+    licence: Licence
+    languages: list[str]
+    trained: dict[str, Any]
+    style: PromptStyle
+    adapter: dict[str, Any]
+    evaluation: dict[str, Any]
+    items: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+
+    def messages(self) -> list[Message]:
+        """Return the chat that asks the first evaluated question as the run asked it; without a
+        system prompt where none is recorded."""
+        question = self.items[0]["question"] if self.items else PLAIN_QUESTION
+        if "system_prompt" not in self.trained:
+            return [{"role": "user", "content": question}]
+        return build_messages(question, self.style)
+
+
+def read_records(records: Path, folder: Path) -> Records:
+    """Return what `records` holds on the weights in `folder`, which may be the same folder."""
+    record, evaluation = read_record(records), read_if_there(records / EVAL)
+    compared = {"base", "adapter"} <= evaluation.keys()
+    base = find_base(record, folder)
+    metadata = read_metadata(base.folder if base else None)
+    languages = metadata.get("language")
+    languages = languages if isinstance(languages, list) else [languages]
+    place = next(filter(has_tokenizer, (folder, records)), None)
+    items = read_jsonl(records / EVAL_ITEMS) if compared else []
+    return Records(
+        folder=records,
+        base=base,
+        licence=read_licence(metadata, base, folder),
+        languages=[language for language in languages if isinstance(language, str)],
+        trained=record.trained,
+        style=record.fitted_style(load_tokenizer(place)) if place else record.style,
+        adapter=read_if_there(records / CONFIG),
+        evaluation=evaluation if compared else {},
+        items=[item for item in items if {"base", "adapter"} <= item.keys()],
+        metrics=read_jsonl(records / METRICS),
+        validation=read_jsonl(records / VALIDATION),
+    )
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a model's or dataset's name is a Hub id, and not a file or folder."""
+    """Return whether a model's or dataset's name is a Hub id, and not a file or folder."""
     is_file = is_data_file(Path(name)) or Path(name).exists()
     return HUB_ID.fullmatch(name) is not None and not is_file
 
@@ -53,37 +119,24 @@ def short_name(name: str) -> str:
     return name if is_hub_id(name) else Path(name).name or name
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds, an empty one where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def find_base(records: Path, folder: Path) -> Base | None:
-    """Return the base of what `folder` holds, made by the run of `records`; None if neither says.
+def find_base(record: RunRecord, folder: Path) -> Base | None:
+    """Return the base of what `folder` holds; None if nothing says it.
 
     A merge may have used another base than the run, so its report is asked first.
     """
-    trained = read_train_config(records)
-    reports = (read_object(place / MERGE_REPORT).get("base") for place in (folder, records))
-    adapter = read_object(records / CONFIG)
-    name = next(filter(None, (*reports, trained.get("model"))), None)
+    reports = (read_if_there(place / MERGED_FILE) for place in (folder, record.records))
+    name = next(filter(None, (*(report.get("base") for report in reports), record.base)), None)
     if name is None:
-        name, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
-    else:
-        revision = trained.get("revision") if name == trained.get("model") else None
-    return describe_base(name, revision) if name else None
-
-
-def describe_base(name: str, revision: str | None) -> Base:
-    """Return a base by the name that a record has for it: a Hub id, a folder or `tiny`."""
+        return None
+    revision = record.revision if name == record.base else None
     path = Path(name).expanduser()
-    if name == EMBEDDED or (path.is_dir() and path.resolve() == EMBEDDED_FOLDER):
+    local = path if path.is_dir() else None
+    if name == EMBEDDED or (local and path.resolve() == EMBEDDED_FOLDER):
         return Base(EMBEDDED, None, None, EMBEDDED_FOLDER)
-    published = public_name(path)
-    if published != str(path):
-        return Base(published, published, path.name, path if path.is_dir() else None)
+    if (published := public_name(path)) != str(path):
+        return Base(published, published, path.name, local)
     if not is_hub_id(name):
-        return Base(short_name(name), None, None, path if path.is_dir() else None)
+        return Base(short_name(name), None, None, local)
     return Base(name, name, revision, find_snapshot(name, revision))
 
 
@@ -108,114 +161,22 @@ def read_metadata(folder: Path | None) -> dict[str, Any]:
         return {}
 
 
-def read_languages(base: Base | None) -> list[str]:
-    """Return the language codes that the base's card names."""
-    found = read_metadata(base.folder if base else None).get("language")
-    codes = found if isinstance(found, list) else [found]
-    return [language for language in codes if isinstance(language, str)]
-
-
-def read_licence(base: Base | None, folder: Path) -> Licence:
-    """Return the base's licence: from its card, else from a LICENSE file of its own, or of `folder`
-    where a merge put it."""
-    metadata = read_metadata(base.folder if base else None)
-    if isinstance(metadata.get("license"), str):
-        return licence_of_card(metadata, base, folder)
-    places = [place for place in (base.folder if base else None, folder) if place]
-    files = [path for place in places for path in sorted(place.glob("LICENSE*"))]
-    if files:
-        return licence_of_file(files[0])
-    where = f"its page, {HUB}/{base.hub_id}" if base and base.hub_id else "where the base came from"
-    return Licence(
-        {},
-        "The base's licence is not known: with the base there was neither a card that names one "
-        f"nor a LICENSE file. Look at {where} before you pass these weights on.",
-    )
-
-
-def licence_of_card(metadata: dict[str, Any], base: Base, folder: Path) -> Licence:
-    names = ("license", "license_name", "license_link")
-    found = {name: metadata[name] for name in names if isinstance(metadata.get(name), str)}
-    link = found.get("license_link", "")
-    if link and "://" not in link and not (folder / link).is_file():
-        del found["license_link"]
-        if base.hub_id:
-            found["license_link"] = f"{HUB}/{base.hub_id}/blob/{base.revision or 'main'}/{link}"
-    name = found.get("license_name", found["license"])
-    where = f" ({found['license_link']})" if "license_link" in found else ""
-    return Licence(found, f"The base's licence is {code(name)}{where}, as the base's card says.")
-
-
-def licence_of_file(path: Path) -> Licence:
-    text = flatten(path.read_text(encoding="utf-8", errors="replace"))
-    known = [name for name, sentence in LICENCE_TEXTS.items() if sentence in text.lower()]
-    if len(known) == 1:
-        sentence = f"The base's licence is {code(known[0])}, as its file {code(path.name)} says."
-        return Licence({"license": known[0]}, sentence)
-    return Licence(
-        {},
-        f"The base comes with a licence, {code(path.name)}, that begins {code(text[:80])}: read it "
-        "before you pass these weights on.",
-    )
-
-
-PLAIN_QUESTION = "What is 12 + 30?"
-
-
-@dataclass(frozen=True)
-class Records:
-    """A run's records, what is missing empty; `evaluation` and `items` compare base and adapter."""
-
-    folder: Path
-    base: Base | None
-    licence: Licence
-    languages: list[str]
-    trained: dict[str, Any]
-    style: PromptStyle
-    adapter: dict[str, Any]
-    evaluation: dict[str, Any]
-    items: list[dict[str, Any]]
-    metrics: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-
-    @property
-    def hub_datasets(self) -> list[str]:
-        """The Hub ids of the data trained on, without their configurations."""
-        name = self.trained.get("dataset", "")
-        return [name.partition(":")[0]] if is_hub_id(name) else []
-
-    def messages(self, question: str | None = None) -> list[Message]:
-        """Return the chat that asks a question, the first evaluated one by default, as the run
-        asked it; without a system prompt where none is recorded."""
-        if question is None:
-            question = self.items[0]["question"] if self.items else PLAIN_QUESTION
-        if "system_prompt" not in self.trained:
-            return [{"role": "user", "content": question}]
-        return build_messages(question, self.style)
-
-
-def read_records(records: Path, folder: Path) -> Records:
-    """Return what `records` holds on the weights in `folder`, which may be the same folder."""
-    base, evaluation = find_base(records, folder), read_object(records / "eval.json")
-    compared = {"base", "adapter"} <= evaluation.keys()
-    items = read_jsonl(records / "eval_items.jsonl") if compared else []
-    return Records(
-        folder=records,
-        base=base,
-        licence=read_licence(base, folder),
-        languages=read_languages(base),
-        trained=read_train_config(records),
-        style=fitted_style(records, folder),
-        adapter=read_object(records / CONFIG),
-        evaluation=evaluation if compared else {},
-        items=[item for item in items if {"base", "adapter"} <= item.keys()],
-        metrics=read_jsonl(records / "metrics.jsonl"),
-        validation=read_jsonl(records / "validation.jsonl"),
-    )
-
-
-def fitted_style(records: Path, folder: Path) -> PromptStyle:
-    """Return how the run asked, as the chat template beside the weights renders it, if any."""
-    record = read_record(records)
-    place = next(filter(has_tokenizer, (folder, records)), None)
-    return record.fitted_style(load_tokenizer(place)) if place else record.style
+def read_licence(card: dict[str, Any], base: Base | None, folder: Path) -> Licence:
+    """Return the base's licence: from its card's metadata, else from a LICENSE file of its own, or
+    of `folder` where a merge put it."""
+    found = {name: card[name] for name in LICENCE_KEYS if isinstance(card.get(name), str)}
+    if "license" in found:
+        link = found.get("license_link", "")
+        if link and "://" not in link and not (folder / link).is_file():
+            del found["license_link"]
+            if base.hub_id:
+                page = f"https://huggingface.co/{base.hub_id}/blob/{base.revision or 'main'}"
+                found["license_link"] = f"{page}/{link}"
+        return Licence(found, "the base's card")
+    places = filter(None, (base.folder if base else None, folder))
+    path = next((path for place in places for path in sorted(place.glob("LICENSE*"))), None)
+    if path is None:
+        return Licence({}, "")
+    text = " ".join(path.read_text(encoding="utf-8", errors="replace").lower().split())
+    known = [name for name, sentence in LICENCE_TEXTS.items() if sentence in text]
+    return Licence({"license": known[0]} if len(known) == 1 else {}, f"its file `{path.name}`")

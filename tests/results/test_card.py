@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -29,8 +28,8 @@ from lora_grpo.machine.files import read_jsonl, write_jsonl
 from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
 from lora_grpo.results.card import CardNote, write_adapter_card, write_model_card
+from lora_grpo.results.reproduce import reproduce
 from lora_grpo.results.scoring import Item, build_report, build_rows
-from lora_grpo.results.sections import reproduce
 
 RIGHT = "<reasoning>\n2+3=5\n</reasoning>\n<answer>\n5\n</answer>"
 QUESTION = "What is 2 + 3?"
@@ -48,11 +47,14 @@ def record_run(folder: Path, **changes) -> None:
     knobs |= {"warmup_steps": 0, "device": "cpu", "git_commit": "abc", "versions": {"trl": "1.2"}}
     knobs |= {"dataset_sha256": "d" * 64, "load_in_4bit": False, **changes}
     (folder / "train_config.json").write_text(json.dumps(knobs, default=str))
+
+
+def record_steps(folder: Path) -> None:
+    """Write the metrics and validations that the curves are drawn from."""
     rows = [{"step": n, "reward": n / 9, "correct": n / 9, "format": 1.0} for n in range(1, 4)]
-    rows = [{**row, "completion_length": 20.0 + row["step"]} for row in rows]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "metrics.jsonl", [{**row, "completion_length": 20.0} for row in rows])
     found = {"step": 2, "strict_accuracy": 0.5, "format_rate": 1.0}
-    (folder / "validation.jsonl").write_text(json.dumps(found) + "\n")
+    write_jsonl(folder / "validation.jsonl", [found])
 
 
 def record_evaluation(folder: Path, question: str = QUESTION, completion: str = RIGHT) -> None:
@@ -79,7 +81,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> 
 
 @pytest.fixture
 def run(plain: Path, tmp_path: Path) -> Path:
-    """An adapter directory with a run's records."""
+    """An adapter directory with a run's records, except those of its steps."""
     folder = shutil.copytree(plain, tmp_path / "run")
     record_run(folder)
     record_evaluation(folder)
@@ -124,10 +126,11 @@ def test_the_model_index_is_what_was_measured(run: Path) -> None:
 
 
 def test_the_text_states_protocol_and_pairs(run: Path) -> None:
+    record_steps(run)
     text = card_of(run).text
     for said in (
         "2 problems of `arithmetic` (test)",
-        "greedy decoding, one sample a problem, the training prompt",
+        "greedy decoding, one sample per problem, the training prompt",
         "Wilson",
         "p = 1. That is no evidence of a difference. The adapter solves 1 that the base does not",
         "step 2 of 40, the best on 256 validation problems",
@@ -137,6 +140,7 @@ def test_the_text_states_protocol_and_pairs(run: Path) -> None:
 
 
 def test_the_chosen_step_is_said_with_its_interval_or_that_nothing_was_learnt(run: Path) -> None:
+    record_steps(run)
     row = {"step": 2, "num_items": 40, "strict_accuracy": 0.5, "format_rate": 1.0}
     rows = [row | {"step": 1}, row | {"ci95": [0.352, 0.648]}]
     (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -150,7 +154,7 @@ def test_the_chosen_step_is_said_with_its_interval_or_that_nothing_was_learnt(ru
 
 
 def test_dynamic_sampling_is_said_where_it_was_on(run: Path) -> None:
-    said = "| groups without a signal | replaced by other prompts in up to 3 rounds a step |"
+    said = "| `dynamic_sampling_rounds` | 3 |"
     assert said not in card_of(run).text
     record_run(run, dynamic_sampling=True)
     assert said in card_of(run).text
@@ -166,6 +170,7 @@ def test_weights_are_hashed(run: Path) -> None:
 
 
 def test_the_same_records_give_the_same_bytes(run: Path) -> None:
+    record_steps(run)
     write_adapter_card(run)
     first = [(run / name).read_bytes() for name in ("README.md", "curves.png")]
     write_adapter_card(run)
@@ -198,7 +203,7 @@ def test_a_base_held_in_4_bit_is_said_where_it_matters(run: Path) -> None:
     assert "NF4" not in card_of(run).text
     record_run(run, load_in_4bit=True)
     text = card_of(run).text
-    assert "the base held in 4-bit NF4" in text and "| base held in | 4-bit NF4 |" in text
+    assert "the base held in 4-bit NF4" in text and "| `load_in_4bit` | True |" in text
     assert "single answers may differ" in text
 
 
@@ -252,6 +257,7 @@ def test_the_embedded_model_is_a_promised_name_without_torch() -> None:
 def test_a_merged_folders_code_runs_and_its_card_claims_no_figures(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    record_steps(run)
     write_adapter_card(run)
     folder = merge_adapter(MergeConfig(run, tmp_path / "new"), lambda line: None).folder
     card = card_of(folder)
@@ -306,7 +312,7 @@ def test_the_command_makes_the_recorded_configuration(knobs: dict, tmp_path: Pat
     wanted = TrainConfig(**knobs)
     recorded = json.loads(json.dumps(asdict(wanted), default=str))
     command = shlex.split(" ".join(reproduce(recorded)))
-    assert command[:2] == ["python", "scripts/train_lora.py"]
+    assert command[:2] == ["lora-grpo", "train"]
     assert parse_train_config(command[2:])[0] == wanted
 
 
@@ -361,7 +367,7 @@ def test_a_hub_base_and_its_own_licence(run: Path, hub_base: Path) -> None:
     ("name", "text", "known", "said"),
     [
         ("LICENSE", "  Apache License\n  Version 2.0, January 2004\n", "apache-2.0", "its file"),
-        ("LICENSE.md", "House rules | `x`", None, "begins"),
+        ("LICENSE.md", "House rules | `x`", None, "LICENSE.md"),
         ("README.md", "---\nlicense: mit\n---\n", "mit", "card says"),
         ("README.md", "---\nlicense: [\n---\n", None, "not known"),
         ("README.md", "no metadata", None, "not known"),
@@ -379,11 +385,12 @@ def test_a_licence_is_read_and_never_assumed(
 
 
 def test_a_quantized_export_says_so(run: Path, hub_base: Path, tmp_path: Path) -> None:
+    record_steps(run)
     record_run(run, model="owner/base", revision="0123abc")
     folder = tmp_path / "export"
     folder.mkdir()
     (folder / "run-q8_0.gguf").write_bytes(b"GGUF")
-    note = CardNote("run, GGUF", "quantized", "gguf", "A GGUF.", "Run it.", "Proven.")
+    note = CardNote("run, GGUF", "quantized", "gguf", "run", "A GGUF.", "Run it.", "Proven.")
     write_model_card(folder, run, note)
     data = card_of(folder).data.to_dict()
     assert data["library_name"] == "gguf" and "model-index" not in data
@@ -406,11 +413,9 @@ TEXT = st.one_of(
 
 
 @given(prompt=TEXT, completion=TEXT, dataset=TEXT)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_no_text_breaks_the_card(run: Path, prompt: str, completion: str, dataset: str) -> None:
-    (run / "metrics.jsonl").write_text("")
     record_run(run, system_prompt=prompt, dataset=dataset.replace("/", " "), eval_dataset="x: y")
-    (run / "metrics.jsonl").write_text("")
     record_evaluation(run, completion=completion)
     card = card_of(run)
     assert card.data.widget[0]["messages"][0]["content"] == prompt
@@ -425,8 +430,7 @@ def test_no_text_breaks_the_card(run: Path, prompt: str, completion: str, datase
     written = [block.replace("\r\n", "\n") for block in code_in(card, "text")]
     assert written[0] == prompt.replace("\r\n", "\n") + "\n"
     assert written[2] == completion.replace("\r\n", "\n") + "\n"
-    sent = shlex.split(re.split(r"\n  -d ", code_in(card, "bash")[1])[1])[0]
-    assert json.loads(sent)["messages"][0]["content"] == prompt
+    assert f'"content": {json.dumps(prompt, ensure_ascii=False)}' in code_in(card, "python")[0]
 
 
 def test_what_writes_cards_imports_nothing_heavy() -> None:
