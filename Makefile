@@ -1,4 +1,4 @@
-# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-llmcompressor · test-gpu · lint · lock: each sets up what it needs, once.
+# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-llmcompressor · test-trl-newest · test-gpu · lint · lock: each sets up what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,8 +18,10 @@ LLAMACPP_VENV ?= .venv-llamacpp
 LLAMACPP_STAMP := $(LLAMACPP_VENV)/installed-llamacpp
 LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 LLMCOMPRESSOR_STAMP := $(LLMCOMPRESSOR_VENV)/installed-llmcompressor
+TRL_NEWEST_VENV ?= .venv-trl-newest
+TRL_NEWEST_STAMP := $(TRL_NEWEST_VENV)/installed-trl-newest
 
-.PHONY: train test test-vllm test-llamacpp test-llmcompressor test-gpu lint lock
+.PHONY: train test test-vllm test-llamacpp test-llmcompressor test-trl-newest test-gpu lint lock
 .DEFAULT_GOAL := help
 
 help:
@@ -88,6 +90,20 @@ $(LLMCOMPRESSOR_STAMP): requirements-cpu.txt requirements-llmcompressor.txt pypr
 # The formats that vLLM reads, written by llm-compressor.
 test-llmcompressor: $(LLMCOMPRESSOR_STAMP)
 	OMP_NUM_THREADS=1 $(LLMCOMPRESSOR_VENV)/bin/python -m pytest tests/with_llmcompressor -v -s $(ARGS)
+
+# Every other package stays at the tested set, so that what fails is TRL's.
+$(TRL_NEWEST_STAMP): requirements-cpu.txt requirements-trl-newest.txt constraints.txt pyproject.toml
+	@echo "installing the newest TRL into $(TRL_NEWEST_VENV)"
+	@test -x $(TRL_NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(TRL_NEWEST_VENV)
+	@sed '/^-c/d; /^trl==/d' requirements-cpu.txt > .trl-newest-cpu.txt; sed '/^trl==/d' constraints.txt > .trl-newest-constraints.txt
+	@$(TRL_NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .trl-newest-constraints.txt \
+		-r .trl-newest-cpu.txt -r requirements-trl-newest.txt; status=$$?; rm .trl-newest-*.txt; exit $$status
+	@$(TRL_NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# The trainer on the newest TRL that the transformers backend supports.
+test-trl-newest: $(TRL_NEWEST_STAMP)
+	OMP_NUM_THREADS=1 $(TRL_NEWEST_VENV)/bin/python -m pytest tests/grpo tests/train -n auto --dist loadfile $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -vv -rs $(ARGS)

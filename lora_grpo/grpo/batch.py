@@ -1,4 +1,4 @@
-"""The completions of one step and what they earned, as the trainer shows them."""
+"""What one step of training holds: its completions, what they earned, and what it has spent."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from lora_grpo.data.task import NUMBER_TASK
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of those that are known, or None where none is."""
+    """Return the mean of the values that are not None, or None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def had_signal(row: dict[str, Any]) -> bool:
-    """Return whether a step of `metrics.jsonl` had anything to learn from: a group whose rewards
-    differ, in completions that count."""
+    """Return whether a step of `metrics.jsonl` had anything to learn from: a group with different
+    rewards, in completions that count."""
     return row.get("frac_reward_zero_std") != 1 and row.get("grad_norm") != 0
 
 
@@ -24,8 +24,8 @@ def had_signal(row: dict[str, Any]) -> bool:
 class Batch:
     """The completions that the current updates learn from, and what they earned.
 
-    The lists have B entries; `rewards` holds weighted scores by the reward's name, None where it
-    did not apply. What was sampled for the batch and is not in it is counted as dropped.
+    The lists have B entries. `rewards` holds weighted scores under each reward's name, None where
+    it did not apply. Completions that dynamic sampling replaced count as dropped.
     """
 
     questions: list[str] = field(default_factory=list)
@@ -38,8 +38,8 @@ class Batch:
     dropped_tokens: int = 0
 
     def totals(self) -> list[float | None]:
-        """Return each completion's summed reward, None where no reward applied to it: such a
-        completion counts nowhere, in TRL too."""
+        """Return each completion's summed reward, or None if no reward applied to it; such a
+        completion is ignored everywhere, by TRL too."""
         return [
             None
             if all(score is None for score in scores)
@@ -52,11 +52,11 @@ class Batch:
         return mean(map(NUMBER_TASK.is_right, self.completions, self.answers))
 
     def formatted(self) -> float | None:
-        """Return the share of completions in the format asked for."""
+        """Return the share of completions in the requested format."""
         return mean(map(NUMBER_TASK.has_format, self.completions))
 
     def rows(self, step: int) -> list[dict[str, Any]]:
-        """Return what `completions.jsonl` records, a row a completion."""
+        """Return the rows of `completions.jsonl`, one per completion."""
         return [
             {
                 "step": step,
@@ -71,8 +71,27 @@ class Batch:
         ]
 
 
+@dataclass
+class StepState:
+    """What the trainer holds of the current step.
+
+    `batch` serves every update on the same completions. `inputs` is TRL's micro-batch while its
+    loss is computed, and None otherwise; `part` is the piece of a micro-batch that a backward pass
+    is given where the whole does not fit into memory. `seconds` and `tokens_computed` (tokens that
+    went through the model in the packed update) start anew with each step.
+    """
+
+    batch: Batch = field(default_factory=Batch)
+    inputs: dict[str, Any] | None = None
+    part: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("generate", "sync", "reward", "update"), 0.0)
+    )
+    tokens_computed: int = 0
+
+
 def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
-    """Return the rows `kept` of batches laid one after another; the others count as dropped."""
+    """Return the rows `kept` of the concatenated batches; the others count as dropped."""
 
     def pick(lists: list[list[Any]]) -> list[Any]:
         rows = list(chain(*lists))

@@ -84,6 +84,12 @@ def masked_lists(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in pairs]
 
 
+def padding_share(micro_batches: list[Inputs]) -> float:
+    """Return the share of padding in a step's micro-batches (B, P + T) as TRL pads them."""
+    masks = [batch[name] for batch in micro_batches for name in ("prompt_mask", "completion_mask")]
+    return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+
 Row = dict[str, Any]
 
 PROMPT_FIELDS = {"prompt_ids", "prompt_mask"}  # (B, P), padded on the left

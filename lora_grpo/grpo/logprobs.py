@@ -1,25 +1,21 @@
-"""Log-probs of chosen tokens and their entropy from hidden states, never with (N, V) logits.
+"""Log-probs of chosen tokens and entropies from hidden states, without ever holding (N, V) logits.
 
-The output layer is worked through in tiles of the vocabulary with a running maximum, as attention
-is in FlashAttention (Dao et al. 2022, arXiv 2205.14135). A log-prob's gradient by its hidden state
-is one vector, (W[target] - sum p W) / temperature, so it is summed up in the same pass: the
-backward pass multiplies it by one number a token and computes no logits again.
+The output layer is computed in tiles of the vocabulary with a running maximum, as FlashAttention
+does for attention (Dao et al. 2022, arXiv 2205.14135). The gradient of a log-prob with respect to
+its hidden state is one vector, (W[target] - sum p W) / temperature, which is accumulated in the
+same pass: the backward pass multiplies it by one number per token and computes no logits again.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-TOKENS, VOCABULARY = 1024, 4096  # 16 MB a float32 tile
+TOKENS, VOCABULARY = 1024, 4096  # a float32 tile has 16 MB
 
 
 class TiledLogProbs(torch.autograd.Function):
-    """`(hidden (N, H), weight (V, H), targets (N,), temperature)` to log-probs and entropies (N,).
+    """Map `(hidden (N, H), weight (V, H), targets (N,), temperature)` to log-probs and entropies
+    (N,).
 
-    Only the log-probs have a gradient, and only by `hidden`.
+    Only the log-probs have a gradient, and only with respect to `hidden`.
     """
 
     @staticmethod
@@ -85,15 +81,3 @@ def one_block(
     if mean is not None:
         mean.div_(-total[:, None]).add_(weight[targets]).div_(temperature)
     return chosen - log_total, log_total - weighted / total, mean
-
-
-def has_plain_head(model: "PreTrainedModel") -> bool:
-    """Tell whether logits are the hidden states times a frozen matrix, and nothing more."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    changed = ("final_logit_softcapping", "logit_scale", "output_multiplier", "logits_scaling")
-    return (
-        type(head) is torch.nn.Linear
-        and head.bias is None
-        and not head.weight.requires_grad
-        and all(getattr(config, name, None) in (None, 1.0) for name in changed)
-    )

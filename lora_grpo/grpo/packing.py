@@ -1,18 +1,20 @@
-"""A batch of prompts and completions as one row of tokens, each different prompt once.
+"""Pack a batch of prompts and completions into one row of tokens that holds each prompt once.
 
-Every layer but attention works on a token at a time, so a packed row needs no padding and no second
-copy of a prompt. Attention goes group by group: a prompt sees itself, a completion its prompt and
-itself; gradients flow back through both (as in Prefix Grouper, arXiv 2506.05433). Only packed
-queries, keys and values are kept for the backward pass, which computes the attention again.
+Every layer except attention treats each token on its own, so a packed row needs no padding and no
+second copy of a prompt. Attention is computed group by group: a prompt attends to itself, a
+completion to its prompt and itself, and gradients flow back through both (as in Prefix Grouper,
+arXiv 2506.05433). Only packed queries, keys and values are saved for the backward pass, which
+computes the attention again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from lora_grpo.policy.layers import attention_replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,12 +173,24 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     groups: list[Group] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' interface of attention, for a packed row; the model passes `groups` on."""
+    """Attend in a packed row; the signature is that of transformers' attention interface.
+
+    Raises:
+        RuntimeError: the model does not pass keyword arguments on to its attention, or asks it for
+        something that is not computed here.
+    """
     if groups is None:
-        raise RuntimeError("packed attention was asked for a batch that is not packed")
+        raise RuntimeError("the model does not pass `groups` on to its attention")
+    asked = {"dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
+    if any(asked.values()):
+        values = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
+        raise RuntimeError(f"its attention has {values}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Under autocast rotary embeddings may leave queries and keys wider than values.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -184,42 +198,7 @@ def packed_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def attention_in_groups(model: "PreTrainedModel") -> Iterator[None]:
-    """Let the model attend as packed rows need it; hold it through the backward pass too, which
-    runs the layers again under gradient checkpointing."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, packed_attention)
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-
-
-def why_not_packed(model: "PreTrainedModel") -> str | None:
-    """Return what in a model does not go with packed rows, or None where nothing speaks against it.
-
-    What is asked: attention that transformers lets one replace, rotary positions, every layer
-    with plain and full attention.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not let its attention be replaced"
-    if not hasattr(model.base_model, "rotary_emb"):
-        return f"{type(model).__name__} has no rotary positions"
-    if kinds != {"full_attention"} or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
-        return f"its layers attend by {', '.join(sorted(kinds - {'full_attention'})) or 'windows'}"
-    if getattr(config, "attention_dropout", 0.0):
-        return "its attention has dropout"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention's logits are capped"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation}"
-    return None
+def attention_in_groups(model: "PreTrainedModel") -> AbstractContextManager[None]:
+    """Let the model attend as packed rows need it. Keep it active during the backward pass too:
+    gradient checkpointing runs the layers again."""
+    return attention_replaced(model, ATTENTION, packed_attention)

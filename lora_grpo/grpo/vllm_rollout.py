@@ -1,7 +1,8 @@
-"""vLLM as TRL's trainer calls it: the policy's adapter before each batch, then its completions.
+"""vLLM as TRL's trainer calls it: first the current adapter is sent, then completions are sampled.
 
-TRL 1.14.2 asks `trainer.vllm_generation` for `sync_weights()` and `generate(...)`; its own merges
-the adapter into the base, pushes every weight and unmerges, which a 4-bit base does not survive.
+TRL (1.14.2 and 1.16.0) calls `trainer.vllm_generation.sync_weights()` and `.generate(...)`. TRL's
+own class merges the adapter into the base, pushes every weight and unmerges, which would change a
+4-bit base.
 """
 
 import time
@@ -17,18 +18,18 @@ LARGEST_SEED = 2**63
 
 
 class AdapterRollout:
-    """Samples the training rollouts from an engine that follows the trainer's adapter."""
+    """Samples completions for training from an engine that has the trainer's current adapter."""
 
     def __init__(self, engine: Engine, trainer: "LoraGRPOTrainer") -> None:
         self.engine, self.trainer = engine, trainer
         self.calls = 0
 
     def sync_weights(self) -> None:
-        """Let the engine answer as the adapter is now."""
+        """Send the current adapter to the engine."""
         started = time.perf_counter()
         self.engine.sync(self.trainer.model)
         self.calls = 0
-        self.trainer.seconds["sync"] += time.perf_counter() - started
+        self.trainer.step.seconds["sync"] += time.perf_counter() - started
 
     def generate(
         self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any = None
@@ -36,6 +37,7 @@ class AdapterRollout:
         """Return prompts, completions, each token's log-prob as (B, T, 1), and nothing."""
         trainer, args = self.trainer, self.trainer.args
         self.calls += 1  # A step's second call must not draw the same completions again.
+        # Numbers have the same hash in every process; a resumed run draws what it would have drawn.
         completion_ids, logprobs = self.engine.sample(
             prompts,
             seed=hash((args.seed, trainer.state.global_step, self.calls)) % LARGEST_SEED,
@@ -47,9 +49,10 @@ class AdapterRollout:
 
 
 def sample_with_vllm(trainer: "LoraGRPOTrainer", engine: Engine) -> None:
-    """Make the trainer sample from the engine, and correct for what its log-probs differ by.
+    """Make the trainer sample from the engine.
 
-    The correction is TRL's importance sampling, bounded as `TrainConfig.vllm_correction` says.
+    TRL's importance sampling corrects for the difference between the two sets of log-probs, bounded
+    as `TrainConfig.vllm_correction` says.
     """
     trainer.vllm_generation = AdapterRollout(engine, trainer)
     trainer.use_vllm = True
@@ -58,8 +61,8 @@ def sample_with_vllm(trainer: "LoraGRPOTrainer", engine: Engine) -> None:
 
 
 def attach(policy: Policy, trainer: "LoraGRPOTrainer") -> None:
-    """Let the policy answer as the trainer's adapter is at each moment, and its engine, if it has
-    one of its own, sample the trainer's rollouts."""
+    """Let the policy use the trainer's current adapter, and the trainer sample from the policy's
+    engine, if it has one of its own."""
     policy.follow(trainer.model)
     trainer.abort_generation = policy.abort
     if isinstance(policy, VLLMPolicy):

@@ -1,8 +1,5 @@
-"""The adapter directory: what a run leaves behind, and the one argument of everything that comes
-after it.
-
-The directory remembers its base model, so that evaluate, merge, export, push, chat and resume need
-nothing else.
+"""The adapter directory: what a run leaves behind, and the one argument of evaluate, merge, export,
+push, chat and resume. It records its base model, so they need nothing else.
 """
 
 import hashlib
@@ -13,12 +10,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from zipfile import is_zipfile
 
 from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PLAIN, PromptStyle, fit_style
-from lora_grpo.machine.files import STAGED, read_json, read_jsonl
+from lora_grpo.machine.files import STAGED, read_json
 from lora_grpo.machine.folders import check_kind
 from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, resolve_model
 
@@ -36,10 +32,6 @@ ADAPTERS = ("run", "adapter", "last", "other")
 METADATA = "__metadata__"
 LOGS = METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
 EVAL, EVAL_ITEMS = "eval.json", "eval_items.jsonl"
-IN_A_CHECKPOINT = (
-    *(CONFIG, WEIGHTS, "trainer_state.json"),
-    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
-)
 
 
 def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
@@ -83,38 +75,6 @@ def check_whole(weights: Path) -> None:
         raise ValueError(
             f"{weights} is no whole safetensors file ({error}): fetch or write it again"
         ) from error
-
-
-def check_run(run_dir: Path) -> None:
-    """Refuse to resume a run of which files are missing or broken, which the trainer would pass
-    over in silence or find late.
-
-    Raises:
-        FileNotFoundError, ValueError: the message names the file and what to do.
-    """
-    steps = [len(read_jsonl(run_dir / name)) for name in LOGS]
-    found = [path for path in run_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    if not found:
-        return
-    *older, newest = sorted(found, key=lambda path: int(path.name[11:]))
-    instead = f"remove {newest} to resume from {older[-1]}" if older else "start anew"
-    if not steps[0]:
-        raise FileNotFoundError(
-            f"--resume {run_dir}: {run_dir / LOGS[0]} holds no step, but {newest.name} does: put "
-            "the file back, or start anew"
-        )
-    for name in IN_A_CHECKPOINT:
-        if not (newest / name).is_file():
-            raise FileNotFoundError(f"--resume {run_dir}: {newest / name} is missing: {instead}")
-    try:
-        read_json(newest / "trainer_state.json")
-        for weights in newest.glob("*.safetensors"):
-            check_whole(weights)
-    except ValueError as error:
-        raise ValueError(f"--resume {run_dir}: {error}, or {instead}") from error
-    for path in [*newest.glob("*.pt"), *newest.glob("*.pth")]:
-        if not is_zipfile(path):  # torch's format
-            raise ValueError(f"--resume {run_dir}: {path} was cut short: {instead}")
 
 
 def read_train_config(directory: Path) -> dict[str, Any]:

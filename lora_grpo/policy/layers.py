@@ -1,11 +1,12 @@
-"""Linear layers with an adapter in fewer passes over memory than PEFT's general code takes.
+"""Replacements for a model's layers while a block runs: linear layers with an adapter in fewer
+passes over memory than PEFT's general code takes, and another attention.
 
-In an update (`fused`) a layer adds its adapter into the base's product, in place, and keeps its
-input alone; a gated MLP keeps gate and up, and multiplies them again in the backward pass. While a
-CPU model answers (`one_matrix`) a layer is the single matrix W + scale B A.
+In an update (`fused`) a layer adds the adapter's output to the base's product in place and saves
+only its input; a gated MLP saves gate and up, and multiplies them again in the backward pass. While
+a CPU model generates (`one_matrix`) a layer is the single matrix W + scale B A.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# Their forward is down(act(gate(x)) * up(x)).
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-
 
 @dataclass(frozen=True)
 class Adapted:
-    """A layer of PEFT's whose output is W x + scale B A x (+ bias), and nothing more."""
+    """A PEFT layer whose output is exactly W x + scale B A x (+ bias)."""
 
     layer: torch.nn.Module
     base: torch.nn.Module
@@ -53,7 +51,7 @@ def read_weight(base: torch.nn.Module) -> torch.Tensor:
 
 
 def find_adapted(model: "PeftModel | PreTrainedModel") -> list[Adapted]:
-    """Return the layers that this module computes: plain LoRA, everything in float32."""
+    """Return the layers that can be replaced: plain LoRA, all of it in float32."""
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     found = []
@@ -85,7 +83,7 @@ def forward_product(x: torch.Tensor, layer: Adapted) -> tuple[torch.Tensor, torc
 def backward_product(
     gradient: torch.Tensor, x: torch.Tensor, low: torch.Tensor, layer: Adapted, wanted: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """Return the gradients by x (if `wanted`), A and B."""
+    """Return the gradients with respect to x (if `wanted`), A and B."""
     by_low = (gradient @ layer.b).mul_(layer.scale)
     by_x = (gradient @ layer.weight()).addmm_(by_low, layer.a) if wanted else None
     return by_x, by_low.T @ x, (gradient.T @ low).mul_(layer.scale)
@@ -152,7 +150,12 @@ class GatedProduct(torch.autograd.Function):
 
 
 def is_gated(module: torch.nn.Module) -> bool:
-    return type(module).__name__ in GATED and "silu" in type(module.act_fn).__name__.lower()
+    """Return whether a module looks like an MLP that computes down(silu(gate(x)) * up(x)); the
+    start-up self-test (`grpo.self_test`) shows whether it does."""
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return [name for name, _ in module.named_children()] == list(names) and (
+        "silu" in type(module.act_fn).__name__.lower()
+    )
 
 
 def fused_forward(layer: Adapted, x: torch.Tensor) -> torch.Tensor:
@@ -165,8 +168,10 @@ def gated_forward(mlp: torch.nn.Module, down: Adapted, x: torch.Tensor) -> torch
 
 @contextmanager
 def fused(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
-    """Compute the adapted layers so that the backward pass keeps and repeats little; hold it
-    through that pass too, which runs the layers again under gradient checkpointing."""
+    """Compute the adapted layers so that little is saved for the backward pass.
+
+    Keep it active during the backward pass too: gradient checkpointing runs the layers again.
+    """
     layers = {found.layer: found for found in find_adapted(model)}
     forwards = {layer: partial(fused_forward, found) for layer, found in layers.items()}
     for mlp in filter(is_gated, model.modules()):
@@ -178,12 +183,11 @@ def fused(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
 
 @contextmanager
 def one_matrix(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
-    """Let a CPU model's adapted and its 4-bit layers be one matrix each, while it answers.
+    """Make each adapted or 4-bit layer of a CPU model a single matrix while it generates.
 
-    A CPU would otherwise dequantise every weight, and work through every adapter, for every token.
-    The numbers are those of base + adapter to float32 rounding; the price is one more copy of
-    these layers for as long as the block lasts. Does nothing on a GPU, whose kernels read 4-bit
-    weights as they are.
+    Without this a CPU dequantises every weight and computes every adapter for every token. The
+    outputs are those of base + adapter up to float32 rounding. It costs one more copy of these
+    layers while the block runs. Does nothing on a GPU, whose kernels read 4-bit weights directly.
     """
     forwards = {}
     if next(model.parameters()).device.type == "cpu":
@@ -203,7 +207,7 @@ def one_matrix(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
 
 @contextmanager
 def replaced(forwards: dict[torch.nn.Module, partial]) -> Iterator[None]:
-    """Let these modules compute by other functions while the block lasts."""
+    """Replace these modules' forward functions while the block runs."""
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -211,3 +215,20 @@ def replaced(forwards: dict[torch.nn.Module, partial]) -> Iterator[None]:
     finally:
         for module in forwards:
             del module.forward
+
+
+@contextmanager
+def attention_replaced(
+    model: "PreTrainedModel", name: str, attention: Callable[..., tuple[torch.Tensor, None]]
+) -> Iterator[None]:
+    """Register a function with transformers' attention interface as `name`, and let the model use
+    it while the block runs."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(name, attention)
+    config = model.config.get_text_config()
+    own, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = own

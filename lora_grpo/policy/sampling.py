@@ -1,17 +1,18 @@
-"""Completions sampled from the model itself, each prompt computed and held once for its group.
+"""Sample completions from the model itself, with one copy of each prompt's cache per group.
 
-A prompt goes through the model once; its keys and values then serve the G completions as they are,
-in one product for all of a group's queries, and each completion's own go into a buffer made once.
-Transformers' `generate` holds a copy for each completion, and copies all of it at every token.
+A prompt goes through the model once. All G completions of its group then attend to the same cached
+keys and values, and each completion's own go into a buffer that is allocated once. Transformers'
+`generate` keeps a copy of the prompt's cache per completion, and copies the whole cache at every
+token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_grpo.policy.generate import cut_at_end
+from lora_grpo.policy.layers import attention_replaced
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -20,13 +21,14 @@ ATTENTION = "shared_decoding"
 
 
 class Decoding:
-    """What the attention of the next token reads: prompts' and completions' keys and values.
+    """The keys and values that the next token attends to, of prompts and of completions.
 
-    U prompts of P padded tokens and B = U x G completions, a prompt's side by side.
+    There are U prompts, padded to P tokens, and B = U x G completions; those of one prompt are
+    adjacent rows.
     """
 
     def __init__(self, cache: Any, prompt_mask: torch.Tensor, rows: int, length: int) -> None:
-        """Take over a cache of U prompts; make room for `length` more tokens of each of `rows`."""
+        """Use a cache of U prompts, and allocate `length` more tokens for each of `rows` rows."""
         self.prompts = [(layer.keys, layer.values) for layer in cache.layers]  # (U, heads, P, size)
         self.own = [
             tuple(part.new_empty(rows, part.shape[1], length, part.shape[3]) for part in pair)
@@ -38,7 +40,8 @@ class Decoding:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Add the next token's key and value (B, heads, 1, size); return its output, as query."""
+        """Store the next token's key and value (B, heads, 1, size); return its output, shaped like
+        the query."""
         (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
         keys[:, :, self.count], values[:, :, self.count] = key[:, :, 0], value[:, :, 0]
         keys, values = (part[:, :, : self.count + 1] for part in (keys, values))
@@ -68,45 +71,35 @@ def decoding_attention(
     decoding: Decoding | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' interface of attention, for one token of each completion."""
+    """Attend from one token of each completion; the signature is transformers' interface's.
+
+    Raises:
+        RuntimeError: the model does not pass keyword arguments on to its attention.
+    """
     if decoding is None:
-        raise RuntimeError("the attention of sampling was asked for something else")
+        raise RuntimeError("the model does not pass `decoding` on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key = query.to(value.dtype), key.to(value.dtype)
     output = decoding.attend(module.layer_idx, query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def decoding_alone(model: "PreTrainedModel") -> Iterator[None]:
-    """Let the model attend as `Decoding` does."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, decoding_attention)
-    config = model.config.get_text_config()
-    own, config._attn_implementation = config._attn_implementation, ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-
-
 def why_not_sampled(settings: "GenerationConfig") -> str | None:
-    """Return which setting of TRL's generation is not understood here, or None."""
+    """Return which of TRL's generation settings is not supported here, or None."""
     off = {"top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1.0, None)}
     strange = [name for name, values in off.items() if getattr(settings, name) not in values]
     return f"generation has {', '.join(strange)}" if strange else None
 
 
 def once_each(prompts: list[list[int]]) -> list[list[int]]:
-    """Return each prompt once where every one stands equally often in a row, else all of them."""
+    """Return each prompt once if all are repeated equally often in adjacent rows, else all rows."""
     starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
     sizes = {b - a for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)}
     return [prompts[start] for start in starts] if len(sizes) == 1 else prompts
 
 
 def choose(logits: torch.Tensor, settings: "GenerationConfig") -> torch.Tensor:
-    """Draw one token of each row (B, V) from transformers' distribution: temperature, top-p."""
+    """Draw one token per row of logits (B, V), with temperature and top-p as transformers does."""
     from transformers import TopPLogitsWarper
 
     scores = logits.float() / settings.temperature
@@ -116,13 +109,14 @@ def choose(logits: torch.Tensor, settings: "GenerationConfig") -> torch.Tensor:
 
 
 def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """Draw one token of each row (B, V): where the summed probabilities pass a uniform number.
+    """Draw one token per row of probabilities (B, V): where their running sum passes a uniform
+    number.
 
-    `torch.multinomial` draws an exponential number for each of the V, a fifth of a CPU's time for
-    a token of a small model.
+    `torch.multinomial` draws V exponential numbers per row, a fifth of a CPU's time per token of a
+    small model.
 
     Raises:
-        FloatingPointError: they are not finite.
+        FloatingPointError: the probabilities are not finite.
     """
     reach = probabilities.cumsum(-1, dtype=torch.float64)
     whole = reach[:, -1:]
@@ -132,7 +126,6 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(reach, point, right=True)[:, 0]
 
 
-@torch.no_grad()
 def sample(
     model: "PreTrainedModel",
     prompts: list[list[int]],
@@ -140,10 +133,24 @@ def sample(
     end_ids: list[int],
     max_completion_length: int,
 ) -> list[list[int]]:
-    """Return a completion of each prompt, up to and with the token that ends it.
+    """Return a completion of each prompt, up to and including the token that ends it.
 
-    `model` is in evaluation mode; equal prompts that stand side by side are computed once.
+    `model` is in evaluation mode. Adjacent equal prompts are computed once.
     """
+    rows = decode(model, prompts, lambda x: choose(x, settings), end_ids, max_completion_length)
+    return [cut_at_end(row, end_ids)[0] for row in rows.tolist()]
+
+
+@torch.no_grad()
+def decode(
+    model: "PreTrainedModel",
+    prompts: list[list[int]],
+    pick: Callable[[torch.Tensor], torch.Tensor],
+    end_ids: list[int],
+    length: int,
+) -> torch.Tensor:
+    """Return the tokens (B, up to `length`) that `pick` takes from each step's logits (B, V); stop
+    early when every row holds one of `end_ids`."""
     single = once_each(prompts)
     width, group = max(map(len, single)), len(prompts) // len(single)
     padded = [[0] * (width - len(prompt)) + prompt for prompt in single]
@@ -160,16 +167,16 @@ def sample(
     )
     logits = start.logits[:, -1].repeat_interleave(group, 0)  # (B, V)
     position = lengths.repeat_interleave(group)[:, None]
-    decoding = Decoding(start.past_key_values, mask, len(prompts), max_completion_length)
+    decoding = Decoding(start.past_key_values, mask, len(prompts), length)
     ends, drawn = torch.tensor(end_ids, device=model.device), []
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    with decoding_alone(model):
+    with attention_replaced(model, ATTENTION, decoding_attention):
         while True:
-            tokens = choose(logits, settings)
+            tokens = pick(logits)
             drawn.append(tokens)
             finished |= torch.isin(tokens, ends)
-            if len(drawn) == max_completion_length or finished.all():
-                break
+            if len(drawn) == length or finished.all():
+                return torch.stack(drawn, 1)
             logits = model(
                 input_ids=tokens[:, None],
                 position_ids=position,
@@ -178,4 +185,3 @@ def sample(
             ).logits[:, -1]
             decoding.count += 1
             position = position + 1
-    return [cut_at_end(row, end_ids)[0] for row in torch.stack(drawn, 1).tolist()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.policy.base import declared_end_ids, end_of_turn_ids, public_name, read_config
-from lora_grpo.policy.generate import Advance, Completion, complete, cut_at_end
+from lora_grpo.policy.generate import Advance, Completion, complete
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -182,7 +182,6 @@ def load_unsloth(
     return add_lora(load_unsloth_base(config, folder, tokenizer), config)
 
 
-AT_ONCE = 4
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -220,30 +219,24 @@ class UnslothPolicy:
     def _complete_with_vllm(
         self, prompts: list[str], max_completion_length: int, advance: Advance
     ) -> list[Completion]:
-        from vllm import SamplingParams
+        from lora_grpo.policy.vllm import AT_ONCE, complete_in_chunks
 
         engine, end_ids = self.model.vllm_engine, end_of_turn_ids(self.model, self.tokenizer)
-        settings = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_completion_length,
-            stop_token_ids=end_ids,
-            detokenize=False,
-        )
         request = self.model.load_lora("evaluation", load_tensors=True) if self.adapted else None
-        ids = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        completions, chunk = [], AT_ONCE * engine.approx_max_num_seqs
+        chunk = AT_ONCE * engine.approx_max_num_seqs
+
+        def generate(ids: list[list[int]], params: Any) -> list[Any]:
+            return engine.generate(
+                [{"prompt_token_ids": row} for row in ids],
+                sampling_params=params,
+                lora_request=request,
+                use_tqdm=False,
+            )
+
         with self._asleep_afterwards():
-            for start in range(0, len(ids), chunk):
-                part = [{"prompt_token_ids": row} for row in ids[start : start + chunk]]
-                answers = engine.generate(
-                    part, sampling_params=settings, lora_request=request, use_tqdm=False
-                )
-                for answer in answers:
-                    row, truncated = cut_at_end(list(answer.outputs[0].token_ids), end_ids)
-                    text = self.tokenizer.decode(row, skip_special_tokens=True)
-                    completions.append(Completion(text, len(row), truncated))
-                advance(len(part))
-        return completions
+            return complete_in_chunks(
+                self.tokenizer, prompts, end_ids, max_completion_length, chunk, generate, advance
+            )
 
     @contextmanager
     def _asleep_afterwards(self) -> Iterator[None]:

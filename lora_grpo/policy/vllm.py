@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -248,24 +248,11 @@ class Engine:
         max_completion_length: int,
         advance: Advance = lambda count: None,
     ) -> list[Completion]:
-        """Answer each rendered prompt greedily, in their order, as `generate` does."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_completion_length,
-            stop_token_ids=self.end_ids,
-            detokenize=False,
+        """Complete each rendered prompt greedily, in the given order."""
+        chunk = AT_ONCE * self.settings.max_num_seqs
+        return complete_in_chunks(
+            tokenizer, prompts, self.end_ids, max_completion_length, chunk, self.generate, advance
         )
-        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        completions, chunk = [], AT_ONCE * self.settings.max_num_seqs
-        for start in range(0, len(ids), chunk):
-            for request in self.generate(ids[start : start + chunk], params):
-                row, truncated = cut_at_end(list(request.outputs[0].token_ids), self.end_ids)
-                text = tokenizer.decode(row, skip_special_tokens=True)
-                completions.append(Completion(text, len(row), truncated))
-            advance(len(ids[start : start + chunk]))
-        return completions
 
     def abort(self) -> None:
         """Forget what was being generated when an error came."""
@@ -285,6 +272,37 @@ class Engine:
         with suppress(Exception):
             cleanup_dist_env_and_memory()
         self.folder.cleanup()
+
+
+def complete_in_chunks(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    end_ids: list[int],
+    max_completion_length: int,
+    chunk: int,
+    generate: "Callable[[list[list[int]], SamplingParams], list[RequestOutput]]",
+    advance: Advance,
+) -> list[Completion]:
+    """Complete rendered prompts greedily with a vLLM, `chunk` of them at a time, so that progress
+    can be shown."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=max_completion_length,
+        stop_token_ids=end_ids,
+        detokenize=False,
+    )
+    ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    completions = []
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        for request in generate(part, params):
+            row, truncated = cut_at_end(list(request.outputs[0].token_ids), end_ids)
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            completions.append(Completion(text, len(row), truncated))
+        advance(len(part))
+    return completions
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lora_grpo.machine.terminal import (
     find_write_error,
 )
 from lora_grpo.memory.fit import describe_memory
-from lora_grpo.policy.adapter import check_run
+from lora_grpo.policy.checkpoints import KEPT_CHECKPOINTS, check_run
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan, describe_plan, make_plan
@@ -46,9 +46,6 @@ def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     flags = []
     if updates and not config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
-    has_logits = plan.memory is not None and plan.memory.job.holds_logits
-    if has_logits and (updates or "in scoring" in text):
-        flags.append("--chunked-logprobs")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
     if flags:
@@ -105,7 +102,6 @@ def needed_space(plan: Plan) -> int:
     """Return the bytes that a run writes: the best and the last adapter, and its checkpoints, each
     with two adapters and two moments for every number, one of them beside those that it replaces.
     """
-    from lora_grpo.grpo.trainer import KEPT_CHECKPOINTS
 
     adapter = 4 * plan.trained_parameters
     return (2 + (KEPT_CHECKPOINTS + 1) * 4) * adapter + SMALL_FILES

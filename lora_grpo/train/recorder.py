@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.config.knobs import TrainConfig
-from lora_grpo.grpo.batch import Batch, had_signal, mean
-from lora_grpo.grpo.groups import dead_groups
+from lora_grpo.grpo.batch import Batch, StepState, had_signal, mean
+from lora_grpo.grpo.groups import dead_groups, padding_share
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.machine.process import PeakMemory
@@ -60,7 +60,7 @@ def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, fl
     `tokens_update` is what went through the model in the update, prompts and all, and
     `padding_share` what of TRL's micro-batches is padding.
     """
-    seconds, batch = trainer.seconds, trainer.batch
+    seconds, batch = trainer.step.seconds, trainer.step.batch
     learnt = sum(batch.tokens)
     tokens = {"generate": learnt + batch.dropped_tokens, "update": learnt}
     return {
@@ -71,8 +71,8 @@ def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, fl
             f"tokens_per_second_{phase}": count / seconds[phase] if seconds[phase] else None
             for phase, count in tokens.items()
         },
-        "tokens_update": trainer.tokens_computed if trainer.packed else None,
-        "padding_share": trainer.padding_share(),
+        "tokens_update": trainer.step.tokens_computed if trainer.packed else None,
+        "padding_share": padding_share(trainer._buffered_inputs),
     }
 
 
@@ -138,8 +138,7 @@ class Recorder(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.started = time.perf_counter()
-        self.trainer.seconds = dict.fromkeys(self.trainer.seconds, 0.0)
-        self.trainer.tokens_computed = 0
+        self.trainer.step = StepState(self.trainer.step.batch)
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -184,7 +183,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         if "train_runtime" in logs:  # the summary of all steps
             return
-        batch = self.trainer.batch
+        batch = self.trainer.step.batch
         row = {
             "step": state.global_step,
             **describe_step(batch, self.config.num_generations, logs),

@@ -22,13 +22,7 @@ from lora_grpo.config.presets import LOCATIONS
 from lora_grpo.data.prompt import keep_settings
 from lora_grpo.grpo.groups import Replacements
 from lora_grpo.grpo.settings import build_dataset, dataset_rows, grpo_config, lora_config
-from lora_grpo.grpo.trainer import (
-    BEST,
-    LoraGRPOTrainer,
-    list_checkpoints,
-    rotate_checkpoints,
-    step_of,
-)
+from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.grpo.vllm_rollout import attach
 from lora_grpo.machine.files import (
     STAGED,
@@ -40,6 +34,7 @@ from lora_grpo.machine.files import (
 )
 from lora_grpo.machine.process import PeakMemory, watch_memory
 from lora_grpo.policy.adapter import CONFIG, TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
+from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoints, step_of
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.card import write_adapter_card
 from lora_grpo.results.evaluate import evaluate_model
@@ -196,7 +191,6 @@ def build_trainer(
             # Unsloth has put the adapter on the model already.
             peft_config=None if config.backend == "unsloth" else lora_config(config),
             train_dataset=build_dataset(config, plan.data.train, plan.data.style, steps),
-            chunked_logprobs=config.chunked_logprobs,
             say=display.say_always,
             shared_prefix=config.shared_prefix,
             replacements=find_replacements(plan),
@@ -207,8 +201,6 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     # Only the loaded model tells for certain.
     record["shared_prefix"] = record["shared_prefix"] and trainer.packed
-    if trainer.packed:
-        record["chunked_logprobs"] = None
     return trainer
 
 
@@ -303,7 +295,7 @@ def explain_non_finite(
     """Save the batch that broke the update, and say what to change."""
     step = trainer.state.global_step + 1
     path = plan.run_dir / f"non_finite_step_{step}.jsonl"
-    write_jsonl(path, trainer.batch.rows(step))
+    write_jsonl(path, trainer.step.batch.rows(step))
     return FloatingPointError(
         f"step {step}: {error}, so the update was not made; the step's completions are in {path}: "
         "start anew with a "

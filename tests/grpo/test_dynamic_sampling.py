@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
@@ -202,13 +201,13 @@ def test_the_update_equals_plain_trl_s_on_the_same_rows(
     ]
 
     def sampled(self: LoraGRPOTrainer, inputs: list) -> dict[str, torch.Tensor]:
-        output, self.batch = draws.pop(0)
+        output, self.step.batch = draws.pop(0)
         return output | {"num_items_in_batch": output["completion_mask"].sum()}
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", sampled)
     trainer.replacements = Replacements(ROWS, rounds=3, seed=0)
     loss, gradients = learn(trainer, accumulation)
-    assert not draws and trainer.batch.dropped_tokens == 2 * G * 20 + sum(lengths[1])
+    assert not draws and trainer.step.batch.dropped_tokens == 2 * G * 20 + sum(lengths[1])
     assert {b["prompt_ids"].shape[1] for b in trainer._buffered_inputs} == {max(PROMPTS)}
     assert {b["completion_ids"].shape[1] for b in trainer._buffered_inputs} == {max(LENGTHS)}
     assert abs(loss - expected_loss) < 1e-4 * max(abs(expected_loss), 1e-2)
@@ -240,7 +239,7 @@ class AtEachStep(TrainerCallback):
 
 def logged_rows(trainer: LoraGRPOTrainer) -> list[tuple]:
     """Return prompt, completion, tokens and advantage of each row that the logs show."""
-    batch, rows = trainer.batch, []
+    batch, rows = trainer.step.batch, []
     totals = torch.tensor(batch.totals()).view(-1, G)
     spread = totals.std(1, keepdim=True) + 1e-4
     advantages = ((totals - totals.mean(1, keepdim=True)) / spread).flatten().tolist()
@@ -283,7 +282,7 @@ def test_the_batch_ends_up_full_and_the_logs_show_what_is_learnt_from(
     replaced = []
 
     def look() -> None:
-        batch = trainer.batch
+        batch = trainer.step.batch
         assert len(batch.completions) == 16 and not any(dead_groups(batch.totals(), G))
         assert len(set(batch.questions)) == 4 and not dead & set(batch.questions)
         assert learnt_rows(trainer) == logged_rows(trainer)
@@ -313,19 +312,19 @@ def test_the_rounds_are_a_limit_and_training_goes_on(tmp_path: Path) -> None:
     assert [len(call["question"]) for call in calls] == [16, 16, 16] * 2
     drawn = [question for call in calls[3:] for question in call["question"]]
     assert len(set(drawn)) == 12, "no prompt is drawn twice in a step"
-    assert trainer.batch.questions == drawn[:16]
+    assert trainer.step.batch.questions == drawn[:16]
     assert [row["grad_norm"] for row in trainer.state.log_history[:2]] == [0.0, 0.0]
-    row = describe_step(trainer.batch, G, {})
+    row = describe_step(trainer.step.batch, G, {})
     tokens = sum(len(ids) for call in calls[3:] for ids in call["completion_ids"])
     assert (row["drawn_groups"], row["frac_reward_zero_std"]) == (12, 1.0)
-    assert row["dropped_tokens"] == tokens - sum(trainer.batch.tokens)
+    assert row["dropped_tokens"] == tokens - sum(trainer.step.batch.tokens)
 
 
 def test_without_the_flag_nothing_is_drawn_in_addition(tmp_path: Path) -> None:
     rewards, calls = rewarding(lambda question: True)
     trainer = make_trainer(tmp_path, rewards=rewards, max_completion_length=12)
     trainer.train()
-    row = describe_step(trainer.batch, G, {})
+    row = describe_step(trainer.step.batch, G, {})
     assert (len(calls), row["drawn_groups"], row["dropped_tokens"]) == (1, 4, 0)
 
 
@@ -403,13 +402,7 @@ def test_the_samplers_log_probs_stay_with_their_rows(tmp_path: Path, monkeypatch
     assert trainer.state.log_history[0][name] == pytest.approx(largest)
 
 
-# What is refused, and what is shown
-
-
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ValueError, match="--dynamic-sampling: 2 processes train together"):
-        make_trainer(tmp_path, replacements=Replacements(ROWS, 1, 0))
+# What is shown
 
 
 def test_a_step_stays_one_line_and_shows_what_was_drawn(capsys) -> None:

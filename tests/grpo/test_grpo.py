@@ -51,7 +51,7 @@ def test_gradient_does_not_depend_on_the_micro_batch(tmp_path: Path, loss_type: 
     whole_trainer, whole = found[0]
     assert max(gradient.abs().max() for gradient in whole.values()) > 1e-4
     for trainer, gradients in found[1:]:
-        assert trainer.batch.completions == whole_trainer.batch.completions
+        assert trainer.step.batch.completions == whole_trainer.step.batch.completions
         for name, gradient in whole.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
 
@@ -99,7 +99,7 @@ def test_steps_equal_plain_trl(
 def test_batch_holds_what_trl_was_paid(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.train()
-    batch, logs = trainer.batch, trainer.state.log_history[0]
+    batch, logs = trainer.step.batch, trainer.state.log_history[0]
     assert len(batch.completions) == 16
     assert sum(batch.totals()) / 16 == pytest.approx(logs["reward"], abs=1e-6)
     assert sum(batch.tokens) / 16 == pytest.approx(logs["completions/mean_length"])

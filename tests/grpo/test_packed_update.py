@@ -9,7 +9,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    MistralConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -19,7 +18,7 @@ from update_cases import PROMPTS, G, compare, crafted_batch, prepare, update, wo
 
 from lora_grpo.config.knobs import LINEAR_LAYERS
 from lora_grpo.grpo.logprobs import TiledLogProbs
-from lora_grpo.grpo.packing import attention_in_groups, pack, why_not_packed
+from lora_grpo.grpo.packing import attention_in_groups, pack
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.policy.layers import fused
 
@@ -101,7 +100,7 @@ def test_dead_groups_are_not_computed_and_have_zero_gradients(
     _, gradients, trainer = update(tmp_path, LoraGRPOTrainer, 4, dead=dead)
     live = [group for group in range(len(PROMPTS)) if group not in dead]
     lengths = (18 - G, 24 - G, 21 - G)
-    assert trainer.tokens_computed == sum(PROMPTS[g] + lengths[g] for g in live)
+    assert trainer.step.tokens_computed == sum(PROMPTS[g] + lengths[g] for g in live)
     assert len(gradients) == len(trainer.trained)
     if not live:
         assert all(not gradient.any() for gradient in gradients.values())
@@ -143,7 +142,6 @@ SHAPE = {
 def test_other_architectures(config) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    assert why_not_packed(model) is None
     model = get_peft_model(model, LoraConfig(r=4, target_modules=list(LINEAR_LAYERS)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
@@ -175,11 +173,8 @@ def test_other_architectures(config) -> None:
     assert config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("chunked_logprobs", [False, True])
-def test_a_mixture_of_experts_is_updated_as_trl_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunked_logprobs: bool
-) -> None:
-    """Its loss has a term of the routers, which neither packed rows nor chunks give."""
+def test_a_mixture_of_experts_is_updated_as_trl_does(tmp_path: Path) -> None:
+    """Its loss has a term of the routers, which packed rows do not give."""
     config = Qwen2MoeConfig(
         **SHAPE | {"vocab_size": 512},
         num_experts=4,
@@ -188,12 +183,11 @@ def test_a_mixture_of_experts_is_updated_as_trl_does(
         shared_expert_intermediate_size=16,
     )
 
-    def load(*args: object, **knobs: object) -> torch.nn.Module:
+    def load() -> torch.nn.Module:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config)
 
-    monkeypatch.setattr("test_grpo.load_base", load)
-    knobs = {"target_modules": ("q_proj", "v_proj"), "chunked_logprobs": chunked_logprobs}
+    knobs = {"target_modules": ("q_proj", "v_proj"), "load": load}
     said: list[str] = []
     loss, gradients, trainer = update(tmp_path, LoraGRPOTrainer, 6, say=said.append, **knobs)
     assert not trainer.packed and len(said) == 1 and "experts" in said[0]
@@ -201,16 +195,6 @@ def test_a_mixture_of_experts_is_updated_as_trl_does(
     assert plain.router_aux_loss_coef > 0 and len(plain._metrics["train"]["aux_loss"]) == 2
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert worst_difference(gradients, expected) < 1e-6
-
-
-def test_windows_are_left_to_trl(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=4))
-    assert "attend by windows" in why_not_packed(model)
-    said: list[str] = []
-    trainer, _ = prepare(tmp_path, LoraGRPOTrainer, 12, 0.0, say=said.append)
-    trainer.model.config._attn_implementation = "flash_attention_2"
-    assert trainer.packed and not said
-    assert trainer.why_trl_updates() == "its attention is flash_attention_2"
 
 
 def test_what_differs_is_seen(tmp_path: Path) -> None:

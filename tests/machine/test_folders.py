@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lora_grpo.machine.folders import kind_of, run_of
-from lora_grpo.policy.adapter import check_adapter, check_run
+from lora_grpo.policy.adapter import check_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
+from lora_grpo.policy.checkpoints import check_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--preset", "tiny", "--max-steps", 2, "--save-steps", 1, "--num-generations", 4)

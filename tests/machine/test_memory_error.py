@@ -176,7 +176,7 @@ def test_the_gradient_is_the_one_without_the_error(
     with small_memory(2, "update forward") as raised:
         trainer.train()
     assert raised == [8, 4] and len(said) == 2
-    assert trainer.batch.completions == whole.batch.completions
+    assert trainer.step.batch.completions == whole.step.batch.completions
     assert max(gradient.abs().max() for gradient in whole_catcher.gradients.values()) > 1e-4
     for name, gradient in whole_catcher.gradients.items():
         torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
@@ -229,7 +229,7 @@ def test_generation_goes_on_with_fewer_sequences(tmp_path: Path) -> None:
         trainer.train()
     assert raised == [16, 8]
     assert said[0].startswith("out of memory in generation with 16 completions at once")
-    assert len(trainer.batch.completions) == 16
+    assert len(trainer.step.batch.completions) == 16
     assert trainer.state.global_step == 2
 
 
@@ -245,26 +245,6 @@ def test_scoring_goes_on_with_fewer_rows(tmp_path: Path) -> None:
         trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
     ):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
-
-
-@pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_logprobs_in_chunks_give_the_same_gradient(tmp_path: Path, load_in_4bit: bool) -> None:
-    knobs = {"load_in_4bit": load_in_4bit, "num_iterations": 2, "max_steps": 2, "save_steps": 2}
-    knobs["shared_prefix"] = False
-    whole, whole_catcher, _ = train(tmp_path, **knobs)
-    whole.train()
-    trainer, catcher, _ = train(tmp_path, chunked_logprobs=True, **knobs)
-    seen: list[int] = []
-    head = trainer.model.get_output_embeddings()
-    head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    trainer.train()
-    assert set(seen) == {1}, "the head was applied to more than the token being sampled"
-    for name, gradient in whole_catcher.gradients.items():
-        torch.testing.assert_close(catcher.gradients[name], gradient, rtol=1e-4, atol=1e-7)
-    for mine, theirs in zip(
-        trainer.state.log_history[:2], whole.state.log_history[:2], strict=True
-    ):
-        assert mine["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
 
 
 RUN = {
@@ -345,8 +325,7 @@ def test_a_run_that_cannot_go_on_says_how_and_is_resumed(tmp_path: Path, capsys)
         ("the update", (), "add --gradient-checkpointing"),
         ("the update", ("--gradient-checkpointing",), "nothing is left to save"),
         ("scoring", (), "nothing is left to save"),
-        ("scoring", ("--no-shared-prefix",), "add --chunked-logprobs"),
-        ("the update", ("--no-shared-prefix",), "-checkpointing or --chunked-logprobs"),
+        ("scoring", ("--no-shared-prefix",), "nothing is left to save"),
         ("evaluation", ("--no-shared-prefix",), "nothing is left to save"),
     ],
 )

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from trainers import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.config.knobs import LINEAR_LAYERS, TrainConfig
 from lora_grpo.config.presets import PRESETS
-from lora_grpo.grpo.packing import why_not_packed
 from lora_grpo.memory.shape import PUBLISHED, build_shape, find_shape, read_shape
 
 SMALL = {
@@ -129,5 +129,6 @@ def test_the_published_shape_is_taken_where_the_hub_is_silent(
 def test_plain_attention_is_what_can_be_packed(
     family: str, changed: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = meta_model({"model_type": family, **SMALL, **changed}, tmp_path)
-    assert read_shape(tmp_path).plain_attention == (why_not_packed(model) is None)
+    config = meta_model({"model_type": family, **SMALL, **changed}, tmp_path).config
+    trainer = make_trainer(tmp_path, load=lambda: AutoModelForCausalLM.from_config(config))
+    assert read_shape(tmp_path).plain_attention == trainer.packed

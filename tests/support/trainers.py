@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
 from lora_grpo.config.knobs import TrainConfig
@@ -36,12 +36,13 @@ def make_trainer(
     say: Callable[[str], None] = print,
     rewards: list[Reward] | None = None,
     replacements: Replacements | None = None,
+    load: Callable[[], PreTrainedModel] | None = None,
     **knobs,
 ) -> GRPOTrainer:
     config = TrainConfig(**{**SMALL, **knobs})
     limit = config.max_completion_length
     rewards = rewards or build_rewards("default", max_completion_length=limit)
-    model = load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, double_quant=False)
+    model = load() if load else load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, False)
     problems = load_problems("arithmetic")[:64]
     args = grpo_config(config, tmp_path, CPU, config.max_steps, 0, rewards)
     dataset = build_dataset(config, problems, PLAIN, config.max_steps)
@@ -54,7 +55,6 @@ def make_trainer(
             args,
             lora_config(config),
             dataset,
-            config.chunked_logprobs,
             say,
             config.shared_prefix,
             replacements,

@@ -11,8 +11,8 @@ from trainers import make_trainer
 from transformers import set_seed
 
 from lora_grpo.config.knobs import TrainConfig
-from lora_grpo.grpo.trainer import list_checkpoints
 from lora_grpo.policy.adapter import WEIGHTS, read_step
+from lora_grpo.policy.checkpoints import list_checkpoints
 from lora_grpo.train.recorder import Recorder, best_step
 from lora_grpo.train.run import clear_leftovers, return_to_checkpoint
 

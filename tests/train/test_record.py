@@ -127,8 +127,8 @@ def test_every_shape_of_batch(
     stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, name: str, seconds: float
 ) -> None:
     batch, expected = BATCHES[name]
-    monkeypatch.setattr(stepped, "batch", batch)
-    monkeypatch.setattr(stepped, "seconds", dict.fromkeys(stepped.seconds, seconds))
+    monkeypatch.setattr(stepped.step, "batch", batch)
+    monkeypatch.setattr(stepped.step, "seconds", dict.fromkeys(stepped.step.seconds, seconds))
     row, line = log(stepped, tmp_path, {"loss": 0.0}, capsys)
     assert expected.items() <= row.items()
     speeds = [row["tokens_per_second_generate"], row["tokens_per_second_update"]]
@@ -183,7 +183,7 @@ def test_steps_without_a_signal_are_said_with_their_cure(
     recorder = Recorder(config, tmp_path, None, ignore, ignore, say)
     recorder.trainer = stepped
     for step in range(1, 20):
-        monkeypatch.setattr(stepped, "batch", crafted([0.0, float(step == 7)] * 4))
+        monkeypatch.setattr(stepped.step, "batch", crafted([0.0, float(step == 7)] * 4))
         state = TrainerState(global_step=step, max_steps=20)
         recorder.on_log(stepped.args, state, TrainerControl(), {"grad_norm": 0.1})
     assert said == [5, 17]
@@ -216,7 +216,7 @@ SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "bnpo": (constant, {"loss_type": "bnpo"}),
     "luspo": (constant, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     "vespo": (nothing, {"loss_type": "vespo"}),
-    "no reward, in chunks": (nothing, {"chunked_logprobs": True, "shared_prefix": False}),
+    "no reward, in TRL's update": (nothing, {"shared_prefix": False}),
     "a KL term, two updates": (constant, {"beta": 0.1, "num_iterations": 2, "max_steps": 2}),
     "truncated, of one token": (
         by_length,
@@ -258,6 +258,6 @@ def test_completions_that_end_at_once(tmp_path: Path, monkeypatch, beta: float) 
     ends = trainer.eos_token_ids[:1]
     monkeypatch.setattr(trainer, "_generate_single_turn", lambda ids, *_: ([ends] * len(ids), None))
     trainer.train()
-    row = describe_step(trainer.batch, G, trainer.state.log_history[0])
-    assert trainer.batch.completions == [""] * 16 and row["grad_norm"] > 0
+    row = describe_step(trainer.step.batch, G, trainer.state.log_history[0])
+    assert trainer.step.batch.completions == [""] * 16 and row["grad_norm"] > 0
     assert (row["completion_length"], row["clipped_ratio"], row["format"]) == (1.0, 0.0, 0.0)

@@ -235,7 +235,7 @@ def test_the_engines_logprobs_reach_the_importance_weights(
     trainer.vllm_generation.engine.sync = engine.sync
     trainer.train()
     logs = trainer.state.log_history[0]
-    tokens = sum(trainer.batch.tokens) / len(trainer.batch.tokens)
+    tokens = sum(trainer.step.batch.tokens) / len(trainer.step.batch.tokens)
     found = logs["sampling/importance_sampling_ratio/mean"]
     assert found == pytest.approx(weights(tokens), rel=1e-3)
     clipped = 1.0 if mode == "sequence_mask" else 1 / tokens
@@ -261,7 +261,7 @@ def test_an_engine_that_runs_out_of_memory_samples_fewer_at_once(
     monkeypatch.setattr(type(runner), "execute_model", execute)
     trainer.train()
     assert len(raised) == 2 and len(said) == 2
-    assert len(trainer.batch.completions) == 16
+    assert len(trainer.step.batch.completions) == 16
     assert not engine.llm.llm_engine.has_unfinished_requests()
 
 

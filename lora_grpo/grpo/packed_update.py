@@ -1,0 +1,100 @@
+"""The policy's log-probs and entropies, computed with each prompt once and without padding.
+
+TRL's loss gets the tensors (B, T) that its own method would give it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from lora_grpo.grpo.batch import StepState
+from lora_grpo.grpo.groups import live_rows
+from lora_grpo.grpo.logprobs import TiledLogProbs
+from lora_grpo.grpo.packing import attention_in_groups, pack
+from lora_grpo.policy.layers import fused
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Updater(Protocol):
+    """What is needed here of `LoraGRPOTrainer`."""
+
+    model: torch.nn.Module
+    trained: list[torch.nn.Parameter]
+    accelerator: "Accelerator"
+    beta: float
+    temperature: float
+    aux_loss_enabled: bool
+    packed: bool
+    step: StepState
+
+    def inner_model(self) -> torch.nn.Module: ...
+
+    def _get_per_token_logps_and_entropies(self, *rest: Any, **more: Any) -> tuple: ...
+
+
+@contextmanager
+def computing_packed(model: torch.nn.Module) -> Iterator[None]:
+    """Let the model compute packed rows; keep it active during the backward pass too."""
+    with attention_in_groups(model), fused(model):
+        yield
+
+
+def packed_scores(
+    trainer: Updater,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_length: int,
+    rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probs and entropies (B, T) of completions, `rows` of them at a time."""
+    # An update is inside `computing_packed` already.
+    updates = trainer.step.inputs is not None
+    with nullcontext() if updates else computing_packed(trainer.inner_model()):
+        parts = [
+            packed_logps(trainer, *part, completion_length)
+            for part in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
+        ]
+    logps, entropies = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def packed_logps(
+    trainer: Updater,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-probs and entropies (B, T) of completions under the current adapter.
+
+    In an update, rows without a gradient are not computed: their log-probs are the old ones, so
+    that their ratio is 1, and their entropies the mean of the others', so that TRL logs the mean
+    over the computed rows (NaN if there are none).
+    """
+    inputs = trainer.step.inputs
+    rows = range(len(input_ids)) if inputs is None else live_rows(inputs, trainer.beta)
+    old = None if inputs is None else inputs.get("old_per_token_logps")
+    blank = torch.zeros(len(input_ids), completion_length, device=input_ids.device)
+    logps = blank if old is None else old.float()
+    rows = [row for row in rows if attention_mask[row, -completion_length:].any()]
+    if not rows:
+        # A loss without a graph could not be passed to `backward`; this one's gradient is 0.
+        return logps + sum((p * 0).sum() for p in trainer.trained), blank + torch.nan
+    packed, model = pack(input_ids, attention_mask, completion_length, rows), trainer.inner_model()
+    with trainer.accelerator.autocast():
+        hidden = model.base_model(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            use_cache=False,
+            groups=packed.groups,
+        ).last_hidden_state[0, packed.predictors]
+        weight = model.get_output_embeddings().weight
+        found = TiledLogProbs.apply(hidden, weight, packed.targets, trainer.temperature)
+    trainer.step.tokens_computed += packed.input_ids.numel()
+    place, entropies = (packed.rows, packed.columns), torch.zeros_like(blank)
+    if inputs is not None:
+        entropies += found[1].mean()
+    return logps.index_put(place, found[0]), entropies.index_put(place, found[1])
