@@ -1,11 +1,9 @@
-#!/usr/bin/env python3
 """Time this project against plain TRL on the same work, and its merge against PEFT's.
 
-    python scripts/benchmark.py                                    # the embedded model, two minutes
-    python scripts/benchmark.py all --json benchmarks.json --plot benchmarks.png
+    python scripts/benchmark.py                              # the embedded model, two minutes
+    python scripts/benchmark.py all --json benchmarks.json   # an hour and a half; can be stopped
 
-Prints seconds a step by phase, peak memory and their ratios as Markdown. Exit status: 0 measured,
-1 a run failed, 2 bad input.
+Prints seconds per step by phase, peak memory and their ratios as Markdown.
 """
 
 import sys
@@ -19,9 +17,9 @@ from lora_grpo.machine.terminal import run_command
 def main() -> None:
     import tyro
 
-    from lora_grpo.dev.benchmark import BenchmarkConfig, run
+    from lora_grpo.dev.benchmark import BenchmarkConfig, run_benchmark
 
-    run(tyro.cli(BenchmarkConfig))
+    run_benchmark(tyro.cli(BenchmarkConfig))
 
 
 if __name__ == "__main__":

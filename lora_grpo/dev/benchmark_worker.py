@@ -1,6 +1,7 @@
 """One side of one case, measured in a process of its own; `benchmark` starts it.
 
     python -m lora_grpo.dev.benchmark_worker SPEC.json RESULT.json
+    python -m lora_grpo.dev.benchmark_worker adapter MODEL DIRECTORY
 
 Both sides get the same model, data, seed, settings and rewards; each is what its own user would
 run. Both are timed by the same hooks on methods of TRL's trainer.
@@ -11,12 +12,12 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.dev.benchmark_cases import PEFT, PROJECT, PROVEN, TRL
+from lora_grpo.dev.benchmark import PEFT, PROJECT, PROVEN, TRL
 from lora_grpo.machine.process import watch_memory
 
 if TYPE_CHECKING:
@@ -26,22 +27,17 @@ if TYPE_CHECKING:
     from lora_grpo.train.plan import Plan
 
 Spec = dict[str, Any]
-TIMED = {
-    "_generate": "generate",
-    "_calculate_rewards": "reward",
-    "_prepare_inputs": "inputs",
-    "training_step": "training",
-}
-GOOD_ENOUGH, CHECK_EVERY = 0.90, 2  # strict accuracy on the validation problems; steps
+LEARNING_STEPS, CHECK_EVERY = 80, 2
+GOOD_ENOUGH = 0.90  # strict accuracy on the validation problems
 
 
-def signal_reward(every: int) -> Callable[..., list[float]]:
-    """Return a reward by which one group in `every` teaches nothing (none where that is 0)."""
+def build_reward(every: int, num_generations: int) -> Callable[..., list[float]]:
+    """Return a reward that differs within one group in `every`, and is 0 in the others."""
 
-    def by_its_text(completions: Sequence[Any], num_generations: int, **_: Any) -> list[float]:
+    def by_its_text(completions: list[Any], **_: Any) -> list[float]:
         return [
             0.0
-            if every and (index // num_generations) % every
+            if (index // num_generations) % every
             else zlib.crc32(f"{index} {completion}".encode()) % 1000 / 1000
             for index, completion in enumerate(completions)
         ]
@@ -50,22 +46,19 @@ def signal_reward(every: int) -> Callable[..., list[float]]:
 
 
 def make_benchmark_plan(spec: Spec, steps: int) -> "Plan":
-    """Return the run of train_lora.py's flags, with the rewards that the case asks for."""
+    """Return the plan of a training run with the case's flags and rewards."""
     from lora_grpo.config.presets import parse_train_config
     from lora_grpo.rewards.builtin import Reward
     from lora_grpo.train.plan import make_plan
 
-    case, seed = spec["case"], ("--seed", str(spec["seed"]))
     flags = ("--backend", "transformers", "--rollout", "generate", "--max-steps", str(steps))
-    config, _ = parse_train_config([*case["flags"], *flags, *seed])
-    plan = make_plan(config)
-    if case["signal"] == "own":
+    config, _ = parse_train_config([*spec["case"]["flags"], *flags, "--seed", str(spec["seed"])])
+    plan, signal = make_plan(config), spec["case"]["signal"]
+    if signal == "own":
         return plan
-    reward = signal_reward(0 if case["signal"] == "every group" else 2)
-
-    def function(completions: Sequence[Any], **columns: Any) -> list[float]:
-        return reward(completions, num_generations=config.num_generations)
-
+    function = build_reward(
+        {"every group": 1, "half of the groups": 2}[signal], config.num_generations
+    )
     return replace(plan, rewards=[Reward("by_its_text", function)])
 
 
@@ -119,60 +112,59 @@ def fix_tokens(trainer: "GRPOTrainer", prompt: int, completion: int, vocabulary:
     )
 
 
-def make_clock(trainer: "GRPOTrainer", device: str) -> Any:
-    """Return a callback that keeps a row of seconds and tokens for each step in `rows`."""
+def time_steps(trainer: "GRPOTrainer", device: str) -> list[dict[str, float]]:
+    """Return the list to which each step adds a row of its seconds, by phase, and its tokens."""
     import torch
     from transformers import TrainerCallback
+
+    rows: list[dict[str, float]] = []
+    spent: dict[str, float] = {}
 
     def now() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def timed(name: str) -> Callable[..., Any]:
+        method = getattr(trainer, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = now()
+            result = method(*arguments, **named)
+            spent[name] += now() - started
+            if name == "_generate":
+                spent["tokens"] += sum(map(len, result[1]))
+            return result
+
+        return call
+
+    methods = ("_generate", "_prepare_inputs", "training_step")
+    for name in methods:
+        setattr(trainer, name, timed(name))
+
     class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.rows: list[dict[str, float]] = []
-            for name, phase in TIMED.items():
-                setattr(trainer, name, self.timed(phase, getattr(trainer, name)))
-
-        def timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                started = now()
-                result = method(*arguments, **named)
-                self.spent[phase] += now() - started
-                if phase == "generate":
-                    self.tokens += sum(map(len, result[1]))
-                return result
-
-            return call
-
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.spent, self.tokens = dict.fromkeys(TIMED.values(), 0.0), 0
-            self.began = now()
+            spent.update(dict.fromkeys((*methods, "tokens"), 0.0), began=now())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds, spent = now() - self.began, self.spent
-            phases = {
-                "generate": spent["generate"],
-                "reward": spent["reward"],
-                "update": spent["training"] - spent["inputs"],
-            }
-            other = seconds - sum(phases.values())
-            self.rows.append({"seconds": seconds, **phases, "other": other, "tokens": self.tokens})
+            seconds, generate = now() - spent["began"], spent["_generate"]
+            update = spent["training_step"] - spent["_prepare_inputs"]
+            row = {"seconds": seconds, "generate": generate, "update": update}
+            rows.append(row | {"other": seconds - generate - update, "tokens": spent["tokens"]})
 
-    return Clock()
+    trainer.add_callback(Clock())
+    return rows
 
 
 def run_steps(spec: Spec) -> dict[str, Any]:
     """Make the steps of one side; return those after the warm-up, and the run's peak memory."""
+    from lora_grpo.policy.base import load_base
     from lora_grpo.policy.open import TransformersPolicy
 
     learning = spec["case"]["kind"] == "learning"
     warmup = 0 if learning else spec["warmup_steps"]
-    plan = make_benchmark_plan(spec, warmup + spec["max_steps" if learning else "steps"])
+    plan = make_benchmark_plan(spec, LEARNING_STEPS if learning else warmup + spec["steps"])
     peak = watch_memory(plan.placement.device, plan.free_before)
-    from lora_grpo.policy.base import load_base
-
     config = plan.config
     base = load_base(
         plan.folder, plan.placement, config.load_in_4bit, config.bnb_4bit_use_double_quant
@@ -183,19 +175,13 @@ def run_steps(spec: Spec) -> dict[str, Any]:
         trainer = build(plan, Path(folder), policy)
         if spec["case"]["lengths"]:
             fix_tokens(trainer, *spec["case"]["lengths"], base.config.vocab_size)
-        clock = make_clock(trainer, plan.placement.device)
-        trainer.add_callback(clock)
-        found: dict[str, Any] = {}
-        if learning:
-            found["accuracies"] = stop_when_good(trainer, plan, policy)
+        rows = time_steps(trainer, plan.placement.device)
+        accuracies = stop_when_good(trainer, plan, policy) if learning else []
         trainer.train()
-    if learning and found["accuracies"][-1] < GOOD_ENOUGH:
-        raise RuntimeError(f"{GOOD_ENOUGH} was not reached in {len(clock.rows)} steps")
-    batch = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
-    rows = clock.rows[warmup:]
-    logged = [row for row in trainer.state.log_history if "grad_norm" in row]
-    found["grad_norms"] = [row["grad_norm"] for row in logged]
-    return {"rows": rows, "peak_bytes": peak.bytes(), "micro_batches": batch, **found}
+    if learning and accuracies[-1] < GOOD_ENOUGH:
+        raise RuntimeError(f"{GOOD_ENOUGH} was not reached in {len(rows)} steps")
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    return {"rows": rows[warmup:], "peak_bytes": peak.bytes(), "grad_norms": norms}
 
 
 def stop_when_good(trainer: "GRPOTrainer", plan: "Plan", policy: "Policy") -> list[float]:
@@ -246,16 +232,16 @@ def make_adapter(model: str, folder: Path) -> None:
 def run_merge(spec: Spec) -> dict[str, Any]:
     """Merge into a new folder; return the seconds, imports and all, and the peak memory."""
     started, peak = time.perf_counter(), watch_memory("cpu", 0)
-    model = spec["case"]["flags"][1]
-    with tempfile.TemporaryDirectory(dir=spec["folder"]) as folder:
+    model, adapter = spec["case"]["flags"][1], Path(spec["adapter"])
+    with tempfile.TemporaryDirectory(dir=adapter.parent) as folder:
         merge = {PROJECT: merge_by_project, PEFT: merge_by_peft, PROVEN: merge_and_prove}
-        merge[spec["side"]](model, Path(spec["adapter"]), Path(folder) / "merged")
+        merge[spec["side"]](model, adapter, Path(folder) / "merged")
         seconds = time.perf_counter() - started
     return {"rows": [{"seconds": seconds}], "peak_bytes": peak.bytes()}
 
 
 def merge_by_project(model: str, adapter: Path, target: Path) -> None:
-    """Do what scripts/merge_adapter.py does before its proof."""
+    """Do what the merge command does before its proof."""
     from lora_grpo.merge.inputs import plan_merge
     from lora_grpo.merge.write import write_side_files, write_weights
 
@@ -266,10 +252,10 @@ def merge_by_project(model: str, adapter: Path, target: Path) -> None:
 
 
 def merge_and_prove(model: str, adapter: Path, target: Path) -> None:
-    """Do what scripts/merge_adapter.py does."""
+    """Do what the merge command does, with the proof of the logits."""
     from lora_grpo.merge.command import MergeConfig, merge_adapter
 
-    merge_adapter(MergeConfig(adapter, target, model), report=lambda line: None)
+    merge_adapter(MergeConfig(adapter, target, model, proof="logits"), report=lambda line: None)
 
 
 def merge_by_peft(model: str, adapter: Path, target: Path) -> None:
@@ -292,12 +278,12 @@ def main(spec_path: str, result_path: str) -> None:
         from lora_grpo.machine.allocator import prepare_allocator
 
         prepare_allocator()
-    if "make_adapter" in spec:
-        make_adapter(spec["make_adapter"], Path(spec["adapter"]))
-        return
-    run = run_merge if spec["case"]["kind"] == "merge" else run_steps
-    Path(result_path).write_text(json.dumps(run(spec)), encoding="utf-8")
+    found = run_merge(spec) if spec["case"]["kind"] == "merge" else run_steps(spec)
+    Path(result_path).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "adapter":
+        make_adapter(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main(*sys.argv[1:])
