@@ -48,11 +48,12 @@ def build_reward(every: int, num_generations: int) -> Callable[..., list[float]]
 def make_benchmark_plan(spec: Spec, steps: int) -> "Plan":
     """Return the plan of a training run with the case's flags and rewards."""
     from lora_grpo.config.presets import parse_train_config
-    from lora_grpo.rewards.builtin import Reward
-    from lora_grpo.train.plan import make_plan
 
     flags = ("--backend", "transformers", "--rollout", "generate", "--max-steps", str(steps))
     config, _ = parse_train_config([*spec["case"]["flags"], *flags, "--seed", str(spec["seed"])])
+    from lora_grpo.rewards.builtin import Reward
+    from lora_grpo.train.plan import make_plan
+
     plan, signal = make_plan(config), spec["case"]["signal"]
     if signal == "own":
         return plan

@@ -41,8 +41,8 @@ def spec_of(case: Case, side: str, seed: int = 0) -> dict[str, Any]:
     return {"case": recorded, "side": side, "seed": seed, "steps": 2, "warmup_steps": 1}
 
 
-def test_both_sides_do_the_same_work_and_the_phases_fill_the_step(tmp_path: Path) -> None:
-    mine, theirs = measure(spec_of(SMALL, PROJECT), tmp_path), run_steps(spec_of(SMALL, TRL))
+def test_both_sides_do_the_same_work_and_the_phases_fill_the_step() -> None:
+    mine, theirs = (run_steps(spec_of(SMALL, side)) for side in (PROJECT, TRL))
     for found in (mine, theirs):
         assert len(found["rows"]) == 2
         assert found["peak_bytes"] > 200e6
@@ -54,9 +54,9 @@ def test_both_sides_do_the_same_work_and_the_phases_fill_the_step(tmp_path: Path
     assert mine["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-3)
 
 
-def test_a_failed_side_says_why(tmp_path: Path) -> None:
-    case = replace(SMALL, flags=("--model", str(tmp_path / "nowhere"), "--no-load-in-4bit"))
-    with pytest.raises(RuntimeError, match="nowhere is neither a local folder"):
+def test_a_side_that_fails_in_its_process_says_why(tmp_path: Path) -> None:
+    case = replace(SMALL, flags=("--model", "tiny", "--r", "0"))
+    with pytest.raises(RuntimeError, match="--r must be"):
         measure(spec_of(case, PROJECT), tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_what_is_measured_is_kept_and_not_measured_again(
     for _ in range(2):
         run_benchmark(config)
     assert asked == [PROJECT, TRL]
-    assert cells(capsys.readouterr().out.rpartition("tokens/s")[2], title, "time") == ["1.00 |  |"]
+    assert cells(capsys.readouterr().out.rpartition("ratio of")[2], title, "time")[0] == "1.00"
     results = json.loads(path.read_text())
     results["machine"]["processor"] = "another"
     path.write_text(json.dumps(results))
