@@ -1,4 +1,4 @@
-"""What of a folder is published: an allow-list of files, without paths of this machine in them.
+"""Which files of a folder are published: an allow-list, without paths of this machine in them.
 
 A folder goes in; names with content and hashes, as the Hub lists them, come out. Paths in texts are
 cut to their last part; a file of another kind that holds one is refused.
@@ -7,14 +7,15 @@ cut to their last part; a file of another kind that holds one is refused.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
 from lora_grpo.machine.terminal import FailedError
-from lora_grpo.policy.adapter import TRAIN_CONFIG
+from lora_grpo.policy.adapter import EVAL_ITEMS, TRAIN_CONFIG
 from lora_grpo.policy.base import public_name
 from lora_grpo.results.card import hub_place
 
@@ -24,7 +25,7 @@ class PushError(FailedError):
 
 
 class PushRefused(ValueError):
-    """The user, or the want of one to ask, said no; nothing was changed."""
+    """The user said no, or could not be asked; nothing was changed."""
 
 
 ADAPTER_FILES = (
@@ -92,9 +93,17 @@ class Published:
     sha256: str
     blob_id: str
 
-    @property
-    def content(self) -> Path | bytes:
-        return self.path if self.data is None else self.data
+    def read(self) -> bytes:
+        """Return the content as it will be published."""
+        return self.path.read_bytes() if self.data is None else self.data
+
+
+def describe_file(file: Published) -> str:
+    """Return which of a user's own data a file holds, and what was changed in it."""
+    sampled = file.name != CARD or file.path.with_name(EVAL_ITEMS).is_file()
+    notes = [f"your own: {OWN_DATA[file.name]}"] if file.name in OWN_DATA and sampled else []
+    notes += ["without local paths"] if file.data is not None else []
+    return f"  ({'; '.join(notes)})" if notes else ""
 
 
 def list_adapter(folder: Path, repo: str) -> list[Published]:
@@ -148,39 +157,34 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 def find_paths(folder: Path) -> list[str]:
     """Return the paths of this machine that a folder's files may hold, the longest first: its own,
-    the working and the home folder, what its records name, and the folders that those lie in."""
+    the working and the home folder, those in its records, and the folders that these lie in."""
     found = {folder.resolve(), folder.absolute(), Path.cwd(), Path.home()}
-    for name in RECORDS:
-        path = folder / name
-        texts = list_strings(read_value(path)) if path.is_file() else []
-        found |= {Path(text) for text in texts if is_local_path(text)}
+    texts: list[str] = []
+    for path in (folder / name for name in RECORDS):
+        if path.is_file():
+            with suppress(ValueError):
+                map_strings(json.loads(path.read_bytes()), lambda text: texts.append(text) or text)
+    found |= {Path(text) for text in texts if is_local_path(text)}
     folders = {parent for path in found for parent in (path, *path.parents)}
     private = {str(path) for path in folders if path.is_absolute() and is_private(path)}
     return sorted(private, key=len, reverse=True)
 
 
 def is_private(path: Path) -> bool:
-    """Return whether a path tells of one machine: `/usr/lib` and `/tmp` are everywhere."""
+    """Return whether a path says something about one machine: `/usr/lib` and `/tmp` do not."""
     return len(path.parts) > 2 and path.parts[1] not in SYSTEM
 
 
-def list_strings(value: Any) -> Iterator[str]:
-    """Yield the strings of a JSON value, except its prompts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in parts:
-            if key not in PROMPTS:
-                yield from list_strings(part)
-
-
-def read_value(path: Path) -> Any:
-    """Return what a JSON file holds, nothing where it is none."""
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        return None
+def map_strings(value: Any, change: Callable[[str], str], whole: bool = False) -> Any:
+    """Return a JSON value with its strings changed, except prompts unless it is the `whole`."""
+    if isinstance(value, dict):
+        return {
+            key: entry if key in PROMPTS and not whole else map_strings(entry, change, whole)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [map_strings(entry, change, whole) for entry in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def clean_file(path: Path, secrets: list[str]) -> bytes | None:
@@ -193,7 +197,7 @@ def clean_file(path: Path, secrets: list[str]) -> bytes | None:
     except UnicodeDecodeError:
         return None
     if path.suffix == ".json":
-        cleaned = clean_json(text, secrets, whole=path.name in RECORDS)
+        cleaned = clean_json(text, secrets, path.name in RECORDS)
     elif path.suffix == ".jsonl":
         cleaned = "\n".join(clean_json(line, secrets) for line in text.split("\n"))
     else:
@@ -202,26 +206,23 @@ def clean_file(path: Path, secrets: list[str]) -> bytes | None:
     return None if cleaned == text else cleaned.encode()
 
 
-def clean_json(text: str, secrets: list[str], whole: bool = False) -> str:
-    """Return JSON with its strings cleaned; in a record a `whole` value that looks like a path is
-    shortened wherever it comes from."""
+def clean_json(text: str, secrets: list[str], is_record: bool = False) -> str:
+    """Return JSON with its strings cleaned; in a record each value that is one path is shortened,
+    also one of another machine."""
     try:
         value = json.loads(text)
     except ValueError:
         return clean_text(text, secrets)
-    cleaned = map_strings(shorten(value) if whole else value, secrets)
+    cleaned = map_strings(value, shorten) if is_record else value
+    cleaned = map_strings(cleaned, lambda part: clean_text(part, secrets), whole=True)
     if cleaned == value:
         return text
     indent, end = (2, "\n") if "\n" in text.strip() else (None, "")
     return json.dumps(cleaned, indent=indent, ensure_ascii=False) + end
 
 
-def map_strings(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: map_strings(entry, secrets) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [map_strings(entry, secrets) for entry in value]
-    return clean_text(value, secrets) if isinstance(value, str) else value
+def shorten(text: str) -> str:
+    return last_part(text) if "\n" not in text and is_local_path(text) else text
 
 
 def clean_text(text: str, secrets: list[str], foreign: bool = False) -> str:
@@ -277,21 +278,10 @@ def clean_metadata(card: str) -> str:
 def drop_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [entry for entry in map(drop_paths, value) if entry is not None]
-    return None if isinstance(value, str) and holds_path(value) else value
-
-
-def holds_path(text: str) -> bool:
-    return is_local_path(text) or PATH.search(text.rpartition(":")[2]) is not None
-
-
-def shorten(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: entry if key in PROMPTS else shorten(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [shorten(entry) for entry in value]
-    if isinstance(value, str) and "\n" not in value and is_local_path(value):
-        return last_part(value)
-    return value
+    holds_path = isinstance(value, str) and (
+        is_local_path(value) or PATH.search(value.rpartition(":")[2])
+    )
+    return None if holds_path else value
 
 
 def is_local_path(text: str) -> bool:
