@@ -1,5 +1,5 @@
-"""Make the embedded tiny model from nothing: its tokenizer, then its weights by pre-training on
-mixed answer styles.
+"""Make the embedded tiny model: train its tokenizer, then pre-train its weights on completions in
+mixed styles.
 
 A seed goes in; an ordinary Hugging Face model folder comes out. The model has seen five answer
 styles in fixed shares whatever the prompt asks for, as a base model has: it can reason, but rarely
@@ -72,7 +72,7 @@ def write_completion(problem: dict[str, str], draw: random.Random) -> str:
 
 
 def stream_conversations(seed: int) -> Iterator[tuple[list[Message], str]]:
-    """Yield the chat messages of training problems, with a completion each."""
+    """Yield the chat messages of training problems, each with its completion."""
     draw = random.Random(seed)
     for problem in stream_problems("train", seed, PRETRAINING_TEMPLATES):
         yield build_messages(problem["question"]), write_completion(problem, draw)
@@ -250,8 +250,8 @@ def answer_all(
     return items
 
 
-def describe(items: list[Item]) -> str:
-    """Return the figures of a row of the card."""
+def write_figures(items: list[Item]) -> str:
+    """Return the cells of one row of the card."""
     found = summarise(items)
     return " | ".join(f"{found[name]:.1%}" for name in FIGURES)
 
@@ -275,8 +275,8 @@ def write_tiny_card(
         templates=len(PRETRAINING_TEMPLATES),
         styles="\n".join(f"| {name} | {share:.0%} |" for name, (share, _) in STYLES.items()),
         num_items=len(problems),
-        asked=describe(answer_all(model, tokenizer, problems)),
-        begun=describe(answer_all(model, tokenizer, problems, OPENING)),
+        asked=write_figures(answer_all(model, tokenizer, problems)),
+        begun=write_figures(answer_all(model, tokenizer, problems, OPENING)),
         opening=OPENING.strip(),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
-"""A run's curves as one picture: reward, accuracy and format, and length, by step.
+"""A run's curves as one picture, by step: reward, accuracy and format, and completion length.
 
-What is sampled in training and what is answered greedily are told apart, the base is a line, and
-the step that was kept is marked.
+Sampled figures are solid lines, greedy ones on the validation problems are dashed.
 """
 
 import os
@@ -14,14 +13,12 @@ from lora_grpo.results.records import Records, short_name
 
 CURVES = "curves.png"
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9730d", "#5f6b76"
-Row = dict[str, Any]
 
 
 def write_curves(records: Records, folder: Path) -> bool:
-    """Write `curves.png` into the folder and tell whether there is one.
+    """Write `curves.png` into the folder and return whether there is one.
 
-    Drawn from the metrics, or copied from the run that had more to draw from. The same metrics give
-    the same bytes.
+    Drawn from the metrics, or copied from the run's folder. The same metrics give the same bytes.
     """
     drawn = records.folder / CURVES
     if folder != records.folder and drawn.is_file():
@@ -43,20 +40,26 @@ def draw(records: Records, path: Path) -> None:
     metrics, validation, found = records.metrics, records.validation, records.evaluation
     figure = Figure(figsize=(8, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title(records), fontsize=11)
+    base = records.base.name if records.base else "a base"
+    dataset = short_name(records.trained.get("dataset", "its data"))
+    figure.suptitle(f"GRPO with LoRA: {base} on {dataset}", fontsize=11)
     reward, shares, length = figure.subplots(3, sharex=True, height_ratios=(2, 3, 2))
-    plot(reward, metrics, "reward", BLUE, "reward")
-    plot(shares, metrics, "correct", BLUE, "correct, sampled in training", scale=100)
-    plot(shares, metrics, "format", ORANGE, "format, sampled in training", scale=100)
-    if validation:
-        mark = {"marker": "o", "linestyle": "--"}
-        greedy = "greedy, validation problems"
-        plot(shares, validation, "strict_accuracy", BLUE, f"correct, {greedy}", 100, **mark)
-        plot(shares, validation, "format_rate", ORANGE, f"format, {greedy}", 100, **mark)
+    plot(reward, metrics, "reward", BLUE)
+    plot(length, metrics, "completion_length", GREY)
+    for sampled, greedy, colour in (
+        ("correct", "strict_accuracy", BLUE),
+        ("format", "format_rate", ORANGE),
+    ):
+        plot(shares, metrics, sampled, colour, 100, label=f"{sampled}, sampled in training")
+        if validation:
+            label = f"{sampled}, greedy, validation problems"
+            plot(shares, validation, greedy, colour, 100, label=label, marker="o", linestyle="--")
     if found:
-        base, label = 100 * found["base"]["strict_accuracy"], "correct, greedy, base on the test"
-        shares.axhline(base, color=BLUE, linestyle=":", label=label)
-    plot(length, metrics, "completion_length", GREY, "completion length")
+        accuracy, label = (
+            100 * found["base"]["strict_accuracy"],
+            "correct, greedy, base on the test",
+        )
+        shares.axhline(accuracy, color=BLUE, linestyle=":", label=label)
     reward.set_ylabel("mean reward")
     shares.set(ylabel="share of completions, %", ylim=(-3, 103))
     length.set(ylabel="mean length, tokens", xlabel="step")
@@ -71,17 +74,11 @@ def draw(records: Records, path: Path) -> None:
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def title(records: Records) -> str:
-    """Return what was trained on what, as far as the records tell."""
-    base = records.base.name if records.base else "a base"
-    dataset = short_name(records.trained.get("dataset", "its data"))
-    return f"GRPO with LoRA: {base} on {dataset}"
-
-
 def plot(
-    axes: Any, rows: list[Row], key: str, colour: str, label: str, scale: float = 1, **style: Any
+    axes: Any, rows: list[dict[str, Any]], key: str, colour: str, scale: float = 1, **style: Any
 ) -> None:
     found = [row for row in rows if row.get(key) is not None]
+    if len(found) == 1:
+        style["marker"] = "o"  # a line of one point is invisible
     steps, values = [row["step"] for row in found], [scale * row[key] for row in found]
-    alone = {"marker": "o"} if len(found) == 1 else {}
-    axes.plot(steps, values, color=colour, label=label, **{**alone, **style})
+    axes.plot(steps, values, color=colour, **style)

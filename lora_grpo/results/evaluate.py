@@ -1,4 +1,4 @@
-"""A model and held-out problems become figures: greedy decoding, one sample an item, the training
+"""Evaluate models on held-out problems: greedy decoding, one sample per problem, the training
 prompt."""
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from lora_grpo.policy.base import (
 )
 from lora_grpo.policy.generate import Advance
 from lora_grpo.policy.open import Policy, open_policy
-from lora_grpo.results.scoring import Item, build_report, build_rows, judge
+from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, judge
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.usable import Sieve, keep_usable
 
@@ -45,7 +45,7 @@ class EvaluateConfig:
     """Evaluate an adapter against its base, or a model alone, on held-out problems."""
 
     adapter_dir: tyro.conf.Positional[Path | None] = None
-    """An adapter directory: base and adapter answer the same problems."""
+    """An adapter directory: its base and the adapter get the same problems."""
     model: str | None = None
     """A model to evaluate alone; with ADAPTER_DIR, the base to put the adapter on in place of its
     own."""
@@ -58,19 +58,17 @@ class EvaluateConfig:
     decimal_separator: DecimalSeparator = "auto"
     """How gold answers write decimals: auto is comma where they can be read in no other way."""
     num_items: int | None = None
-    """Take the first so many problems; by default all."""
+    """Use only this many problems, the first ones; by default all."""
     max_completion_length: int | None = None
     """Longest completion in tokens; by default the length trained with, or 512."""
     load_in_4bit: bool | None = None
     """Hold the base in NF4; by default as it was trained, or not."""
     batch_size: int = 32
-    """Problems answered at once."""
+    """Problems per batch."""
     rollout: Rollout = "auto"
-    """What answers: vllm, or transformers' generate; auto is vllm where it is installed with a GPU.
-    """
+    """What generates: vllm, or transformers' generate; auto is vllm with a GPU, if installed."""
     output: Path | None = None
-    """Write eval.json to this file and the items beside it; an existing file is never overwritten.
-    """
+    """Write eval.json to this file, and the items beside it; existing files are not overwritten."""
 
     def __post_init__(self) -> None:
         if self.adapter_dir is None and self.model is None:
@@ -93,7 +91,7 @@ def evaluate_model(
     max_completion_length: int,
     advance: Advance = lambda count: None,
 ) -> list[Item]:
-    """Answer each problem greedily and score it, in the problems' order."""
+    """Generate one greedy completion per problem and score it, in the problems' order."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
     completions = [
         replace(done, text=style.prefill + done.text)
@@ -141,7 +139,7 @@ def held_out_problems(
 
 @dataclass(frozen=True)
 class Examination:
-    """What is evaluated on what, known before any weights load."""
+    """The model, the problems and the prompt of an evaluation, known before any weights load."""
 
     problems: list[Problem]
     dataset: str
@@ -156,7 +154,7 @@ class Examination:
 
 
 def prepare(config: EvaluateConfig) -> Examination:
-    """Find the model, the problems, and how they were asked in training.
+    """Find the model, the problems, and the prompt they had in training.
 
     Raises:
         FileNotFoundError, ValueError: no adapter, model or data.
@@ -224,12 +222,12 @@ def evaluate(
         if config.adapter_dir is not None:
             policy.use_adapter(config.adapter_dir)
             models["adapter"] = evaluate_model(*settings, progress("adapter", total))
-    report = build_report(asked.dataset, asked.split, models)
+    report = build_evaluation(asked.dataset, asked.split, models)
     if asked.notes:
         report["notes"] = asked.notes
     if config.output is not None:
         items = config.output.with_name(config.output.stem + "_items.jsonl")
-        write_jsonl(items, build_rows(asked.problems, models))
+        write_jsonl(items, build_eval_items(asked.problems, models))
         try:
             write_json(config.output, report)
         except BaseException:
@@ -241,7 +239,7 @@ def evaluate(
 def evaluation_engine(
     config: EvaluateConfig, asked: Examination, placement: Placement
 ) -> "EngineSettings":
-    """Return an engine that has the card to itself, and room for the longest problem."""
+    """Return the settings of an engine that has the GPU to itself and fits the longest problem."""
     from lora_grpo.policy.vllm import EngineSettings, allowed_rank
 
     prompts = [
@@ -262,7 +260,7 @@ def evaluation_engine(
 
 
 def free_share() -> float:
-    """Return the share of the card that an engine alone may take: most of what is free."""
+    """Return the share of the GPU's memory that the engine may take: most of what is free."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

@@ -75,10 +75,10 @@ def summarise(items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def build_report(dataset: str, split: str, models: dict[str, Sequence[Item]]) -> dict[str, Any]:
-    """Return `eval.json`: a summary by model, `base` and `adapter`, and the paired test where both
-    are there."""
-    report: dict[str, Any] = {
+def build_evaluation(dataset: str, split: str, models: dict[str, Sequence[Item]]) -> dict[str, Any]:
+    """Return `eval.json`: a summary for each model, `base` and `adapter`, and the paired test where
+    both are there."""
+    found: dict[str, Any] = {
         "dataset": dataset,
         "split": split,
         "num_items": len(next(iter(models.values()))),
@@ -86,15 +86,14 @@ def build_report(dataset: str, split: str, models: dict[str, Sequence[Item]]) ->
     }
     if {"base", "adapter"} <= models.keys():
         strict = [[item.strict for item in models[name]] for name in ("base", "adapter")]
-        report["mcnemar_p"] = mcnemar_p(*strict)
-    return report
+        found["mcnemar_p"] = mcnemar_p(*strict)
+    return found
 
 
-def build_rows(
+def build_eval_items(
     problems: Sequence[Problem], models: dict[str, Sequence[Item]]
 ) -> list[dict[str, Any]]:
-    """Return `eval_items.jsonl`: a row a problem, what each model made of it under the model's
-    name."""
+    """Return `eval_items.jsonl`: one row per problem, with each model's item under its name."""
     return [
         {
             "index": index,

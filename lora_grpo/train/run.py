@@ -38,7 +38,7 @@ from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoi
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.card import write_adapter_card
 from lora_grpo.results.evaluate import evaluate_model
-from lora_grpo.results.scoring import Item, build_report, build_rows, summarise
+from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, summarise
 from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
@@ -360,9 +360,9 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         best = keep_adapters(plan, trainer)
         adapter = judged(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}
-    report = build_report(plan.data.test_name, plan.data.test_split, models)
+    report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
     report |= {"best_step": best, "steps": plan.steps}
-    write_jsonl(run_dir / EVAL_ITEMS, build_rows(plan.data.test, models))
+    write_jsonl(run_dir / EVAL_ITEMS, build_eval_items(plan.data.test, models))
     write_json(run_dir / EVAL, report)
     write_adapter_card(run_dir)
     (run_dir / BASE_ITEMS).unlink(missing_ok=True)

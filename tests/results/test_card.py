@@ -29,7 +29,7 @@ from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
 from lora_grpo.results.card import CardNote, write_adapter_card, write_model_card
 from lora_grpo.results.reproduce import reproduce
-from lora_grpo.results.scoring import Item, build_report, build_rows
+from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation
 
 RIGHT = "<reasoning>\n2+3=5\n</reasoning>\n<answer>\n5\n</answer>"
 QUESTION = "What is 2 + 3?"
@@ -63,9 +63,9 @@ def record_evaluation(folder: Path, question: str = QUESTION, completion: str = 
         "base": [answer(False), answer(False)],
         "adapter": [answer(True, completion), answer(False, completion)],
     }
-    report = build_report("arithmetic", "test", models) | {"best_step": 2}
+    report = build_evaluation("arithmetic", "test", models) | {"best_step": 2}
     (folder / "eval.json").write_text(json.dumps(report))
-    rows = build_rows(problems, models)
+    rows = build_eval_items(problems, models)
     (folder / "eval_items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

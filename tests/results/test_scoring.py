@@ -7,8 +7,8 @@ from lora_grpo.data.problems import Problem
 from lora_grpo.policy.generate import Completion, cut_at_end
 from lora_grpo.results.scoring import (
     Item,
-    build_report,
-    build_rows,
+    build_eval_items,
+    build_evaluation,
     judge,
     mcnemar_p,
     summarise,
@@ -173,7 +173,7 @@ def test_a_summary_has_design_s_names_and_each_its_own_share() -> None:
 def test_the_report_has_design_s_names() -> None:
     base = [make_item(False)] * 6 + [make_item(True)]
     adapter = [make_item(True)] * 7
-    report = build_report("openai/gsm8k:main", "test", {"base": base, "adapter": adapter})
+    report = build_evaluation("openai/gsm8k:main", "test", {"base": base, "adapter": adapter})
     assert list(report) == ["dataset", "split", "num_items", "base", "adapter", "mcnemar_p"]
     assert (report["dataset"], report["split"], report["num_items"]) == (
         "openai/gsm8k:main",
@@ -186,7 +186,7 @@ def test_the_report_has_design_s_names() -> None:
 
 
 def test_a_report_of_one_model_has_no_paired_test() -> None:
-    report = build_report("arithmetic", "test", {"base": [make_item(True)]})
+    report = build_evaluation("arithmetic", "test", {"base": [make_item(True)]})
     assert list(report) == ["dataset", "split", "num_items", "base"]
 
 
@@ -196,7 +196,7 @@ def test_each_problem_gets_a_row_with_design_s_names() -> None:
         "base": [make_item(False, tokens=1), make_item(False, tokens=2)],
         "adapter": [make_item(True, tokens=3), make_item(False, tokens=4)],
     }
-    rows = build_rows(problems, models)
+    rows = build_eval_items(problems, models)
     assert [list(row) for row in rows] == [
         ["index", "question", "answer", "base", "adapter"],
     ] * 2
