@@ -1,6 +1,6 @@
-"""Knobs from a file: a `--config` in YAML or JSON, or the record of a run to resume.
+"""Settings from a file: a `--config` in YAML or JSON, or the record of a run to resume.
 
-A path goes in; the knobs that the file names come out, by name and of their field's type.
+A path goes in; the settings that the file names come out, by name and of their field's type.
 """
 
 import difflib
@@ -10,25 +10,25 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config.knobs import VLLM_CORRECTION, TrainConfig, loss_defaults
+from lora_grpo.config.train_config import VLLM_CORRECTION, TrainConfig, loss_defaults
 from lora_grpo.machine.folders import RUN_FILE, check_kind, kind_of
 
-KNOBS = typing.get_type_hints(TrainConfig)
+SETTINGS = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = frozenset({"config", "resume"})
 OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview"})
 RECORD_MARK = "dataset_sha256"
 
 
-def given_knobs(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's record without what other knobs decide: nulls of knobs that were not read,
-    and values that belong to the loss, so that another loss brings its own."""
+def given_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's record without the values that other settings decide: nulls of settings that
+    the run did not use, and defaults of its loss, so that another loss brings its own."""
     loss, level = record.get("loss_type", TrainConfig.loss_type), "importance_sampling_level"
     own = loss_defaults(loss, record.get(level)) | VLLM_CORRECTION
     own[level] = loss_defaults(loss)[level]
     unread = {"epsilon", "epsilon_high"} - own.keys()
 
     def decided(name: str, value: Any) -> bool:
-        never_null = name in KNOBS and type(None) not in typing.get_args(KNOBS[name])
+        never_null = name in SETTINGS and type(None) not in typing.get_args(SETTINGS[name])
         from_loss = name in own and own[name] == value
         return name in unread or from_loss or (value is None and never_null)
 
@@ -36,7 +36,7 @@ def given_knobs(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(value: Any, kind: Any) -> Any:
-    """Return a JSON or YAML value as a knob's type.
+    """Return a JSON or YAML value as a setting's type.
 
     Raises:
         TypeError, ValueError: it is of another type.
@@ -59,11 +59,11 @@ def convert(value: Any, kind: Any) -> Any:
     raise TypeError
 
 
-def describe(kind: Any) -> str:
-    """Return a knob's type in words."""
+def describe_type(kind: Any) -> str:
+    """Return a setting's type in words."""
     choices = typing.get_args(kind)
     if type(None) in choices:
-        return f"{describe(choices[0])} or null"
+        return f"{describe_type(choices[0])} or null"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, choices))}"
     if typing.get_origin(kind) is tuple:
@@ -72,20 +72,20 @@ def describe(kind: Any) -> str:
 
 
 def convert_all(path: Path, values: dict[str, Any], names: Set[str]) -> dict[str, Any]:
-    """Return the named knobs that a file holds.
+    """Return the named settings that a file holds.
 
     Raises:
         ValueError: a value is of the wrong type.
     """
-    knobs = {}
+    settings = {}
     for name in [name for name in values if name in names]:
         try:
-            knobs[name] = convert(values[name], KNOBS[name])
+            settings[name] = convert(values[name], SETTINGS[name])
         except (TypeError, ValueError):
             raise ValueError(
-                f"{path}: {name} must be {describe(KNOBS[name])}, got {values[name]!r:.60}"
+                f"{path}: {name} must be {describe_type(SETTINGS[name])}, got {values[name]!r:.60}"
             ) from None
-    return knobs
+    return settings
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}): convert it") from None
     if not isinstance(values, dict):
         raise ValueError(
-            f"{path} must hold knobs as `name: value`, got {type(values).__name__}: see --help "
-            "for the knobs"
+            f"{path} must hold settings as `name: value`, got {type(values).__name__}: see --help "
+            "for the settings"
         )
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
@@ -123,31 +123,31 @@ def parse_yaml(path: Path, text: str) -> Any:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Return the knobs of a `--config` file: YAML, JSON, or a run's saved record, which holds more
-    than knobs, whose name is taken, and whose way to print was of its own call.
+    """Return the settings of a `--config` file: YAML, JSON, or a run's train_config.json, whose
+    extra keys, run name and output flags are ignored.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is broken, or holds a key that is no knob.
+        ValueError: it is broken, or holds an unknown key.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} does not exist: give a {RUN_FILE} or a YAML file")
     try:
         values = read_mapping(path)
         is_record = RECORD_MARK in values
-        names = KNOBS.keys() - FLAGS_ONLY - (OF_ONE_CALL | {"run_name"} if is_record else set())
+        names = SETTINGS.keys() - FLAGS_ONLY - (OF_ONE_CALL | {"run_name"} if is_record else set())
         for key in values:
             if key not in names and not is_record:
                 close = difflib.get_close_matches(key, names, n=1)
-                hint = f"perhaps you meant {close[0]}" if close else "see --help for the knobs"
+                hint = f"perhaps you meant {close[0]}" if close else "see --help for the settings"
                 raise ValueError(f"{path}: unknown key {key}: {hint}")
-        return convert_all(path, given_knobs(values) if is_record else values, names)
+        return convert_all(path, given_settings(values) if is_record else values, names)
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Return the knobs that a run began with, its steps counted out.
+    """Return the settings that a run began with, `max_steps` as the number of its steps.
 
     Raises:
         FileNotFoundError: the directory holds no run.
@@ -163,6 +163,6 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         check_kind(run_dir, "train_lora.py", "the folder of a run, which it wrote itself", ("run",))
         values = read_mapping(path)
         values["max_steps"] = values.get("steps", values.get("max_steps"))
-        return convert_all(path, given_knobs(values), KNOBS.keys() - FLAGS_ONLY - OF_ONE_CALL)
+        return convert_all(path, given_settings(values), SETTINGS.keys() - FLAGS_ONLY - OF_ONE_CALL)
     except ValueError as error:
         raise ValueError(f"--resume {error}") from None

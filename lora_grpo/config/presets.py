@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_grpo.config.files import read_config_file, read_run
-from lora_grpo.config.knobs import MEMORY_KNOBS, TrainConfig, flag
+from lora_grpo.config.train_config import MEMORY_SETTINGS, TrainConfig, flag
 from lora_grpo.machine.hardware import find_gpu
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -76,7 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
 # What a resume may change: how much is printed, how long the run is, and how memory is used.
-FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_KNOBS})
+FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_SETTINGS})
 # Where a run finds what its record knows by its hash or its text: that decides, not the path.
 LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
 
@@ -104,17 +104,17 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if sources.resume:
         if sources.config:
             raise ValueError(
-                f"--resume {sources.resume} takes the knobs of that run: leave out --config"
+                f"--resume {sources.resume} takes the settings of that run: leave out --config"
             )
         # What the memory plan gave vLLM then is planned anew, for the card as it is now.
         planned = {"vllm_gpu_memory_utilization": None, "vllm_max_num_seqs": None}
-        knobs = read_run(Path(sources.resume)) | planned
-        return knobs, f"as the run in {sources.resume} began"
-    knobs = read_config_file(Path(sources.config)) if sources.config else {}
-    preset = sources.preset or knobs.get("preset")
+        settings = read_run(Path(sources.resume)) | planned
+        return settings, f"as the run in {sources.resume} began"
+    settings = read_config_file(Path(sources.config)) if sources.config else {}
+    preset = sources.preset or settings.get("preset")
     if preset in PRESETS:
         why = f"preset {preset}: {'asked for' if sources.preset else f'from {sources.config}'}"
-    elif sources.preset or sources.model or knobs.keys() & {"preset", "model"}:
+    elif sources.preset or sources.model or settings.keys() & {"preset", "model"}:
         given = next(name for name in ("preset", "model", "config") if getattr(sources, name))
         preset, why = None, f"no preset: --{given} was given"
     else:
@@ -122,27 +122,27 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
         why = f"preset {preset}: {reason}"
         if sources.config:
             why += f", and {sources.config} names neither preset nor model"
-    chosen = preset_knobs(preset, sources.dataset or knobs.get("dataset"))
-    return {**chosen, **knobs, "preset": preset}, why
+    chosen = preset_settings(preset, sources.dataset or settings.get("dataset"))
+    return {**chosen, **settings, "preset": preset}, why
 
 
-def preset_knobs(preset: str | None, dataset: str | None) -> dict[str, Any]:
-    """Return a preset's knobs, without its limits on data where another dataset is given."""
-    knobs = PRESETS.get(preset, {})
-    if dataset in (None, knobs.get("dataset", TrainConfig.dataset)):
-        return knobs
-    return {name: value for name, value in knobs.items() if name not in LIMITS_OF_DATA}
+def preset_settings(preset: str | None, dataset: str | None) -> dict[str, Any]:
+    """Return a preset's settings, without its limits on data where another dataset is given."""
+    settings = PRESETS.get(preset, {})
+    if dataset in (None, settings.get("dataset", TrainConfig.dataset)):
+        return settings
+    return {name: value for name, value in settings.items() if name not in LIMITS_OF_DATA}
 
 
-def unchecked(knobs: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
+def without_checks(settings: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
     """Return a configuration whose checks wait until the flags have had their say."""
     config = object.__new__(kind)
     for field in dataclasses.fields(kind):
-        object.__setattr__(config, field.name, knobs.get(field.name, field.default))
+        object.__setattr__(config, field.name, settings.get(field.name, field.default))
     return config
 
 
-def anchor(name: str) -> str:
+def absolute(name: str) -> str:
     """Make a local path absolute, so that a run finds it again from anywhere; leave other names."""
     path = Path(name).expanduser()
     return name if name in ("tiny", "arithmetic") or not path.exists() else str(path.resolve())
@@ -160,30 +160,30 @@ def keep_last(specs: Iterable[str], moved: bool = False) -> tuple[str, ...]:
     return tuple(by_name.values())
 
 
-def anchor_reward(spec: str) -> str:
+def absolute_reward(spec: str) -> str:
     path, colon, call = spec.rpartition(":")
-    return f"{anchor(path)}:{call}" if path and colon else spec
+    return f"{absolute(path)}:{call}" if path and colon else spec
 
 
-def settle(config: Config) -> Config:
+def resolve_flags(config: Config) -> Config:
     """Make local paths absolute and let repeated flags override by name."""
     prompt = config.system_prompt_file
     return dataclasses.replace(
         config,
-        model=anchor(config.model),
-        dataset=anchor(config.dataset),
-        eval_dataset=config.eval_dataset and anchor(config.eval_dataset),
-        system_prompt_file=prompt and Path(anchor(str(prompt))),
-        reward=keep_last(map(anchor_reward, config.reward), moved=config.resume is not None),
+        model=absolute(config.model),
+        dataset=absolute(config.dataset),
+        eval_dataset=config.eval_dataset and absolute(config.eval_dataset),
+        system_prompt_file=prompt and Path(absolute(str(prompt))),
+        reward=keep_last(map(absolute_reward, config.reward), moved=config.resume is not None),
         reward_weight=keep_last(config.reward_weight),
     )
 
 
 def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Refuse a resume that changes a knob which the finished steps depended on."""
+    """Refuse a resume that changes a setting which the finished steps depended on."""
     before, now = (
         vars(config)
-        | config.loss_knobs
+        | config.loss_settings
         | config.vllm_correction
         | {"reward": tuple(spec.rpartition(":")[2] for spec in config.reward)}
         for config in (saved, asked)
@@ -215,7 +215,7 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
         )
 
 
-# What other tools, and older versions of TRL, call a knob.
+# What other tools, and older versions of TRL, call a setting.
 OTHER_NAMES = {
     **dict.fromkeys(("lr", "actor_lr"), "learning_rate"),
     **dict.fromkeys(("lora_r", "lora_rank", "rank"), "r"),
@@ -241,7 +241,7 @@ OTHER_NAMES = {
 
 
 def refuse_other_names(arguments: Sequence[str]) -> None:
-    """Raise a ValueError for a flag under which another tool knows one of these knobs."""
+    """Raise a ValueError for a flag under which another tool knows one of these settings."""
     for argument in arguments:
         typed = argument.partition("=")[0]
         known = OTHER_NAMES.get(typed.removeprefix("--").replace("-", "_"))
@@ -258,15 +258,15 @@ def parse_train_config(
 
     Raises:
         FileNotFoundError, ValueError: a `--config` or `--resume` that cannot be read, or a changed
-        knob at resume.
+        setting at resume.
     """
     import tyro
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     refuse_other_names(arguments)
-    knobs, why = defaults_for(find_sources(arguments))
-    default = unchecked(knobs, kind)
-    config = settle(tyro.cli(kind, default=default, args=arguments))
+    settings, why = defaults_for(find_sources(arguments))
+    default = without_checks(settings, kind)
+    config = resolve_flags(tyro.cli(kind, default=default, args=arguments))
     if config.resume:
         check_resume(default, config)
     return config, why

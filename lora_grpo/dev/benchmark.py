@@ -163,7 +163,7 @@ def list_specs(config: BenchmarkConfig) -> list[Row]:
 
 def describe_machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    from lora_grpo.train.plan import installed_versions
+    from lora_grpo.train.provenance import installed_versions
 
     gpu, cpuinfo = find_gpu(), Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []

@@ -215,7 +215,7 @@ def make_adapter(model: str, folder: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from lora_grpo.config.knobs import TrainConfig
+    from lora_grpo.config.train_config import TrainConfig
     from lora_grpo.grpo.settings import lora_config
     from lora_grpo.policy.base import resolve_model
 

@@ -20,8 +20,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS, choose_preset
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.doctor.gpu import driver_cuda, find_holders, gpu_rows
 from lora_grpo.doctor.machine import Row, hub_rows, machine_rows
 from lora_grpo.doctor.packages import ROOT, import_rows, package_rows, read_pins

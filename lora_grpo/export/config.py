@@ -1,4 +1,4 @@
-"""What to export and where: the knobs of `export_model.py`, checked before anything heavy loads."""
+"""What to export and where: the settings of `export_model.py`, checked before weights load."""
 
 import re
 from collections.abc import Iterable

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import TEMPLATE_SETTINGS, PromptStyle, build_messages
 from lora_grpo.policy.base import Placement
@@ -106,7 +106,7 @@ def grpo_config(
         top_p=config.top_p,
         beta=config.beta,
         loss_type=config.loss_type,
-        **config.loss_knobs,
+        **config.loss_settings,
         scale_rewards=config.scale_rewards,
         num_iterations=config.num_iterations,
         mask_truncated_completions=config.mask_truncated_completions,

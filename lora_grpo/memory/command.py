@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config.knobs import TrainConfig, flag
 from lora_grpo.config.presets import parse_train_config
+from lora_grpo.config.train_config import TrainConfig, flag
 from lora_grpo.data.problems import read_problems, take_example
 from lora_grpo.data.prompt import (
     PromptStyle,

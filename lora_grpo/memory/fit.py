@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.machine.backend import Choice
 from lora_grpo.machine.hardware import GPU
 from lora_grpo.memory.rollout import predict, sequences_in_flight, vllm_share

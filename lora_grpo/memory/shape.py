@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.base import resolve_model
 
 REQUIRED = (

@@ -1,4 +1,4 @@
-"""What a run holds in memory, term by term, from the model's shape and the knobs alone.
+"""What a run holds in memory, term by term, from the model's shape and the settings alone.
 
 A run is terms that are always there and phases that follow each other; its peak is the first plus
 the fullest of the second. Bytes are derived from the arithmetic of each tensor; a `why` that says
@@ -7,7 +7,7 @@ the fullest of the second. Bytes are derived from the arithmetic of each tensor;
 
 from dataclasses import dataclass
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.memory.shape import ModelShape
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PLAIN, PromptStyle, fit_style
 from lora_grpo.machine.files import STAGED, read_json

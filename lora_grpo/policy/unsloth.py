@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.base import declared_end_ids, end_of_turn_ids, public_name, read_config
 from lora_grpo.policy.generate import Advance, Completion, complete
 
@@ -29,7 +29,7 @@ def sequence_length(config: TrainConfig) -> int:
 
 
 def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
-    """Raise a ValueError for a knob that Unsloth would override without a word or cannot do."""
+    """Raise a ValueError for a setting that Unsloth would override without a word or cannot do."""
     if config.dtype == "float32":
         raise ValueError(
             "--dtype float32: Unsloth computes in 16 bits whatever is asked for: use --backend "
@@ -72,7 +72,7 @@ def share_of_free(share: float | None) -> float:
     return min(share * total / free, LARGEST_SHARE)
 
 
-def engine_knobs(config: TrainConfig) -> dict[str, Any]:
+def engine_arguments(config: TrainConfig) -> dict[str, Any]:
     """Return what the loader is told about vLLM; in standby its share of the card stays ours."""
     if config.rollout != "vllm":
         return {"fast_inference": False}
@@ -118,7 +118,7 @@ def load_unsloth_base(
     padding token for padding, so that one which also ends turns would be cut out of the prompts.
 
     Raises:
-        ValueError: a knob that Unsloth changes, or too little memory for the sequences.
+        ValueError: a setting that Unsloth changes, or too little memory for the sequences.
     """
     from unsloth import FastLanguageModel
 
@@ -131,7 +131,7 @@ def load_unsloth_base(
         use_gradient_checkpointing=checkpointing(config),
         use_exact_model_name=True,
         local_files_only=True,
-        **engine_knobs(config),
+        **engine_arguments(config),
     )
     check_room(model, config)
     if patched.pad_token_id != tokenizer.pad_token_id:

@@ -15,7 +15,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.adapter import save_adapter
 from lora_grpo.policy.base import Placement, read_config, write_dequantised
 from lora_grpo.policy.generate import Advance, Completion, cut_at_end

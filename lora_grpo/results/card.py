@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import TEMPLATE_SETTINGS
 from lora_grpo.grpo.batch import had_signal
 from lora_grpo.machine.files import write_text

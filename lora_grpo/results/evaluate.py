@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lora_grpo.config.knobs import Rollout
+from lora_grpo.config.train_config import Rollout
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.problems import Problem, read_problems
 from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, render

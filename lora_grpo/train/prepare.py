@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.problems import Problem, Reading, normalise, read_problems, take_example
 from lora_grpo.data.prompt import (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.grpo.batch import Batch, StepState, had_signal, mean
 from lora_grpo.grpo.groups import dead_groups, padding_share
 from lora_grpo.grpo.trainer import LoraGRPOTrainer

@@ -17,8 +17,6 @@ from typing import Any
 import transformers
 from transformers import PrinterCallback, set_seed
 
-from lora_grpo.config.knobs import MEMORY_KNOBS
-from lora_grpo.config.presets import LOCATIONS
 from lora_grpo.data.prompt import keep_settings
 from lora_grpo.grpo.groups import Replacements
 from lora_grpo.grpo.settings import build_dataset, dataset_rows, grpo_config, lora_config
@@ -42,19 +40,10 @@ from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, 
 from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
-from lora_grpo.train.plan import Plan, provenance
+from lora_grpo.train.plan import Plan
+from lora_grpo.train.provenance import read_record
 from lora_grpo.train.recorder import METRICS, Recorder, best_step, cut_back
 
-FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_KNOBS)
-FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
-# What a resumed run must find as it was, by the entry of its record that tells.
-SAME = {
-    "system_prompt": "--system-prompt-file",
-    "rewards_sha256": "--reward",
-    "base_sha256": "--model",
-    "dataset_sha256": "--dataset",
-    "columns_sha256": "--dataset",
-}
 BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
 
 
@@ -64,29 +53,6 @@ class Stopped(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
-
-
-def read_record(plan: Plan) -> dict[str, Any]:
-    """Return the record of a new run, or that of a resumed one, which must still stand on the same
-    ground, with what a resume may change.
-
-    Raises:
-        ValueError: the base model, the data, the system prompt or a reward's file changed since
-            the run began.
-    """
-    record = provenance(plan)
-    if not plan.config.resume:
-        return record
-    saved = read_train_config(plan.run_dir)
-    for name, flag in SAME.items():
-        if saved.get(name, record[name]) != record[name]:
-            held = record[flag[2:].replace("-", "_")]
-            held = " ".join(held) if isinstance(held, list | tuple) else held or "left out"
-            raise ValueError(
-                f"--resume {plan.run_dir}: what {flag} {held} holds has changed since the run "
-                "began: put it back, or start anew"
-            )
-    return saved | {name: record[name] for name in FOLLOWED}
 
 
 def open_run(plan: Plan, record: dict[str, Any]) -> None:
@@ -107,7 +73,7 @@ def open_run(plan: Plan, record: dict[str, Any]) -> None:
         write_json(staged / TRAIN_CONFIG, record)
 
 
-def judged(
+def evaluate_problems(
     plan: Plan, policy: Policy, name: str, display: Display, validation: bool = False
 ) -> list[Item]:
     """Answer the test (or validation) problems."""
@@ -137,7 +103,7 @@ def base_items(
     path = plan.run_dir / BASE_ITEMS
     if not path.exists():
         with trainer.model.disable_adapter():
-            items = judged(plan, policy, "evaluating the base", display)
+            items = evaluate_problems(plan, policy, "evaluating the base", display)
         write_jsonl(path, [dataclasses.asdict(item) for item in items])
     return [Item(**row) for row in read_jsonl(path)]
 
@@ -205,7 +171,7 @@ def build_trainer(
 
 
 @contextmanager
-def listening(recorder: Recorder) -> Iterator[None]:
+def stop_on_signals(recorder: Recorder) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the run with the step that it is in."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, recorder.stop) for number in numbers}
@@ -259,7 +225,7 @@ def optimise(
     checkpoint = return_to_checkpoint(run_dir)
 
     def validate() -> dict[str, Any]:
-        items = judged(plan, policy, "choosing the best step", display, validation=True)
+        items = evaluate_problems(plan, policy, "choosing the best step", display, validation=True)
         found = summarise(items)
         kept = {name: found[name] for name in ("strict_accuracy", "ci95", "format_rate")}
         return {"num_items": len(items), **kept}
@@ -277,7 +243,7 @@ def optimise(
     recorder.trainer = trainer
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
-    with listening(recorder):
+    with stop_on_signals(recorder):
         try:
             if checkpoint is None or step_of(checkpoint) < plan.steps:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -358,7 +324,7 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
             attach(policy, trainer)
             optimise(plan, policy, trainer, display, peak_memory)
         best = keep_adapters(plan, trainer)
-        adapter = judged(plan, policy, "evaluating the adapter", display)
+        adapter = evaluate_problems(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}
     report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
     report |= {"best_step": best, "steps": plan.steps}

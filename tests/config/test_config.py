@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.config.files import convert, describe
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.files import convert, describe_type
 from lora_grpo.config.presets import OTHER_NAMES, PRESETS, choose_preset, parse_train_config
+from lora_grpo.config.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
@@ -37,9 +37,12 @@ def write(path: Path, text: str) -> Path:
 
 def save_run(folder: Path, config: TrainConfig, **more: object) -> Path:
     """Write what a run's directory records, as `train_config.json` does it."""
-    knobs = dataclasses.asdict(config)
+    settings = dataclasses.asdict(config)
     record = {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in knobs.items()},
+        **{
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in settings.items()
+        },
         "dataset_sha256": "abc",
         "versions": {"torch": "2"},
         "steps": config.max_steps,
@@ -67,11 +70,11 @@ def no_gpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path_factory.mktemp("empty")))
 
 
-# The knobs
+# The settings
 
 
-def test_every_knob_has_one_line_of_help() -> None:
-    source = (ROOT / "lora_grpo/config/knobs.py").read_text()
+def test_every_setting_has_one_line_of_help() -> None:
+    source = (ROOT / "lora_grpo/config/train_config.py").read_text()
     for name in FIELDS:
         assert re.search(
             rf'^    {name}: .*(?:\n(?!    """).*)*\n    """\S.*\."""$', source, re.M
@@ -90,7 +93,7 @@ def test_the_help_shows_the_docstrings_and_the_chosen_defaults(capsys) -> None:
         assert "--" + name.replace("_", "-") in text
 
 
-def test_no_knob_is_read_nowhere() -> None:
+def test_no_setting_is_read_nowhere() -> None:
     """Each field is an attribute that some module takes from a configuration."""
     read = set()
     for path in (ROOT / "lora_grpo").rglob("*.py"):
@@ -100,9 +103,9 @@ def test_no_knob_is_read_nowhere() -> None:
                 name = owner.id if isinstance(owner, ast.Name) else owner
                 if name == "config" and path.parent.name != "config":
                     read.add(node.attr)
-    assert {"loss_knobs", "vllm_correction"} <= read
+    assert {"loss_settings", "vllm_correction"} <= read
     decide_the_defaults = {"preset", "config"}
-    by_property = TrainConfig().loss_knobs.keys() | TrainConfig().vllm_correction.keys()
+    by_property = TrainConfig().loss_settings.keys() | TrainConfig().vllm_correction.keys()
     assert set(FIELDS) - read - by_property - decide_the_defaults == set()
 
 
@@ -122,7 +125,7 @@ def test_a_step_s_size_is_derived() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("settings", "message"),
     [
         ({"num_generations": 1}, "--num-generations must be at least 2, got 1: a group of one has"),
         (
@@ -151,8 +154,8 @@ def test_a_step_s_size_is_derived() -> None:
         ({"seed": -1}, "--seed must be from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "--seed must be from 0 to 4294967295, got 4294967296"),
         *(
-            ({"loss_type": loss, **knobs}, message)
-            for loss, knobs, message in [
+            ({"loss_type": loss, **settings}, message)
+            for loss, settings, message in [
                 ("cispo", {"epsilon_high": 0.28}, "--epsilon-high must be at least 1 with --loss"),
                 ("cispo", {"epsilon": 0.2}, "--epsilon 0.2: --loss-type cispo does not read it"),
                 ("sapo", {"epsilon_high": 0.3}, "--epsilon-high 0.3: --loss-type sapo does not"),
@@ -199,13 +202,13 @@ def test_a_step_s_size_is_derived() -> None:
         ),
     ],
 )
-def test_a_wrong_knob_is_refused_in_a_sentence(knobs: dict, message: str) -> None:
+def test_a_wrong_setting_is_refused_in_a_sentence(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        TrainConfig(**knobs)
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "settings",
     [
         {"top_p": 1.0, "warmup_ratio": 0.0, "epsilon_high": None, "max_steps": None},
         {"seed": 2**32 - 1, "num_validation_items": 0, "num_eval_items": 1},
@@ -217,13 +220,13 @@ def test_a_wrong_knob_is_refused_in_a_sentence(knobs: dict, message: str) -> Non
         {"num_generations": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     ],
 )
-def test_the_edge_of_what_is_allowed(knobs: dict) -> None:
-    config = TrainConfig(**knobs)
-    assert {name: getattr(config, name) for name in knobs} == knobs
+def test_the_edge_of_what_is_allowed(settings: dict) -> None:
+    config = TrainConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(
-    ("knobs", "expected"),
+    ("settings", "expected"),
     [
         ({}, ("token", 0.2, 0.28)),
         ({"loss_type": "cispo"}, ("token", None, 5.0)),
@@ -236,25 +239,27 @@ def test_the_edge_of_what_is_allowed(knobs: dict) -> None:
         ({"epsilon_high": 0.3}, ("token", 0.2, 0.3)),
     ],
 )
-def test_a_loss_brings_its_own_knobs(knobs: dict, expected: tuple) -> None:
-    found = TrainConfig(**knobs).loss_knobs
+def test_a_loss_brings_its_own_settings(settings: dict, expected: tuple) -> None:
+    found = TrainConfig(**settings).loss_settings
     names = ("importance_sampling_level", "epsilon", "epsilon_high")
     assert tuple(found.get(name) for name in names) == expected
 
 
-def test_a_record_s_resolved_knobs_do_not_bind_another_loss(tmp_path: Path) -> None:
+def test_a_record_s_resolved_settings_do_not_bind_another_loss(tmp_path: Path) -> None:
     began = parse("--preset", "tiny", "--epsilon", "0.1")
-    run = save_run(tmp_path, dataclasses.replace(began, **began.loss_knobs), eval_batch_size=None)
+    run = save_run(
+        tmp_path, dataclasses.replace(began, **began.loss_settings), eval_batch_size=None
+    )
     file = run / "train_config.json"
     assert json.loads(file.read_text())["epsilon_high"] == 0.28
     config = parse("--config", file)
     assert (config.epsilon, config.epsilon_high, config.eval_batch_size) == (0.1, None, 256)
     again = parse("--resume", run, "--epsilon-high", "0.28")
-    assert again.loss_knobs == began.loss_knobs
+    assert again.loss_settings == began.loss_settings
     with pytest.raises(ValueError, match=r"--epsilon-high was 0\.28, now 0\.3"):
         parse("--resume", run, "--epsilon-high", "0.3")
     other = parse("--config", file, "--loss-type", "cispo", "--epsilon", "None")
-    assert other.loss_knobs["epsilon_high"] == 5.0
+    assert other.loss_settings["epsilon_high"] == 5.0
 
 
 # Presets
@@ -263,12 +268,12 @@ def test_a_record_s_resolved_knobs_do_not_bind_another_loss(tmp_path: Path) -> N
 def test_every_preset_is_a_choice_and_a_valid_configuration() -> None:
     choices = typing.get_args(typing.get_args(KINDS["preset"])[0])
     assert tuple(PRESETS) == choices
-    for name, knobs in PRESETS.items():
+    for name, settings in PRESETS.items():
         config = parse("--preset", name)
-        assert {knob: getattr(config, knob) for knob in knobs} == knobs
+        assert {setting: getattr(config, setting) for setting in settings} == settings
         assert config.preset == name
-        for knob, value in knobs.items():
-            assert convert(value, KINDS[knob]) == value, f"{name}: {knob}"
+        for setting, value in settings.items():
+            assert convert(value, KINDS[setting]) == value, f"{name}: {setting}"
 
 
 def test_the_tiny_preset_needs_no_network() -> None:
@@ -336,7 +341,7 @@ def test_flags_override_the_file_which_overrides_the_preset_which_overrides_defa
     assert config.config == file and why == f"preset tiny: from {file}"
 
 
-def test_a_preset_by_flag_overrides_the_file_s_preset_but_not_its_knobs(tmp_path: Path) -> None:
+def test_a_preset_by_flag_overrides_the_file_s_preset_but_not_its_settings(tmp_path: Path) -> None:
     file = write(tmp_path / "run.yaml", "preset: tiny\nsave_steps: 7\n")
     config = parse("--config", file, "--preset", "smollm2-135m")
     assert (config.preset, config.save_steps) == ("smollm2-135m", 7)
@@ -406,7 +411,7 @@ def test_local_paths_become_absolute_and_other_names_stay(
 # Files
 
 
-def test_a_saved_record_gives_its_knobs_again_but_not_its_name(tmp_path: Path) -> None:
+def test_a_saved_record_gives_its_settings_again_but_not_its_name(tmp_path: Path) -> None:
     began = parse(
         *("--quiet", "--preset", "tiny", "--seed", "7", "--target-modules", "q_proj", "v_proj"),
         *("--epsilon-high", "None", "--system-prompt-file", "p.txt", "--adapters-dir", tmp_path),
@@ -419,7 +424,7 @@ def test_a_saved_record_gives_its_knobs_again_but_not_its_name(tmp_path: Path) -
     assert type(config.adapters_dir) is type(tmp_path)
 
 
-def test_yaml_gives_each_knob_its_type(tmp_path: Path) -> None:
+def test_yaml_gives_each_setting_its_type(tmp_path: Path) -> None:
     text = """
         learning_rate: 1e-5     # text to YAML 1.1
         beta: 0                 # a whole number where a fraction is meant
@@ -449,7 +454,7 @@ def test_yaml_gives_each_knob_its_type(tmp_path: Path) -> None:
         ("r: 8\nmax_steps: [1", "line 2: broken YAML (expected ',' or ']'"),
         ("a: b: c", "line 1: broken YAML"),
         ("\x00", "broken YAML"),
-        ("- r\n- 8", "must hold knobs as `name: value`, got list"),
+        ("- r\n- 8", "must hold settings as `name: value`, got list"),
         ("", "got NoneType"),
         ("max_steps: ten", "max_steps must be a whole number or null, got 'ten'"),
         ("max_steps: 3.5", "max_steps must be a whole number or null, got 3.5"),
@@ -492,8 +497,10 @@ def test_a_missing_config_file() -> None:
         parse("--config", "gone.yaml")
 
 
-def test_every_kind_of_knob_has_words_for_it() -> None:
-    assert {describe(KINDS[name]) for name in ("seed", "beta", "quiet", "model", "config")} == {
+def test_every_kind_of_setting_has_words_for_it() -> None:
+    assert {
+        describe_type(KINDS[name]) for name in ("seed", "beta", "quiet", "model", "config")
+    } == {
         "a whole number",
         "a number",
         "true or false",
@@ -515,7 +522,7 @@ def run(tmp_path: Path) -> Path:
     return save_run(tmp_path / "adapters" / "tiny", dataclasses.replace(config, run_name="tiny"))
 
 
-def test_resume_takes_the_saved_knobs(run: Path) -> None:
+def test_resume_takes_the_saved_settings(run: Path) -> None:
     config, why = parse_train_config(["--resume", str(run)])
     assert (config.seed, config.r, config.reward_weight) == (5, 8, ("format=0.5",))
     assert (config.preset, config.model, config.max_steps) == ("tiny", "tiny", 30)
@@ -535,7 +542,7 @@ def test_resume_takes_the_saved_knobs(run: Path) -> None:
         (["--reward", "mine.py:f"], "--reward was (), now ('f',)"),
     ],
 )
-def test_resume_refuses_a_changed_knob_and_shows_it(
+def test_resume_refuses_a_changed_setting_and_shows_it(
     run: Path, flags: list[str], difference: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(difference)) as caught:
@@ -623,7 +630,9 @@ def test_a_run_over_epochs_is_resumed_by_its_number_of_steps(tmp_path: Path) -> 
 def test_resume_needs_a_run_and_takes_no_config_file(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^--resume gone holds no train_config\.json"):
         parse("--resume", "gone")
-    with pytest.raises(ValueError, match=f"^--resume {run} takes the knobs of that run: leave out"):
+    with pytest.raises(
+        ValueError, match=f"^--resume {run} takes the settings of that run: leave out"
+    ):
         parse("--resume", run, "--config", write(tmp_path / "run.yaml", "r: 4"))
     write(run / "train_config.json", '{"seed": 1')
     with pytest.raises(ValueError, match=f"^--resume {run}/train_config.json, line 1: broken JSON"):
@@ -661,7 +670,7 @@ def test_another_tool_s_name_is_answered_with_the_flag(typed: list[str], meant: 
         parse(*typed)
 
 
-def test_other_names_lead_to_knobs_and_are_none_themselves() -> None:
+def test_other_names_lead_to_settings_and_are_none_themselves() -> None:
     assert set(OTHER_NAMES.values()) <= set(FIELDS)
     assert not OTHER_NAMES.keys() & set(FIELDS)
 

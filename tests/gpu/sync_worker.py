@@ -138,7 +138,7 @@ def main() -> int:
     import torch
     from peft import get_peft_model
 
-    from lora_grpo.config.knobs import TrainConfig
+    from lora_grpo.config.train_config import TrainConfig
     from lora_grpo.data.problems import load_problems
     from lora_grpo.data.prompt import build_messages, render
     from lora_grpo.grpo.settings import lora_config

@@ -12,7 +12,7 @@ from trainers import GradientCatcher, make_trainer
 from transformers import set_seed
 from trl import GRPOTrainer
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import load_problems
 from lora_grpo.grpo.settings import lora_config, order_problems
 from lora_grpo.policy.sampling import draw

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import AutocastKwargs
 from trainers import make_trainer
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.train.recorder import SKIPPED_IN_A_ROW, Recorder
 
 LARGEST_FLOAT16 = 65504.0

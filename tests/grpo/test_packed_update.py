@@ -16,7 +16,7 @@ from transformers import (
 from trl import GRPOTrainer
 from update_cases import PROMPTS, G, compare, crafted_batch, prepare, update, worst_difference
 
-from lora_grpo.config.knobs import LINEAR_LAYERS
+from lora_grpo.config.train_config import LINEAR_LAYERS
 from lora_grpo.grpo.logprobs import TiledLogProbs
 from lora_grpo.grpo.packing import attention_in_groups, pack
 from lora_grpo.grpo.trainer import LoraGRPOTrainer

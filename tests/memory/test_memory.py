@@ -13,7 +13,7 @@ from memory_cases import job_of, load, saved_bytes, small_config
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lora_grpo.config.knobs import LINEAR_LAYERS
+from lora_grpo.config.train_config import LINEAR_LAYERS
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, has_system_role, render
 from lora_grpo.machine.allocator import has_huge_pages

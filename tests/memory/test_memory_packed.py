@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from trainers import make_trainer
 
-from lora_grpo.config.knobs import LINEAR_LAYERS
+from lora_grpo.config.train_config import LINEAR_LAYERS
 from lora_grpo.grpo.packing import attention_in_groups, pack
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.memory.rollout import predict

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.machine.backend import Choice
 from lora_grpo.memory.fit import MemoryPlan, describe_memory, plan_memory, verdict
 from lora_grpo.memory.shape import PUBLISHED, build_shape

@@ -9,8 +9,8 @@ import torch
 from trainers import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_grpo.config.knobs import LINEAR_LAYERS, TrainConfig
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import LINEAR_LAYERS, TrainConfig
 from lora_grpo.memory.shape import PUBLISHED, build_shape, find_shape, read_shape
 
 SMALL = {

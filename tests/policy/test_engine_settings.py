@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.base import Placement
 from lora_grpo.policy.vllm import CPU_BLOCK, allowed_rank, cache_bytes, engine_settings, ram_folder
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from lora_grpo.config.knobs import LINEAR_LAYERS
+from lora_grpo.config.train_config import LINEAR_LAYERS
 from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement, load_base
 from lora_grpo.policy.layers import find_adapted, fused, one_matrix
 

@@ -11,8 +11,8 @@ from merge_models import LINEAR, save_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import build_messages, render
 from lora_grpo.deploy.chat import ChatConfig, chat
 from lora_grpo.merge.inputs import plan_merge

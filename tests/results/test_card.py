@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from merge_models import ROOT, save_adapter
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS, parse_train_config
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PromptStyle, build_messages
 from lora_grpo.data.task import NUMBER_TASK

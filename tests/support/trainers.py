@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import load_problems
 from lora_grpo.data.prompt import PLAIN
 from lora_grpo.grpo.groups import Replacements

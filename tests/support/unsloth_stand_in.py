@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 
 ONLY_FOR_VLLM_OR_HUB = {"max_num_seqs", "local_files_only"}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trainers import make_trainer
 from transformers import set_seed
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.adapter import WEIGHTS, read_step
 from lora_grpo.policy.checkpoints import list_checkpoints
 from lora_grpo.train.recorder import Recorder, best_step
@@ -29,8 +29,13 @@ def result(accuracy: float) -> dict[str, Any]:
 
 def train(run_dir: Path, seed: int, accuracies: list[float], kill_after: int | None = None) -> None:
     """Make the steps that are still to be made; validations come out as they are told."""
-    knobs = {"max_steps": 6, "save_steps": EVERY, "eval_steps": EVERY, "max_completion_length": 12}
-    trainer = make_trainer(run_dir, **knobs)
+    settings = {
+        "max_steps": 6,
+        "save_steps": EVERY,
+        "eval_steps": EVERY,
+        "max_completion_length": 12,
+    }
+    trainer = make_trainer(run_dir, **settings)
     told = iter(accuracies)
 
     def show_validation(row: dict[str, Any], kept: bool) -> None:
@@ -38,7 +43,7 @@ def train(run_dir: Path, seed: int, accuracies: list[float], kill_after: int | N
             raise Killed
 
     recorder = Recorder(
-        TrainConfig(num_generations=4, **knobs),
+        TrainConfig(num_generations=4, **settings),
         run_dir,
         lambda: result(next(told)),
         lambda row, batch: None,

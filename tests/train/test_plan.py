@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.sources import load_hub
 from lora_grpo.machine.backend import Choice
 from lora_grpo.machine.hardware import GPU
@@ -18,16 +18,17 @@ from lora_grpo.memory.terms import GIB
 from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
-from lora_grpo.train.idle_knobs import describe_idle, find_idle
-from lora_grpo.train.plan import check_engine, describe_plan, make_plan, provenance
+from lora_grpo.train.plan import check_engine, describe_plan, make_plan
+from lora_grpo.train.provenance import provenance
 from lora_grpo.train.run import (
     base_items,
     build_trainer,
-    judged,
+    evaluate_problems,
     open_run,
     open_training_policy,
     train,
 )
+from lora_grpo.train.unused_settings import describe_unused, find_unused
 
 CPU = Placement("cpu", "float32")
 GENERATE = Choice("transformers", "generate", "", "")
@@ -44,12 +45,12 @@ SMALL = {
 }
 
 
-def small(tmp_path: Path, **knobs: Any) -> TrainConfig:
-    return TrainConfig(**{**SMALL, "adapters_dir": tmp_path, **knobs})
+def small(tmp_path: Path, **settings: Any) -> TrainConfig:
+    return TrainConfig(**{**SMALL, "adapters_dir": tmp_path, **settings})
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("settings", "message"),
     [
         ({"optim": "adamw_typo"}, "--optim adamw_typo .* perhaps you meant adamw_torch"),
         ({"optim": "lomo"}, "--optim lomo .* install `lomo_optim`"),
@@ -57,10 +58,10 @@ def small(tmp_path: Path, **knobs: Any) -> TrainConfig:
     ],
 )
 def test_what_a_library_would_refuse_is_refused_in_the_plan(
-    tmp_path: Path, knobs: dict, message: str
+    tmp_path: Path, settings: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        make_plan(small(tmp_path, **knobs))
+        make_plan(small(tmp_path, **settings))
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
 
@@ -91,8 +92,8 @@ def test_a_run_that_never_made_a_step_leaves_no_directory(tmp_path: Path) -> Non
         "    calls.append(completions)\n"
         "    return [0.5 if len(calls) == 1 else 'much' for _ in completions]\n"
     )
-    knobs = {"reward": (f"{path}:mine",), "max_completion_length": 8, "quiet": True}
-    plan = make_plan(small(tmp_path / "adapters", **knobs))
+    settings = {"reward": (f"{path}:mine",), "max_completion_length": 8, "quiet": True}
+    plan = make_plan(small(tmp_path / "adapters", **settings))
     with pytest.raises(ValueError, match="reward 'mine' returned 'much'"):
         train(plan, Display(quiet=True))
     assert not any((tmp_path / "adapters").iterdir())
@@ -139,7 +140,7 @@ def test_the_base_is_asked_without_the_adapter(tmp_path: Path, four_bit: bool) -
     plan = make_plan(small(tmp_path, load_in_4bit=four_bit, init_lora_weights=init))
     record, display = provenance(plan), Display(quiet=True)
     with open_training_policy(plan) as policy:
-        plain = judged(plan, policy, "", display)
+        plain = evaluate_problems(plan, policy, "", display)
         trainer = build_trainer(plan, policy, record, display)
         open_run(plan, record)
         for name, parameter in trainer.model.named_parameters():
@@ -148,7 +149,7 @@ def test_the_base_is_asked_without_the_adapter(tmp_path: Path, four_bit: bool) -
         assert base_items(plan, policy, trainer, display) == plain
         assert all(parameter.requires_grad for parameter in trainer.trained)
         policy.follow(trainer.model)
-        assert judged(plan, policy, "", display) != plain
+        assert evaluate_problems(plan, policy, "", display) != plain
 
 
 def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
@@ -163,11 +164,11 @@ def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
     assert "without --dataset" in str(caught.value) and "Offline" not in str(caught.value)
 
 
-# Knobs that are not read
+# Settings that are not read
 
 
 @pytest.mark.parametrize(
-    ("choice", "knobs", "idle"),
+    ("choice", "settings", "unused"),
     [
         (GENERATE, {"vllm_max_num_seqs": 4}, {"vllm_max_num_seqs"}),
         (
@@ -190,20 +191,20 @@ def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
         (UNSLOTH, {"shared_prefix": False}, {"shared_prefix"}),
     ],
 )
-def test_a_knob_that_is_not_read_is_said_where_it_was_set(
-    tmp_path: Path, choice: Choice, knobs: dict, idle: set[str]
+def test_a_setting_that_is_not_read_is_said_where_it_was_set(
+    tmp_path: Path, choice: Choice, settings: dict, unused: set[str]
 ) -> None:
-    config = small(tmp_path, **knobs)
-    said = describe_idle(config, find_idle(config, choice, CPU, None))
+    config = small(tmp_path, **settings)
+    said = describe_unused(config, find_unused(config, choice, CPU, None))
     found = {re.match(r"--([\w-]+) ", line)[1].replace("-", "_") for line in said}
-    assert found == idle
+    assert found == unused
 
 
 def test_nothing_is_said_of_what_a_preset_or_a_default_chose(tmp_path: Path) -> None:
     config = small(tmp_path)
     for choice in (GENERATE, VLLM, UNSLOTH):
-        assert describe_idle(config, find_idle(config, choice, CPU, None)) == []
-    assert {"shared_prefix", "eval_batch_size"} <= find_idle(config, UNSLOTH, CPU, None).keys()
+        assert describe_unused(config, find_unused(config, choice, CPU, None)) == []
+    assert {"shared_prefix", "eval_batch_size"} <= find_unused(config, UNSLOTH, CPU, None).keys()
 
 
 def test_the_record_holds_what_is_in_force(tmp_path: Path) -> None:
@@ -227,9 +228,9 @@ def test_vllm_takes_no_cut_distribution(tmp_path: Path) -> None:
 # A model that no memory plan is known for
 
 
-def unplanned(choice: Choice, gpu: bool = True, **knobs: Any) -> tuple[dict, str]:
+def unplanned(choice: Choice, gpu: bool = True, **settings: Any) -> tuple[dict, str]:
     card = GPU("card", "580", 8.6, 24 * GIB, 20 * GIB) if gpu else None
-    return settle_unplanned(TrainConfig(**knobs), choice, card, "the family is strange")
+    return settle_unplanned(TrainConfig(**settings), choice, card, "the family is strange")
 
 
 def test_an_unknown_family_is_said_and_vllm_gets_its_share_of_what_was_given() -> None:

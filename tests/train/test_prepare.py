@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import parse_train_config
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem, load_problems, normalise
 from lora_grpo.data.prompt import build_messages, count_tokens, render
 from lora_grpo.data.task import NUMBER_TASK
@@ -41,8 +41,8 @@ def write_folder(folder: Path, train: list[dict], test: list[dict]) -> str:
     return str(folder)
 
 
-def configure(dataset: str, **knobs) -> TrainConfig:
-    return TrainConfig(dataset=dataset, **{**SMALL, **knobs})
+def configure(dataset: str, **settings) -> TrainConfig:
+    return TrainConfig(dataset=dataset, **{**SMALL, **settings})
 
 
 def rows_of(problems: list[Problem]) -> list[int]:
@@ -314,7 +314,7 @@ ANSWER_ALONE = "Think step by step. Put the final number in <answer></answer>."
 
 
 @pytest.mark.parametrize(
-    ("prompt", "knobs", "unpaid"),
+    ("prompt", "settings", "unpaid"),
     [
         ("Answer in <final>...</final>.", {}, "correctness, format"),
         ("Think.", {}, "correctness, format"),
@@ -324,12 +324,12 @@ ANSWER_ALONE = "Think step by step. Put the final number in <answer></answer>."
     ],
 )
 def test_a_system_prompt_whose_tags_are_not_paid_is_refused(
-    tmp_path: Path, tokenizer, prompt: str, knobs: dict, unpaid: str
+    tmp_path: Path, tokenizer, prompt: str, settings: dict, unpaid: str
 ) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text(prompt)
     path = write(tmp_path / "a.jsonl", make_rows(20))
-    config = configure(path, system_prompt_file=file, **knobs)
+    config = configure(path, system_prompt_file=file, **settings)
     rewards = build_rewards(config.reward_set)
     with pytest.raises(ValueError, match=f"--system-prompt-file {file} .* {unpaid}.*<answer>"):
         prepare_data(config, tokenizer, rewards)
@@ -345,9 +345,9 @@ def test_a_system_prompt_without_tags_is_free_where_it_can_be_paid(
     (tmp_path / "mine.py").write_text("def mine(completions, **columns): return [0.0]")
     own = build_rewards("none", (f"{tmp_path}/mine.py:mine",))
 
-    def notes(prompt: str, rewards: list, **knobs) -> str:
+    def notes(prompt: str, rewards: list, **settings) -> str:
         file.write_text(prompt)
-        config = configure(path, system_prompt_file=file, **knobs)
+        config = configure(path, system_prompt_file=file, **settings)
         return " ".join(prepare_data(config, tokenizer, rewards).notes)
 
     assert "format" in notes(ANSWER_ALONE, REWARDS)
@@ -414,8 +414,8 @@ def test_the_limits_of_a_preset_are_those_of_its_own_problems(tmp_path: Path) ->
 
 
 def test_validation_grows_with_what_is_sampled_and_has_bounds() -> None:
-    def count(problems: int, **knobs: int) -> int:
-        return count_validation_items(TrainConfig(**knobs), problems)
+    def count(problems: int, **settings: int) -> int:
+        return count_validation_items(TrainConfig(**settings), problems)
 
     assert count(7000) == 200  # an eighth of 25 steps of 64 completions
     assert (count(7000, eval_steps=1), count(7000, eval_steps=100)) == (64, 256)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.train.plan import git_commit
+from lora_grpo.train.provenance import git_commit
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed here")
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from trainers import SMALL, make_trainer
 from transformers import TrainerControl, TrainerState
 
-from lora_grpo.config.knobs import TrainConfig
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.grpo.batch import Batch, had_signal
 from lora_grpo.grpo.groups import dead_groups
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
@@ -228,18 +228,18 @@ SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SILENT)
 def test_steps_without_a_signal_change_nothing(tmp_path: Path, name: str) -> None:
     """From the first step on, for every loss, in both updates: 0 gradient, and a whole record."""
-    function, knobs = SILENT[name]
+    function, settings = SILENT[name]
     few = {"num_generations": 8, "max_completion_length": 8, "save_steps": 2}
-    knobs = {**SMALL, **few, **knobs}
-    trainer = make_trainer(tmp_path, rewards=[Reward("own", function)], **knobs)
+    settings = {**SMALL, **few, **settings}
+    trainer = make_trainer(tmp_path, rewards=[Reward("own", function)], **settings)
     before = [parameter.clone() for parameter in trainer.trained]
     rows: list[dict[str, Any]] = []
     show = lambda row, batch: rows.append(row)  # noqa: E731
-    recorder = Recorder(TrainConfig(**knobs), tmp_path, None, show, lambda row, kept: None)
+    recorder = Recorder(TrainConfig(**settings), tmp_path, None, show, lambda row, kept: None)
     recorder.trainer = trainer
     trainer.add_callback(recorder)
     trainer.train()
-    assert len(rows) == knobs["max_steps"] and not any(map(had_signal, rows))
+    assert len(rows) == settings["max_steps"] and not any(map(had_signal, rows))
     assert {row["grad_norm"] for row in rows} == {0.0}
     assert all(map(torch.equal, before, trainer.trained))
     assert read_jsonl(tmp_path / "metrics.jsonl") == rows

@@ -13,8 +13,8 @@ import pytest
 from run_directory import contents, read_rows
 
 from lora_grpo.config.files import read_run
-from lora_grpo.config.knobs import TrainConfig
 from lora_grpo.config.presets import PRESETS, parse_train_config
+from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.train import command as job
 
 SMALL = {
@@ -33,7 +33,7 @@ SMALL = {
 }
 
 
-def train_in_process(knobs: dict, outcome: Path) -> None:
+def train_in_process(settings: dict, outcome: Path) -> None:
     """Train in this process; runs in a child that may be killed."""
     import torch
 
@@ -42,11 +42,11 @@ def train_in_process(knobs: dict, outcome: Path) -> None:
     from lora_grpo.train.run import Stopped, train
 
     torch.set_num_threads(1)
-    if knobs.get("resume"):
-        saved = read_run(Path(knobs["resume"]))
-        knobs = {**saved, **knobs}
+    if settings.get("resume"):
+        saved = read_run(Path(settings["resume"]))
+        settings = {**saved, **settings}
     try:
-        train(make_plan(TrainConfig(**knobs)), Display(quiet=True))
+        train(make_plan(TrainConfig(**settings)), Display(quiet=True))
     except Stopped as stop:
         outcome.write_text(str(stop))
         return
@@ -63,15 +63,15 @@ def children():
     return context
 
 
-def start(children, outcome: Path, **knobs) -> multiprocessing.Process:
+def start(children, outcome: Path, **settings) -> multiprocessing.Process:
     outcome.unlink(missing_ok=True)
-    process = children.Process(target=train_in_process, args=({**knobs}, outcome))
+    process = children.Process(target=train_in_process, args=({**settings}, outcome))
     process.start()
     return process
 
 
-def finish(children, outcome: Path, **knobs) -> None:
-    process = start(children, outcome, **knobs)
+def finish(children, outcome: Path, **settings) -> None:
+    process = start(children, outcome, **settings)
     process.join(240)
     assert process.exitcode == 0 and outcome.read_text() == "done"
 
@@ -164,12 +164,12 @@ def test_a_prolonged_run_equals_one_that_was_long_from_the_start(
 
 
 def test_two_updates_a_batch_resume_at_a_batch(children, tmp_path: Path) -> None:
-    knobs = {**SMALL, "num_iterations": 2, "adapters_dir": tmp_path}
+    settings = {**SMALL, "num_iterations": 2, "adapters_dir": tmp_path}
     outcome = tmp_path / "outcome"
-    finish(children, outcome, **knobs, run_name="run")
+    finish(children, outcome, **settings, run_name="run")
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     shutil.rmtree(tmp_path / "run")
-    process = start(children, outcome, **knobs, run_name="run")
+    process = start(children, outcome, **settings, run_name="run")
     kill_at(process, lambda: lines_of("metrics.jsonl", 5)(tmp_path / "run"), 0.0)
     finish(children, outcome, resume=tmp_path / "run")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
@@ -177,10 +177,10 @@ def test_two_updates_a_batch_resume_at_a_batch(children, tmp_path: Path) -> None
 
 def test_dynamic_sampling_draws_the_same_again(children, tmp_path: Path) -> None:
     """Stopped after its first checkpoint and prolonged, a run ends up as one that was not."""
-    knobs = {**SMALL, "num_generations": 2, "dynamic_sampling": True, "run_name": "run"}
+    settings = {**SMALL, "num_generations": 2, "dynamic_sampling": True, "run_name": "run"}
     whole, parts, outcome = tmp_path / "whole", tmp_path / "parts", tmp_path / "outcome"
-    finish(children, outcome, **knobs, adapters_dir=whole)
-    finish(children, outcome, **{**knobs, "max_steps": 2}, adapters_dir=parts)
+    finish(children, outcome, **settings, adapters_dir=whole)
+    finish(children, outcome, **{**settings, "max_steps": 2}, adapters_dir=parts)
     finish(children, outcome, resume=parts / "run", max_steps=6)
     assert contents(parts / "run") == contents(whole / "run")
     drawn = [row["drawn_groups"] for row in read_rows(whole / "run/metrics.jsonl")]
@@ -224,7 +224,7 @@ def test_a_reward_gets_every_column_with_dynamic_sampling_and_after_a_resume(
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.py").write_text(COLUMNS_REWARD)
-    knobs = {
+    settings = {
         **SMALL,
         "dataset": str(tmp_path / "rows.jsonl"),
         "reward": (f"{tmp_path}/mine.py:told",),
@@ -233,7 +233,7 @@ def test_a_reward_gets_every_column_with_dynamic_sampling_and_after_a_resume(
         "max_completion_length": 8,
     }
     outcome, run = tmp_path / "outcome", tmp_path / "run"
-    finish(children, outcome, **{**knobs, "max_steps": 2}, adapters_dir=tmp_path, run_name="run")
+    finish(children, outcome, **{**settings, "max_steps": 2}, adapters_dir=tmp_path, run_name="run")
     finish(children, outcome, resume=run, max_steps=3)
     rows = read_rows(run / "metrics.jsonl")
     assert len(rows) == 3 and any(row["drawn_groups"] > 4 for row in rows)
@@ -310,7 +310,7 @@ def test_resume_refuses_a_changed_world_and_takes_a_moved_one(
     from lora_grpo.config.files import read_run
     from lora_grpo.policy.base import EMBEDDED_FOLDER
     from lora_grpo.train.plan import make_plan
-    from lora_grpo.train.run import read_record
+    from lora_grpo.train.provenance import read_record
 
     run, files = tmp_path / "run", tmp_path / "files"
     files.mkdir()
@@ -329,9 +329,9 @@ def test_resume_refuses_a_changed_world_and_takes_a_moved_one(
         "system_prompt_file": files / "prompt.txt",
         "reward": (f"{files}/mine.py:mine=0.5",),
     }
-    knobs = {**SMALL, **locations, "max_steps": 1, "max_completion_length": 8}
+    settings = {**SMALL, **locations, "max_steps": 1, "max_completion_length": 8}
     outcome = tmp_path / "outcome"
-    finish(children, outcome, **knobs, adapters_dir=tmp_path, run_name="run")
+    finish(children, outcome, **settings, adapters_dir=tmp_path, run_name="run")
 
     def resumed(**changed) -> dict:
         return read_record(make_plan(TrainConfig(**{**read_run(run), "resume": run, **changed})))

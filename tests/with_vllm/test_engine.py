@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback
 from trl import GRPOTrainer
 
-from lora_grpo.config.knobs import LINEAR_LAYERS, TrainConfig
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import LINEAR_LAYERS, TrainConfig
 from lora_grpo.data.problems import load_problems
 from lora_grpo.data.prompt import PLAIN, build_messages, render
 from lora_grpo.grpo.settings import build_dataset, grpo_config, lora_config

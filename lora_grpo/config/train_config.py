@@ -1,4 +1,4 @@
-"""The training run's knobs: one frozen dataclass, its checks, and what is derived from them.
+"""The training run's settings: one frozen dataclass, its checks, and what is derived from them.
 
 `presets` says where the defaults come from. Nothing heavy is imported here, so that `--help` and a
 wrong flag answer at once. A field's docstring is one line: tyro shows the breaks of a longer one.
@@ -22,7 +22,7 @@ Rollout = Literal["auto", "vllm", "generate"]
 Level = Literal["token", "sequence"]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 # How memory is used, which changes no result: a resumed run may change these.
-MEMORY_KNOBS = (
+MEMORY_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     *("eval_batch_size", "chunked_logprobs", "shared_prefix", "gpu_memory"),
     *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
@@ -42,7 +42,7 @@ class TrainConfig:
     config: Path | None = None
     """A saved train_config.json or a YAML file: defaults that other flags override."""
     resume: Path | None = None
-    """Go on with the run in this adapter directory; of its knobs only --max-steps may change."""
+    """Resume the run in this adapter directory; of its results only --max-steps may change."""
     run_name: str | None = None
     """Directory to write; by default the preset's or model's name, numbered if taken."""
     adapters_dir: Path = Path("adapters")
@@ -238,7 +238,7 @@ class TrainConfig:
             )
 
     def _check_loss(self) -> None:
-        loss, known = f"--loss-type {self.loss_type}", self.loss_knobs
+        loss, known = f"--loss-type {self.loss_type}", self.loss_settings
         level, needed = known["importance_sampling_level"], NEEDED_LEVEL.get(self.loss_type)
         if needed and level != needed:
             raise ValueError(
@@ -308,8 +308,8 @@ class TrainConfig:
             )
 
     @property
-    def loss_knobs(self) -> dict[str, Any]:
-        """The knobs that the loss reads, by TRL's names: those given, else those of its paper."""
+    def loss_settings(self) -> dict[str, Any]:
+        """The settings of the loss by TRL's names: those given, else those of its paper."""
         own = loss_defaults(self.loss_type, self.importance_sampling_level)
         return {name: given_or(getattr(self, name), value) for name, value in own.items()}
 
@@ -376,7 +376,7 @@ ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs
 
 
 def loss_defaults(loss_type: str, level: str | None = None) -> dict[str, Any]:
-    """Return the knobs that a loss reads in TRL 1.14.2, with the values of its paper."""
+    """Return the settings that a loss reads in TRL 1.14.2, with the values of its paper."""
     level = level or NEEDED_LEVEL.get(loss_type, "token")
     return {"importance_sampling_level": level, **CLIPPING.get(loss_type, BY_LEVEL[level])}
 

@@ -1,20 +1,20 @@
-"""Which knobs a run does not read: by its backend, its rollout, its model or another knob.
+"""Which settings a run does not read: by its backend, its rollout, its model or another setting.
 
 What was set all the same is said in the plan, and `train_config.json` records a null for it.
 """
 
-from lora_grpo.config.knobs import TrainConfig, flag
 from lora_grpo.config.presets import PRESETS
+from lora_grpo.config.train_config import TrainConfig, flag
 from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.backend import Choice
 from lora_grpo.memory.fit import MemoryPlan
 from lora_grpo.policy.base import Placement, is_local
 
 
-def find_idle(
+def find_unused(
     config: TrainConfig, choice: Choice, placement: Placement, memory: MemoryPlan | None
 ) -> dict[str, str]:
-    """Return the knobs that this run does not read, each with the reason."""
+    """Return the settings that this run does not read, each with the reason."""
     vllm, unsloth = choice.rollout == "vllm", choice.backend == "unsloth"
     of_vllm = ("vllm_gpu_memory_utilization", "vllm_max_num_seqs", *config.vllm_correction)
     packs = memory is not None and memory.job.packs
@@ -41,14 +41,14 @@ def find_idle(
         (is_local(config.model), "the model is a local folder", ("revision",)),
         (built_in, "the problems are built in", ("question_column", "answer_column")),
     ]
-    return {name: reason for idle, reason, names in rows if idle for name in names}
+    return {name: reason for unused, reason, names in rows if unused for name in names}
 
 
-def describe_idle(config: TrainConfig, idle: dict[str, str]) -> list[str]:
-    """Return a sentence for each knob that was set and is not read."""
+def describe_unused(config: TrainConfig, unused: dict[str, str]) -> list[str]:
+    """Return a sentence for each setting that was set and is not read."""
     preset = PRESETS.get(config.preset, {})
     return [
         f"{flag(name)} {getattr(config, name)} is not used: {reason}"
-        for name, reason in idle.items()
+        for name, reason in unused.items()
         if getattr(config, name) != preset.get(name, getattr(TrainConfig, name))
     ]
