@@ -6,8 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config.files import given_knobs
-from lora_grpo.config.presets import PRESETS, preset_knobs
+from lora_grpo.config.files import given_settings
+from lora_grpo.config.presets import PRESETS, preset_settings
 from lora_grpo.config.train_config import TrainConfig, flag
 from lora_grpo.results.records import short_name
 
@@ -77,9 +77,9 @@ def reproduce(trained: dict[str, Any]) -> list[str]:
     defaults."""
     preset = trained.get("preset") if trained.get("preset") in PRESETS else None
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    defaults |= preset_knobs(preset, trained.get("dataset"))
+    defaults |= preset_settings(preset, trained.get("dataset"))
     lines = ["lora-grpo train", *([f"--preset {preset}"] if preset else [])]
-    given = given_knobs(trained)
+    given = given_settings(trained)
     for name, default in defaults.items():
         value = publish(name, given.get(name, default))
         value = tuple(value) if isinstance(value, list) else value
