@@ -11,10 +11,15 @@ from pathlib import Path
 from lora_grpo.doctor.machine import Row
 from lora_grpo.doctor.probes import PROBES, Outcome
 from lora_grpo.machine.backend import INSTALL
+from lora_grpo.machine.terminal import has_scripts
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^\s#;]+)")
-INSTALL_CPU = "pip install -r requirements-cpu.txt"
+INSTALL_CPU = (
+    "pip install -r requirements-cpu.txt"
+    if has_scripts()
+    else "install lora-grpo again, with its dependencies"
+)
 NEEDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 WITH_A_GPU = ("unsloth", "vllm", "vllm-bnb-plugin")
 INSTEAD = {"unsloth": "--backend transformers", "vllm": "--rollout generate"}

@@ -54,7 +54,7 @@ def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
         lines.append(
             "nothing is left to save in this run: free memory that other programs hold, or start "
             f"anew with --max-completion-length below {config.max_completion_length} or a smaller "
-            "--model (scripts/plan_memory.py shows what fits)"
+            f"--model ({command_line('plan_memory.py')} shows what fits)"
         )
     return "; ".join(lines)
 

@@ -22,6 +22,7 @@ from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.grpo.batch import Batch, mean
 from lora_grpo.machine.files import read_jsonl
+from lora_grpo.machine.terminal import command_line
 from lora_grpo.memory.terms import GIB
 
 LINES = 50
@@ -243,7 +244,7 @@ def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:
     if len({row["reward"] for row in steps}) == 1:
         return (
             f"{found}, but each earned {number(reward, 'g')}: give rewards that tell them apart "
-            "(scripts/check_rewards.py shows what each pays)"
+            f"({command_line('check_rewards.py')} shows what each pays)"
         )
     return (
         f"{found}: sample more per problem (--num-generations, now {config.num_generations}), or "

@@ -151,7 +151,7 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
     if config.gpu_memory is not None and gpu is None:
         raise ValueError(
             f"--gpu-memory {config.gpu_memory:g}: no GPU was found: leave it out, or see "
-            "what such a card would hold by scripts/plan_memory.py"
+            f"what such a card would hold by {command_line('plan_memory.py')}"
         )
     choice = choose_backend(config.backend, config.rollout, gpu)
     check_4bit(choice, gpu, config.load_in_4bit)
