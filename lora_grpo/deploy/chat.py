@@ -94,7 +94,7 @@ def chat(config: ChatConfig, stdin: TextIO | None = None) -> None:
             f"--compare needs an adapter directory, and {config.folder} is a whole model without a "
             "base beside it: give adapters/<run>"
         )
-    length = config.max_completion_length or source.max_completion_length
+    length = config.max_completion_length or source.record.max_completion_length
     decoding = Decoding(length, config.temperature, config.top_p, config.seed)
     prompter = make_prompter(source, length)
     questions: Iterable[str] = ()

@@ -148,7 +148,7 @@ class ChatModel:
 def open_chat(source: ChatSource, prompter: Prompter, decoding: Decoding) -> Iterator[ChatModel]:
     """Hold the loaded model while the block runs."""
     placement = choose_placement()
-    model = load_base(source.weights, placement, source.load_in_4bit, source.double_quant)
+    model = load_base(source.weights, placement, source.load_in_4bit, source.record.double_quant)
     if source.adapter_dir is not None:
         model = load_adapter(model, source.adapter_dir)
     model.eval()

@@ -21,72 +21,46 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from lora_grpo.data.prompt import TEMPLATE_SETTINGS, build_messages, find_turn_end
 from lora_grpo.deploy.source import ChatSource
 from lora_grpo.machine.backend import installed
+from lora_grpo.machine.files import read_json
 from lora_grpo.machine.hardware import find_gpu
-from lora_grpo.machine.terminal import ROOT, command_line
+from lora_grpo.machine.terminal import command_line
 from lora_grpo.policy.adapter import CONFIG
 from lora_grpo.policy.base import read_end_ids, read_tokenizer
 from lora_grpo.policy.vllm import RANKS
 
-
-def answer_to_name(name: str, folder: str) -> None:
-    """List the served folder as the one model, under a short name that requests may give too."""
-    from transformers.cli.serving.model_manager import ModelManager
-    from transformers.cli.serving.utils import BaseHandler
-
-    entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "local"}
-    resolve = BaseHandler._resolve_model
-
-    def resolve_name(self: BaseHandler, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        if body.get("model") == name:
-            body["model"] = folder
-        return resolve(self, body)
-
-    BaseHandler._resolve_model = resolve_name
-    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [entry])
-
-
-def main() -> None:
-    name, folder, *flags = sys.argv[1:]
-    if not Path(folder).is_dir():
-        sys.exit(f"error: {folder} is no folder: give a merged model, such as merged/<run>")
-    from transformers.cli.transformers import app
-
-    answer_to_name(name, folder)
-    app(["serve", folder, *flags])
-
-
-if __name__ == "__main__":
-    main()
-
-
 TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 BASE = "base"
-# A base's own generation_config.json often samples and punishes repetition; the figures are plain
-# greedy. What a client asks for goes before this.
+# A base's own generation_config.json often samples and penalises repetition; accuracies are
+# measured with greedy decoding. What a client asks for overrides this.
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
 class Service:
-    """A command with what it adds to the environment; `model` is the name that a request gives."""
+    """A command with what it adds to the environment; `model` is the name that a request gives.
+
+    `folder` is the working folder to start it in, None for the present one.
+    """
 
     server: str
     command: tuple[str, ...]
     environment: dict[str, str]
     model: str
+    folder: Path | None = None
 
     @property
     def line(self) -> str:
         """The command as a shell takes it."""
+        enter = ["cd", shlex.quote(str(self.folder)), "&&"] if self.folder else []
         assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*assigned, shlex.join(self.command)])
+        return " ".join([*enter, *assigned, shlex.join(self.command)])
 
 
 def choose_server(asked: str, source: ChatSource) -> str:
@@ -136,11 +110,11 @@ def build_service(
     template = json.dumps(TEMPLATE_SETTINGS)
     more = shlex.split(server_args)
     if server == "transformers":
-        command = ["-m", "lora_grpo.deploy.serve", source.name, str(source.weights)]
+        # It knows a model by its path alone: from the folder above, that is a short name.
+        command = ["-m", "transformers.cli.transformers", "serve", source.weights.resolve().name]
         command += [*where, *dtype, "--chat-template-kwargs", template, *more]
-        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(places)}
-        return Service(server, (sys.executable, *command), environment, source.name)
+        folder = source.weights.resolve().parent
+        return Service(server, (sys.executable, *command), {}, folder=folder, model=command[3])
     if source.adapter_dir is not None:
         check_ends(source)
     command = [*vllm_program(source.weights), *where, *dtype]
@@ -161,8 +135,8 @@ def build_service(
 
 
 def check_ends(source: ChatSource) -> None:
-    """Raise a ValueError where vLLM would go on after the end of a turn: beside an adapter it
-    knows only the ends that the base's own files name."""
+    """Raise a ValueError where vLLM would continue after the end of a turn: with an adapter it
+    stops only at the tokens that the base's own files name."""
     tokenizer = read_tokenizer(source.weights)
     declared = read_end_ids(source.weights)
     end = find_turn_end(read_tokenizer(source.tokenizer_folder))
@@ -187,8 +161,8 @@ def vllm_program(weights: Path) -> list[str]:
 
 
 def max_lora_rank(adapter_dir: Path) -> int:
-    """Return the smallest rank that vLLM sets aside for this adapter."""
-    adapter = json.loads((adapter_dir / CONFIG).read_text(encoding="utf-8"))
+    """Return the smallest of vLLM's maximum ranks that fits this adapter."""
+    adapter = read_json(adapter_dir / CONFIG)
     r = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
     for rank in RANKS:
         if r <= rank:
@@ -212,7 +186,7 @@ def build_request(source: ChatSource, service: Service) -> dict[str, object]:
     body: dict[str, object] = {
         "model": service.model,
         "messages": build_messages(source.sample_question(), source.style),
-        "max_tokens": source.max_completion_length,
+        "max_tokens": source.record.max_completion_length,
         "temperature": 0,
     }
     if service.server == "transformers":
@@ -230,7 +204,7 @@ def curl_line(address: str, body: dict[str, object]) -> str:
 
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 5
-# How long each of the three signals has to end the server.
+# Seconds that each signal has to end the server.
 GRACE = {signal.SIGINT: 20, signal.SIGTERM: 10, signal.SIGKILL: 10}
 # Processes that outlive the server by a moment still give shared memory back.
 CHILDREN_SECONDS = 5
@@ -297,7 +271,7 @@ def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
         return 0
     check_port(config.host, config.port)
     try:
-        with running(list(service.command), service.environment) as process:
+        with running(list(service.command), service.environment, service.folder) as process:
             if not wait_until_ready(process, f"{config.address}/health"):
                 report(f"the server ended with status {process.returncode} before it answered")
                 return 1
@@ -331,12 +305,18 @@ def check_port(host: str, port: int) -> None:
 
 
 @contextmanager
-def running(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], environment: dict[str, str], folder: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server while the block runs; a SIGTERM to this process ends both as Ctrl-C does."""
     before = signal.signal(signal.SIGTERM, interrupt)
     # A session of its own: Ctrl-C reaches this process alone, which then ends the whole session.
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, start_new_session=True, stdin=subprocess.DEVNULL
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
     )
     try:
         yield process
@@ -350,9 +330,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server and what it started: first asked, then told, then made to.
+    """End a server and every process that it started, by one signal after another.
 
-    A second Ctrl-C only brings the next signal sooner.
+    A second Ctrl-C only sends the next signal sooner.
     """
     for number, seconds in GRACE.items():
         if process.poll() is not None:
@@ -370,8 +350,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], health: str) -> bool:
-    """Return whether the server answers, or False once it has ended; a model may take long to
-    load."""
+    """Wait until the server answers; return False if it ends first."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while process.poll() is None:
         with suppress(urllib.error.URLError, OSError), direct.open(health, timeout=ANSWER_SECONDS):

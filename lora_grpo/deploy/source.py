@@ -1,6 +1,6 @@
 """What answers in a chat or behind a server: an adapter on its base, or a merged model.
 
-A folder and its records go in; out comes what to load and how it was asked in training. Reads no
+A folder and its record go in; out comes what to load and how it was asked in training. Reads no
 weights.
 """
 
@@ -8,34 +8,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.data.prompt import PromptStyle
 from lora_grpo.machine.files import read_jsonl
-from lora_grpo.machine.folders import check_kind
-from lora_grpo.policy.adapter import ADAPTERS, CONFIG, RunRecord, read_record
+from lora_grpo.machine.folders import MODEL_FILE, check_kind
+from lora_grpo.policy.adapter import ADAPTERS, CONFIG, EVAL_ITEMS, RunRecord, read_record
 from lora_grpo.policy.base import check_architecture, fit_padding, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ITEMS = "eval_items.jsonl"
+    from lora_grpo.data.prompt import PromptStyle
 
 
 @dataclass(frozen=True)
 class ChatSource:
-    """`weights` is the base's folder, or the merged model itself, which has no `adapter_dir`."""
+    """A run's record with what was found for it: `weights` is the folder of the base, or of the
+    merged model itself."""
 
-    name: str
-    folder: Path
-    records: Path
+    record: RunRecord
     base: str | None
     weights: Path
-    adapter_dir: Path | None
     tokenizer_folder: Path
     tokenizer: "PreTrainedTokenizerBase"
-    style: PromptStyle
-    max_completion_length: int
     load_in_4bit: bool
-    double_quant: bool
+
+    @property
+    def folder(self) -> Path:
+        return self.record.folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        return self.folder if self.record.is_adapter else None
+
+    @property
+    def style(self) -> "PromptStyle":
+        return self.record.fitted_style(self.tokenizer)
 
     def describe(self) -> str:
         """Return what answers, in a few words."""
@@ -46,7 +56,7 @@ class ChatSource:
 
     def sample_question(self) -> str:
         """Return the first question that the run was evaluated on, or a plain one."""
-        rows = read_jsonl(self.records / ITEMS)
+        rows = read_jsonl(self.record.records / EVAL_ITEMS)
         return rows[0]["question"] if rows else "What is 2 + 3?"
 
 
@@ -60,30 +70,34 @@ def find_source(
 
     Raises:
         FileNotFoundError, ValueError: it holds neither an adapter nor a whole model, it is a
-        checkpoint, or its base cannot be had.
+        checkpoint, or its base cannot be found.
     """
+    from lora_grpo.merge.deltas import check_adapter_dir
+
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder} does not exist: give an adapter directory such as adapters/<run>, or a "
             "merged model such as merged/<run>"
         )
-    runnable = ("export",) if (folder / "config.json").is_file() else ()
+    has_config = (folder / MODEL_FILE).is_file()
     wanted = "an adapter directory or a merged model"
-    check_kind(folder, script, wanted, (*ADAPTERS, "merged", "model", *runnable))
-    if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
-        return merged_source(folder, model, load_in_4bit)
-    return adapter_source(folder, model, load_in_4bit)
+    kinds = (*ADAPTERS, "merged", "model", *(["export"] if has_config else []))
+    check_kind(folder, script, wanted, kinds)
+    if has_config and not (folder / CONFIG).is_file():
+        check_whole_model(folder, model)
+        record, weights, base = read_record(folder), folder, None
+    else:
+        record = read_record(check_adapter_dir(folder))
+        weights, base = record.find_base(model), model or record.base
+    tokenizer_folder = record.tokenizer_folder(weights)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    fit_padding(tokenizer, weights)
+    if load_in_4bit is None:
+        load_in_4bit = record.load_in_4bit and record.is_adapter
+    return ChatSource(record, base, weights, tokenizer_folder, tokenizer, load_in_4bit)
 
 
-def adapter_source(folder: Path, model: str | None, load_in_4bit: bool | None) -> ChatSource:
-    from lora_grpo.merge.deltas import check_adapter_dir
-
-    record = read_record(check_adapter_dir(folder))
-    weights = record.find_base(model)
-    return build_source(record, weights, model or record.base, load_in_4bit)
-
-
-def merged_source(folder: Path, model: str | None, load_in_4bit: bool | None) -> ChatSource:
+def check_whole_model(folder: Path, model: str | None) -> None:
     if model is not None:
         raise ValueError(
             f"--model names the base of an adapter, and {folder} is a whole model: leave it out"
@@ -94,26 +108,3 @@ def merged_source(folder: Path, model: str | None, load_in_4bit: bool | None) ->
             "merge_adapter.py writes"
         )
     check_architecture(folder)
-    return build_source(read_record(folder), folder, None, load_in_4bit)
-
-
-def build_source(
-    record: RunRecord, weights: Path, base: str | None, load_in_4bit: bool | None
-) -> ChatSource:
-    tokenizer = load_tokenizer(tokenizer_folder := record.tokenizer_folder(weights))
-    fit_padding(tokenizer, weights)
-    in_4bit = record.load_in_4bit and record.is_adapter
-    return ChatSource(
-        name=record.folder.resolve().name,
-        folder=record.folder,
-        records=record.records,
-        base=base,
-        weights=weights,
-        adapter_dir=record.folder if record.is_adapter else None,
-        tokenizer_folder=tokenizer_folder,
-        tokenizer=tokenizer,
-        style=record.fitted_style(tokenizer),
-        max_completion_length=record.max_completion_length,
-        load_in_4bit=in_4bit if load_in_4bit is None else load_in_4bit,
-        double_quant=record.double_quant,
-    )

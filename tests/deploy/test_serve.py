@@ -17,7 +17,6 @@ import pytest
 from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_base, save_adapter
 
 from lora_grpo.data.prompt import PromptStyle, build_messages, render
-from lora_grpo.deploy import serve as serve_command
 from lora_grpo.deploy import serve as serve_module
 from lora_grpo.deploy.serve import (
     TRANSFORMERS_NEEDS,
@@ -71,7 +70,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    monkeypatch.setattr(serve_command, "installed", lambda name: name in packages)
+    monkeypatch.setattr(serve_module, "installed", lambda name: name in packages)
 
 
 def free_port() -> int:
@@ -179,7 +178,8 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) 
     said: list[str] = []
     assert serve(ServeConfig(merged, dry_run=True, port=8123), said.append) == 0
     command, request = said
-    assert "lora_grpo.deploy.serve" in command and "--port 8123" in command
+    assert command.startswith(f"cd {merged.parent} && ") and " serve run " in command
+    assert "--port 8123" in command
     assert request.startswith("curl http://127.0.0.1:8123/v1/chat/completions ")
 
 
@@ -271,13 +271,7 @@ def test_the_printed_curl_line_gets_the_greedy_answer(merged, tmp_path, server) 
         choice = json.loads(answered.stdout)["choices"][0]
         assert choice["message"]["content"].strip() == expected.text.strip() != ""
         assert (choice["finish_reason"] == "length") is expected.truncated
-        listing = ["curl", "-sf", f"http://127.0.0.1:{port}/v1/models"]
-        (entry,) = json.loads(subprocess.check_output(listing, timeout=60))["data"]
-        assert entry["id"] == "run" and '"model": "run"' in line
-        by_path = shlex.join([*shlex.split(line)]).replace('"model": "run"', f'"model": "{merged}"')
-        if server == "transformers":
-            again = subprocess.check_output(["sh", "-c", by_path], timeout=60)
-            assert json.loads(again)["choices"][0]["message"] == choice["message"]
+        assert '"model": "run"' in line
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
