@@ -24,7 +24,7 @@ Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "seque
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("eval_batch_size", "chunked_logprobs", "shared_prefix", "gpu_memory"),
+    *("eval_batch_size", "shared_prefix", "gpu_memory"),
     *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
 )
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
@@ -173,8 +173,6 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shared_prefix: bool = True
     """Compute a prompt once for its completions in an update, without padding or whole logits."""
-    chunked_logprobs: bool = False
-    """Without --shared-prefix: never hold a micro-batch's logits, for more arithmetic."""
     max_steps: int | None = 250
     """Updates to make; `None` makes num_train_epochs passes over the data."""
     num_train_epochs: float = 1.0

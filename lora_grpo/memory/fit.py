@@ -70,15 +70,6 @@ def arithmetic_shares(shape: ModelShape) -> tuple[float, float]:
     return shape.linear_parameters / whole, shape.embedding_parameters / whole
 
 
-def chunk_logprobs(job: Job, given: TrainConfig) -> Offer:
-    """Compute log-probs in chunks, and their logits again in the backward pass."""
-    if not job.holds_logits:
-        return None
-    more = arithmetic_shares(job.shape)[1]
-    sentence = f"log-probs in chunks: the same numbers, {more:.0%} more arithmetic in an update"
-    return with_settings(job, chunked_logprobs=True), sentence
-
-
 def checkpoint_gradients(job: Job, given: TrainConfig) -> Offer:
     """Keep each block's input alone, and run its forward pass again in the backward pass."""
     if job.config.gradient_checkpointing:
@@ -120,7 +111,7 @@ def lower_sequences(job: Job, given: TrainConfig) -> Offer:
     return with_settings(job, vllm_max_num_seqs=count), sentence
 
 
-MOVES = (chunk_logprobs, checkpoint_gradients, shrink_micro_batch, lower_sequences)
+MOVES = (checkpoint_gradients, shrink_micro_batch, lower_sequences)
 
 
 def settled_peak(job: Job) -> int:

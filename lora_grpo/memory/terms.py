@@ -108,14 +108,14 @@ class Job:
 
     @property
     def packs(self) -> bool:
-        """The update and sampling compute each prompt once (see `packed_trainer`)."""
+        """The update and sampling compute each prompt once (see `grpo.packed_update`)."""
         plain = self.backend == "transformers" and self.shape.plain_attention
         return plain and self.config.shared_prefix
 
     @property
     def holds_logits(self) -> bool:
         """The update is TRL's own and holds a micro-batch's logits; Unsloth's has its chunks."""
-        return not (self.packs or self.backend == "unsloth" or self.config.chunked_logprobs)
+        return not (self.packs or self.backend == "unsloth")
 
     @property
     def has_vllm(self) -> bool:

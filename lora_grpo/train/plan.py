@@ -297,7 +297,7 @@ def make_plan(config: TrainConfig) -> Plan:
     else:
         memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
         settings = memory.settings
-    unused = find_unused(config, choice, placement, memory)
+    unused = find_unused(config, choice, placement)
     notes = [*describe_unused(config, unused), *describe_words(data)]
     config = dataclasses.replace(
         config,

@@ -7,17 +7,13 @@ from lora_grpo.config.presets import PRESETS
 from lora_grpo.config.train_config import TrainConfig, flag
 from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.backend import Choice
-from lora_grpo.memory.fit import MemoryPlan
 from lora_grpo.policy.base import Placement, is_local
 
 
-def find_unused(
-    config: TrainConfig, choice: Choice, placement: Placement, memory: MemoryPlan | None
-) -> dict[str, str]:
+def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> dict[str, str]:
     """Return the settings that this run does not read, each with the reason."""
     vllm, unsloth = choice.rollout == "vllm", choice.backend == "unsloth"
     of_vllm = ("vllm_gpu_memory_utilization", "vllm_max_num_seqs", *config.vllm_correction)
-    packs = memory is not None and memory.job.packs
     by_steps = config.max_steps is not None and config.resume is None
     built_in = {config.dataset, config.eval_dataset or BUILT_IN} == {BUILT_IN}
     rows: list[tuple[bool, str, tuple[str, ...]]] = [
@@ -28,8 +24,7 @@ def find_unused(
             "on a CPU vLLM takes what its cache needs",
             ("vllm_gpu_memory_utilization",),
         ),
-        (packs, "only --no-shared-prefix holds logits to be chunked", ("chunked_logprobs",)),
-        (unsloth, "Unsloth's update is its own", ("shared_prefix", "chunked_logprobs")),
+        (unsloth, "Unsloth's update is its own", ("shared_prefix",)),
         (not config.dynamic_sampling, "no --dynamic-sampling", ("dynamic_sampling_rounds",)),
         (by_steps, "--max-steps decides; --max-steps None takes epochs", ("num_train_epochs",)),
         (

@@ -23,7 +23,6 @@ CONFIGS = st.builds(
     gradient_accumulation_steps=st.sampled_from([8, 16]),
     max_completion_length=st.sampled_from([128, 512, 2048]),
     gradient_checkpointing=st.booleans(),
-    chunked_logprobs=st.booleans(),
     shared_prefix=st.booleans(),
     load_in_4bit=st.booleans(),
     vllm_max_num_seqs=st.sampled_from([None, 32]),
@@ -52,8 +51,6 @@ def test_a_plan_keeps_the_batch_and_is_a_valid_configuration(
     assert planned.per_device_train_batch_size <= config.per_device_train_batch_size
     assert found.fits == (found.peak_bytes <= budget)
     assert bool(found.advice) == (not found.fits)
-    if choice is UNSLOTH or config.shared_prefix:
-        assert "chunked_logprobs" not in found.settings, "it would change nothing there"
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,7 +62,6 @@ def test_more_memory_never_gives_smaller_settings(
     tight = dataclasses.replace(config, **less.settings)
     roomy = dataclasses.replace(config, **more.settings)
     assert roomy.per_device_train_batch_size >= tight.per_device_train_batch_size
-    assert roomy.chunked_logprobs <= tight.chunked_logprobs
     assert roomy.gradient_checkpointing <= tight.gradient_checkpointing
     assert more.fits >= less.fits
 
@@ -92,7 +88,7 @@ def test_the_cheapest_change_comes_first_and_says_its_price() -> None:
     config = TrainConfig(shared_prefix=False)
     peak = plan(config, None, choice=GENERATE).peak_bytes
     found = plan(config, peak - 1, choice=GENERATE)
-    assert found.settings == {"chunked_logprobs": True}
+    assert found.settings == {"gradient_checkpointing": True}
     assert "more arithmetic in an update; saves" in found.choices[0]
     tight = plan(config, 7 * GIB, choice=GENERATE)
     assert tight.fits
@@ -110,7 +106,7 @@ def test_a_packed_update_is_made_smaller_by_checkpointing_first() -> None:
 
 
 def test_a_micro_batch_is_changed_for_its_part_alone() -> None:
-    config = TrainConfig(chunked_logprobs=True, gradient_checkpointing=True)
+    config = TrainConfig(gradient_checkpointing=True)
     config = dataclasses.replace(
         config, per_device_train_batch_size=32, gradient_accumulation_steps=2
     )

@@ -184,10 +184,8 @@ def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
         (GENERATE, {"eval_steps": 3, "num_validation_items": 0}, {"eval_steps"}),
         (GENERATE, {"revision": "main"}, {"revision"}),
         (GENERATE, {"question_column": "q"}, {"question_column"}),
-        (GENERATE, {"chunked_logprobs": True}, set()),
         (VLLM, {"eval_batch_size": 7, "vllm_max_num_seqs": 4}, {"eval_batch_size"}),
         (VLLM, {"vllm_gpu_memory_utilization": 0.5}, {"vllm_gpu_memory_utilization"}),
-        (UNSLOTH, {"chunked_logprobs": True}, {"chunked_logprobs"}),
         (UNSLOTH, {"shared_prefix": False}, {"shared_prefix"}),
     ],
 )
@@ -195,7 +193,7 @@ def test_a_setting_that_is_not_read_is_said_where_it_was_set(
     tmp_path: Path, choice: Choice, settings: dict, unused: set[str]
 ) -> None:
     config = small(tmp_path, **settings)
-    said = describe_unused(config, find_unused(config, choice, CPU, None))
+    said = describe_unused(config, find_unused(config, choice, CPU))
     found = {re.match(r"--([\w-]+) ", line)[1].replace("-", "_") for line in said}
     assert found == unused
 
@@ -203,19 +201,18 @@ def test_a_setting_that_is_not_read_is_said_where_it_was_set(
 def test_nothing_is_said_of_what_a_preset_or_a_default_chose(tmp_path: Path) -> None:
     config = small(tmp_path)
     for choice in (GENERATE, VLLM, UNSLOTH):
-        assert describe_unused(config, find_unused(config, choice, CPU, None)) == []
-    assert {"shared_prefix", "eval_batch_size"} <= find_unused(config, UNSLOTH, CPU, None).keys()
+        assert describe_unused(config, find_unused(config, choice, CPU)) == []
+    assert {"shared_prefix", "eval_batch_size"} <= find_unused(config, UNSLOTH, CPU).keys()
 
 
 def test_the_record_holds_what_is_in_force(tmp_path: Path) -> None:
-    plan = make_plan(small(tmp_path, chunked_logprobs=True, loss_type="cispo"))
+    plan = make_plan(small(tmp_path, loss_type="cispo"))
     text = dict(describe_plan(plan, ""))
     assert "epsilon_high 5" in text["update"]
-    assert any("--chunked-logprobs" in note for note in plan.notes)
     record = json.loads(json.dumps(provenance(plan)))
     assert (record["loss_type"], record["epsilon"], record["epsilon_high"]) == ("cispo", None, 5)
     assert record["importance_sampling_level"] == "token" and record["shared_prefix"] is True
-    for name in ("chunked_logprobs", "vllm_importance_sampling_mode", "num_train_epochs"):
+    for name in ("vllm_importance_sampling_mode", "num_train_epochs"):
         assert record[name] is None
 
 
