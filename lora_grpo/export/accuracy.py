@@ -1,14 +1,14 @@
 """What each format costs in accuracy: the same held-out problems, answered greedily by the merged
 model and by each export, and compared pair by pair."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.export.source import Outcome, Source
+from lora_grpo.export.source import ExportedFormat, Say, Source
 from lora_grpo.policy.adapter import read_record, read_train_config
 from lora_grpo.policy.base import choose_placement, load_tokenizer
 from lora_grpo.results.evaluate import EvaluateConfig, evaluate_model, held_out_problems
@@ -28,15 +28,15 @@ class Accuracy:
         source: Source,
         num_items: int | None,
         batch_size: int,
-        report: Callable[[str], None],
+        say: Say,
     ) -> None:
-        self.source, self.batch_size, self.report = source, batch_size, report
+        self.source, self.batch_size, self.say = source, batch_size, say
         self.problems, self.merged = [], None
         if num_items is not None:
             asked = EvaluateConfig(adapter_dir=source.records, num_items=num_items)
             self.problems, *_ = held_out_problems(asked, read_record(source.records))
 
-    def add(self, outcome: Outcome, name: str, folder: Path) -> Outcome:
+    def add(self, outcome: ExportedFormat, name: str, folder: Path) -> ExportedFormat:
         """Return the outcome with the accuracy of each of its files among the figures."""
         if not self.problems or not all(check.passed for check in outcome.checks):
             return outcome
@@ -55,10 +55,10 @@ class Accuracy:
         """Return the figures of `eval.json` for one export, and the paired test against the merged
         model."""
         if self.merged is None:
-            self.report(f"answering {len(self.problems)} problems: merged")
+            self.say(f"answering {len(self.problems)} problems: merged")
             with open_folder(self.source.merged, self.batch_size) as merged:
                 self.merged = self.answer(merged)
-        self.report(f"answering {len(self.problems)} problems: {name}")
+        self.say(f"answering {len(self.problems)} problems: {name}")
         items = self.answer(policy)
         strict = [[item.strict for item in found] for found in (self.merged, items)]
         return {

@@ -1,21 +1,18 @@
-"""An adapter becomes the formats that people run, each read back and held against the merged model.
+"""An adapter becomes the formats that people run, each loaded again and compared with the merged
+model.
 
 Check, merge once, write and prove every format, and only then appear under the final name. Nothing
 heavy is imported here, so that `--help` and a wrong flag answer at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.machine.terminal import FailedError
-from lora_grpo.merge.command import Report, free_name, say
-
-if TYPE_CHECKING:
-    from lora_grpo.export.source import Outcome
-
-REPORT = "export_report.json"
+from lora_grpo.merge.command import free_name, say
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class ExportProofError(FailedError):
     """An export was not what it should be and nothing was kept; the message names the failures."""
 
 
-def export_model(config: ExportConfig, report: Report = say) -> ExportResult:
+def export_model(config: ExportConfig, say: Callable[[str], None] = say) -> ExportResult:
     """Export a model in every format asked for, and prove each before any of them appears.
 
     Raises:
@@ -47,48 +44,27 @@ def export_model(config: ExportConfig, report: Report = say) -> ExportResult:
         MergeProofError: the merge failed its own.
     """
     from lora_grpo.export.formats import check_formats, write_formats
-    from lora_grpo.export.report import build_report, list_failures
+    from lora_grpo.export.report import build_report, list_failures, write_reports
     from lora_grpo.export.source import inspect_source
     from lora_grpo.machine.files import check_room, staged_directory, write_json
 
-    request = inspect_source(config)
-    check_formats(config, request)
+    source = inspect_source(config)
+    check_formats(config, source)
     check_room(config.target, 0, "--output-dir")  # the merge knows its size
     with staged_directory(config.target) as staged:
-        outcomes = write_formats(config, request, staged, report)
-        found = build_report(config, request, outcomes)
-        failures = list_failures(outcomes)
-        if failures:
+        exported = write_formats(config, source, staged, say)
+        report = build_report(config, source, exported)
+        if failures := list_failures(exported):
             path = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
-            write_json(path, found)
+            write_json(path, report)
             raise ExportProofError(
                 f"an export is not the merged model, it failed: {'; '.join(failures)}. Nothing "
                 f"was kept but {path}, which says more"
             )
-        settle(config, request, staged, outcomes, found)
+        write_reports(config, source, staged, exported, report)
     commands = [
         line
-        for name, outcome in outcomes.items()
-        for line in outcome.commands_in(config.folder(config.target, name))
+        for name, one in exported.items()
+        for line in one.commands_in(config.folder(config.target, name))
     ]
-    return ExportResult(config.target, found, commands)
-
-
-def settle(
-    config: ExportConfig,
-    request: Any,
-    staged: Path,
-    outcomes: "dict[str, Outcome]",
-    found: dict[str, Any],
-) -> None:
-    """Add report and card to each proven format."""
-    from lora_grpo.export.report import write_export_card
-    from lora_grpo.machine.files import write_json
-
-    for name, outcome in outcomes.items():
-        folder = config.folder(staged, name)
-        write_json(folder / REPORT, {**found, "formats": {name: found["formats"][name]}})
-        if name != "safetensors":  # the merge wrote its own
-            write_export_card(folder, request, name, outcome)
-    if len(outcomes) > 1:
-        write_json(staged / REPORT, found)
+    return ExportResult(config.target, report, commands)

@@ -6,8 +6,9 @@ on the run's own prompts. Activations are scaled as they come, so they need no d
 output layer stay in 16 bits.
 """
 
-from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -15,32 +16,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_grpo.export.calibration import Calibration, check_layers, find_calibration, load_rows
-from lora_grpo.export.compressed_format import (
-    SCHEMES,
-    Scheme,
-    Stored,
-    choose_group,
-    describe_settings,
-    is_packed,
-    read_stored,
-    settings,
-    unpack,
-)
-from lora_grpo.export.source import HERE, Outcome, Source
+from lora_grpo.export.calibration import Calibration, find_calibration, load_rows
+from lora_grpo.export.reload import describe_difference, prove_folder
+from lora_grpo.export.source import HERE, ExportedFormat, Say, Source
 from lora_grpo.machine.files import read_json
-from lora_grpo.machine.out_of_memory import release_memory
-from lora_grpo.merge.inputs import read_base
-from lora_grpo.merge.tensors import read_tensor
-from lora_grpo.proof.checks import Check, check_folder, check_reload, describe_distance
-from lora_grpo.proof.distance import collect_logits
 from lora_grpo.proof.reference import Reference, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A scale is rounded to bfloat16, its maximum was too.
-SCALE_SLACK = 2.0**-8 + 2.0**-10
+GROUPS = (128, 64, 32)
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A type of weights in compressed-tensors' words, and how far it may take a model.
+
+    `largest_error` is of a weight as a whole, relative to its norm; `largest_kl` of the logits, in
+    nats per token. Both are several times what was seen.
+    """
+
+    format: str
+    bits: int
+    type: str
+    largest_error: float
+    largest_kl: float
+    calibrated: bool = False
+
+
+SCHEMES = {
+    "fp8": Scheme("float-quantized", 8, "float", 0.1, 0.5),
+    "int8": Scheme("int-quantized", 8, "int", 0.1, 0.5),
+    "w4a16": Scheme("pack-quantized", 4, "int", 0.5, 1.0, calibrated=True),
+}
 
 
 def check_compressed(folder: Path, name: str) -> None:
@@ -51,37 +60,71 @@ def check_compressed(folder: Path, name: str) -> None:
             f"--format {name} is written by llm-compressor, which is not installed: use an "
             "environment with it (pip install -r requirements-llmcompressor.txt)"
         )
-    if name == "w4a16":
+    if SCHEMES[name].calibrated:
         choose_group(folder)
 
 
+def choose_group(folder: Path) -> int:
+    """Return the largest group of weights that divides every row of a linear layer.
+
+    Raises:
+        ValueError: none does.
+    """
+    config = read_json(folder / "config.json")
+    heads, hidden = config.get("num_attention_heads", 1), config["hidden_size"]
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": config.get("intermediate_size", hidden),
+        "attention heads together": heads * (config.get("head_dim") or hidden // heads),
+    }
+    for group in GROUPS:
+        if not any(size % group for size in sizes.values()):
+            return group
+    raise ValueError(
+        f"--format w4a16 takes rows in groups of {', '.join(map(str, GROUPS))}, the model has "
+        f"{sizes}: use int8 or fp8"
+    )
+
+
 def write_compressed(
-    source: Source, folder: Path, name: str, seen: Reference, report: Callable[[str], None]
-) -> Outcome:
+    source: Source, folder: Path, name: str, reference: Reference, say: Say
+) -> ExportedFormat:
     """Quantise the merged model, save it, and prove the folder by loading it again."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_transformers(), redirect_stderr(StringIO()):  # its bars ask nobody
+    with quiet_transformers(), redirect_stderr(StringIO()):  # hides the library's progress bars
         model = AutoModelForCausalLM.from_pretrained(
             source.merged, dtype=torch.bfloat16, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source.merged, trust_remote_code=False)
-        calibration = None
+        calibration, how = None, "rounded to nearest"
         if SCHEMES[name].calibrated:
             calibration = find_calibration(source, model, tokenizer)
-            report(f"calibrating {name} on {calibration.origin}")
+            how = f"GPTQ on {calibration.origin}"
+            say(f"calibrating {name} on {calibration.origin}")
         quantize(model, settings(name, source.merged), calibration)
-        chosen = copy_linear(model) if calibration else {}
+        chosen = read_quantized(model)
         model.save_pretrained(folder, save_compressed=True)
         del model
-        report(f"proving {name}")
-        return prove_compressed(source, folder, name, seen, calibration, chosen)
+        say(f"proving {name}")
+        found = prove_compressed(source, folder, name, reference, chosen)
+        return replace(found, figures={**found.figures, "weights": how})
+
+
+def settings(name: str, merged: Path) -> dict[str, dict[str, Any] | None]:
+    """Return a format's settings of weights and of activations, in compressed-tensors' words."""
+    scheme = SCHEMES[name]
+    known = {"num_bits": scheme.bits, "type": scheme.type, "symmetric": True}
+    if scheme.calibrated:
+        weights = {"strategy": "group", "dynamic": False, "group_size": choose_group(merged)}
+        return {"weights": {**known, **weights}, "input_activations": None}
+    weights = {"strategy": "channel", "dynamic": False}
+    tokens = {"strategy": "token", "dynamic": True}
+    return {"weights": {**known, **weights}, "input_activations": {**known, **tokens}}
 
 
 def quantize(
-    model: "PreTrainedModel",
-    asked: dict[str, Any],
-    calibration: Calibration | None,
+    model: "PreTrainedModel", asked: dict[str, Any], calibration: Calibration | None
 ) -> None:
     """Let llm-compressor quantise every linear layer but the output layer, in place."""
     from llmcompressor import oneshot
@@ -97,116 +140,47 @@ def quantize(
     oneshot(model=model, recipe=modifier(config_groups=groups, ignore=["lm_head"]), **data)
 
 
-def copy_linear(model: "PreTrainedModel") -> dict[str, torch.Tensor]:
-    """Return what GPTQ made of each weight, before it is packed."""
-    return {name: model.get_parameter(name).detach().clone() for name in list_linear(model)}
+def read_quantized(model: "PreTrainedModel") -> Weights:
+    """Return the values that each quantised weight will stand for, before they are packed."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    return {
+        f"{name}.weight": fake_quantize(
+            module.weight,
+            module.weight_scale,
+            getattr(module, "weight_zero_point", None),
+            module.quantization_scheme.weights,
+        ).detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_scale")
+    }
 
 
 def prove_compressed(
-    source: Source,
-    folder: Path,
-    name: str,
-    seen: Reference,
-    calibration: Calibration | None,
-    chosen: dict[str, torch.Tensor],
-) -> Outcome:
-    """Load a folder as transformers reads the format, and compare it with the merged model."""
-    from transformers import AutoModelForCausalLM
-
-    release_memory()
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
-        )
-        linear = list_linear(model)
-        logits = list(collect_logits(model.eval(), seen.sequences))
-    except Exception as error:  # whatever it is, the user's own load would meet it too
-        return Outcome((Check("reload", False, f"{type(error).__name__}: {error}"),), {}, ())
-    stored = read_stored(folder)
-    checks = [
-        check_reload(loading),
-        check_weights(source.merged, stored, linear, SCHEMES[name], chosen),
-        check_settings(folder, name, settings(name, source.merged)),
-        *check_folder(source.merged, folder, model),
-    ]
-    if calibration and checks[1].passed:
-        checks.append(check_layers(source.merged, stored, calibration.rows))
-    figures = {
-        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        "weights": f"GPTQ on {calibration.origin}" if calibration else "rounded to nearest",
-        "from_merged": describe_distance(seen.logits, logits),
-    }
-    return Outcome(tuple(checks), figures, (("vllm", "serve", HERE),))
-
-
-def list_linear(model: "PreTrainedModel") -> set[str]:
-    """Return the weights that are to be quantised: every linear layer's but the output layer's."""
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
-    }
-
-
-def check_settings(folder: Path, name: str, asked: dict[str, Any]) -> Check:
-    """Compare what the config says of codes and activations with what was asked for."""
+    source: Source, folder: Path, name: str, reference: Reference, chosen: Weights
+) -> ExportedFormat:
+    """Compare a compressed folder with the merged model, and with what was chosen for it."""
+    scheme = SCHEMES[name]
+    compare = partial(compare_weight, chosen, scheme)
     expected = {
         "quant_method": "compressed-tensors",
-        "format": SCHEMES[name].format,
+        "format": scheme.format,
         "ignore": ["lm_head"],
-        **{part: [values] for part, values in asked.items()},
+        "config_groups": {"group_0": settings(name, source.merged)},
     }
-    found = describe_settings(read_json(folder / "config.json"))
-    faults = [f"{key} is {found[key]}" for key in expected if found[key] != expected[key]]
-    return Check("quantization", not faults, "; ".join(faults) or SCHEMES[name].format)
+    found = prove_folder(source, folder, reference, compare, expected, scheme.largest_kl)
+    return replace(found, commands=(("vllm", "serve", HERE),))
 
 
-def check_weights(
-    merged: Path,
-    stored: Stored,
-    linear: set[str],
-    scheme: Scheme,
-    chosen: dict[str, torch.Tensor],
-) -> Check:
-    """Unpack every weight by the format's own rules, and compare value and scale with the merged
-    one's."""
-    tied = bool(read_json(merged / "config.json").get("tie_word_embeddings"))
-    faults = []
-    for name, tensor in read_base(merged).items():
-        weight = read_tensor(tensor).to(torch.bfloat16)
-        if name in linear:
-            faults += compare(name, weight.float(), stored, scheme, chosen.get(name))
-        elif name not in stored:
-            faults += [] if tied and name == "lm_head.weight" else [f"{name} is missing"]
-        elif not read_tensor(stored[name]).equal(weight):
-            faults.append(f"{name} differs")
-    bound = "as GPTQ chose them" if scheme.calibrated else "each value within its type's bound"
-    detail = "; ".join(faults[:3]) or f"{len(linear)} weights {bound}, the rest unchanged"
-    return Check("tensors", not faults and bool(linear), detail)
-
-
-def compare(
-    name: str,
-    weight: torch.Tensor,
-    stored: Stored,
-    scheme: Scheme,
-    chosen: torch.Tensor | None,
-) -> list[str]:
-    """Return what is wrong with one quantised weight, (out, in)."""
-    if not is_packed(stored, name):
-        return [f"{name} is not quantised"]
-    packed = unpack(stored, name, weight.shape)
-    grouped = weight.unflatten(1, packed.codes.shape[1:])  # (out, groups, G)
-    implied = grouped.abs().amax(-1) / scheme.largest
-    if not torch.all((packed.scale - implied).abs() <= SCALE_SLACK * implied + 1e-12):
-        return [f"{name} has scales that its weights do not imply"]
-    if chosen is not None:  # the same values, but for bfloat16
-        wanted = chosen.float().view_as(grouped)
-        error, bound = (packed.values - wanted).abs(), 2.0**-8 * wanted.abs()
-    else:
-        error = (packed.values - grouped).abs()
-        bound = scheme.steps * packed.scale[..., None] + scheme.share * grouped.abs()
-    wrong = int((~(error <= bound)).sum())
-    return [f"{name}: {wrong} of {weight.numel()} values are off by more than allowed"] * bool(
-        wrong
-    )
+def compare_weight(
+    chosen: Weights, scheme: Scheme, model: "PreTrainedModel", name: str, merged: torch.Tensor
+) -> str | None:
+    """Compare a quantised weight with the values chosen for it, which must lie near the merged
+    ones; any other with the merged one itself."""
+    found = model.get_parameter(name).detach()
+    if name not in chosen:
+        return describe_difference(found, merged)
+    error = (chosen[name].float() - merged.float()).norm() / merged.float().norm()
+    if not error <= scheme.largest_error:
+        return f"is off by {error:.2%} of its size, more than {scheme.format} may be"
+    return describe_difference(found, chosen[name])

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.export.report import SYSTEM_PROMPT
-from lora_grpo.export.source import HERE, Outcome, Request, Source
+from lora_grpo.export.source import HERE, ExportedFormat, Say, Source
 from lora_grpo.merge.command import (
     MergeConfig,
     MergeProofError,
     MergeResult,
-    Report,
     free_name,
     merge_adapter,
 )
@@ -23,70 +22,64 @@ if TYPE_CHECKING:
     from lora_grpo.export.config import ExportConfig
     from lora_grpo.proof.reference import Reference
 
-COMPRESSED = ("fp8", "int8", "w4a16")
 
-
-def check_formats(config: "ExportConfig", request: Request) -> None:
+def check_formats(config: "ExportConfig", source: Source) -> None:
     """Raise a ValueError or an OSError for a format that cannot be written of this model here."""
     for name in config.formats:
         if name in ("gguf", "ollama", "gguf-adapter"):
             from lora_grpo.export.gguf.files import check_gguf
 
-            check_gguf(request, () if name == "gguf-adapter" else config.quants)
+            check_gguf(source, () if name == "gguf-adapter" else config.quants)
         if name == "ollama":
             from lora_grpo.export.ollama import check_ollama
 
-            check_ollama(request, config.quants)
-        elif name in COMPRESSED:
+            check_ollama(source, config.quants)
+        elif name in ("fp8", "int8", "w4a16"):
             from lora_grpo.export.compressed import check_compressed
 
-            check_compressed(request.model_folder, name)
+            check_compressed(source.merged, name)
 
 
 def write_formats(
-    config: "ExportConfig", request: Request, staged: Path, report: Report
-) -> dict[str, Outcome]:
+    config: "ExportConfig", source: Source, staged: Path, say: Say
+) -> dict[str, ExportedFormat]:
     """Merge once, then write and prove each format; the merge stays only where it is a format."""
     from lora_grpo.export.accuracy import Accuracy
     from lora_grpo.proof.reference import observe_merged
 
-    merged, merge = request.model_folder, None
-    if request.adapter_dir is not None:
-        merged = staged / ("safetensors" if "safetensors" in config.formats else ".merged")
-        merge = merge_for(config, request, merged, report)
-    source = Source(
-        request.name, merged, request.adapter_dir, request.records, request.style,
-        request.model_folder if merge else None,
-    )  # fmt: skip
-    accuracy = Accuracy(source, config.num_items, config.batch_size, report)
-    outcomes: dict[str, Outcome] = {}
-    if merge and "safetensors" in config.formats:
-        outcomes["safetensors"] = accuracy.add(describe_merge(merge), "safetensors", merged)
+    merge = reference = None
+    kept = "safetensors" in config.formats
+    if source.plan:
+        merged = staged / ("safetensors" if kept else ".merged")
+        merge = merge_for(config, source, merged, say)
+        source, reference = replace(source, merged=merged), merge.reference
+    accuracy = Accuracy(source, config.num_items, config.batch_size, say)
+    exported: dict[str, ExportedFormat] = {}
+    if merge and kept:
+        exported["safetensors"] = accuracy.add(describe_merge(merge), "safetensors", source.merged)
     others = [name for name in config.formats if name != "safetensors"]
-    seen = merge.reference if merge else None
-    if others and seen is None:
-        seen = observe_merged(source.merged, source.records, source.style, config.num_prompts)
+    if others and reference is None:
+        reference = observe_merged(source.merged, source.records, source.style, config.num_prompts)
     for name in others:
-        report(f"writing {name}")
+        say(f"writing {name}")
         folder = config.folder(staged, name)
         folder.mkdir(exist_ok=True)
         copy_companions(source, folder)
-        written = write_format(name, config.quants, source, folder, seen, report)
-        outcomes[name] = accuracy.add(written, name, folder)
-    if merge and not (others and "safetensors" in config.formats):
-        settle_merge(merged, staged, keep=not others)
-    return {name: outcomes[name] for name in config.formats}
+        written = write_format(name, config.quants, source, folder, reference, say)
+        exported[name] = accuracy.add(written, name, folder)
+    if merge and not others:  # the only format stands in the export's own folder
+        for path in list(source.merged.iterdir()):
+            path.rename(staged / path.name)
+    if merge and not (kept and others):
+        shutil.rmtree(source.merged)
+    return {name: exported[name] for name in config.formats}
 
 
-def merge_for(
-    config: "ExportConfig", request: Request, merged: Path, report: Report
-) -> MergeResult:
+def merge_for(config: "ExportConfig", source: Source, merged: Path, say: Say) -> MergeResult:
     """Merge into a folder of the export; a failed proof's report is kept beside the export."""
-    settings = MergeConfig(request.adapter_dir, merged, config.model, config.base)
+    settings = MergeConfig(config.source, merged, config.model, config.base)
     try:
-        return merge_adapter(
-            replace(settings, num_prompts=config.num_prompts), report, request.plan
-        )
+        return merge_adapter(replace(settings, num_prompts=config.num_prompts), say, source.plan)
     except MergeProofError as error:
         said = merged.with_name(f"{merged.name}.failed.json")
         kept = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
@@ -94,12 +87,12 @@ def merge_for(
         raise MergeProofError(str(error).replace(str(said), str(kept))) from error
 
 
-def describe_merge(result: MergeResult) -> Outcome:
+def describe_merge(result: MergeResult) -> ExportedFormat:
     """Return the merge's own proof as that of the format `safetensors`."""
     checks = tuple(Check(**check) for check in result.report["checks"])
     size = sum(path.stat().st_size for path in result.folder.glob("*.safetensors"))
     figures = {"bytes": size, "from_policy": result.report["from_policy"]}
-    return Outcome(checks, figures, (("vllm", "serve", HERE),))
+    return ExportedFormat(checks, figures, (("vllm", "serve", HERE),))
 
 
 def write_format(
@@ -107,29 +100,29 @@ def write_format(
     quants: tuple[str, ...],
     source: Source,
     folder: Path,
-    seen: "Reference",
-    report: Report,
-) -> Outcome:
+    reference: "Reference",
+    say: Say,
+) -> ExportedFormat:
     """Write one format into its empty folder, and prove it."""
     if name == "gguf":
         from lora_grpo.export.gguf.files import write_gguf
 
-        return write_gguf(source, folder, quants, seen, report)
+        return write_gguf(source, folder, quants, reference, say)
     if name == "gguf-adapter":
         from lora_grpo.export.gguf.files import write_gguf_adapter
 
-        return write_gguf_adapter(source, folder, seen, report)
+        return write_gguf_adapter(source, folder, reference, say)
     if name == "ollama":
         from lora_grpo.export.ollama import write_ollama
 
-        return write_ollama(source, folder, quants[0], seen, report)
+        return write_ollama(source, folder, quants[0], reference, say)
     if name == "bnb-4bit":
         from lora_grpo.export.bnb import write_bnb
 
-        return write_bnb(source, folder, seen, report)
+        return write_bnb(source, folder, reference, say)
     from lora_grpo.export.compressed import write_compressed
 
-    return write_compressed(source, folder, name, seen, report)
+    return write_compressed(source, folder, name, reference, say)
 
 
 def copy_companions(source: Source, folder: Path) -> None:
@@ -140,11 +133,3 @@ def copy_companions(source: Source, folder: Path) -> None:
         if (source.merged / name).is_file() and not (folder / name).exists():
             shutil.copyfile(source.merged / name, folder / name)
     (folder / SYSTEM_PROMPT).write_text(source.style.system_prompt, encoding="utf-8")
-
-
-def settle_merge(merged: Path, staged: Path, keep: bool) -> None:
-    """Put the merge where a single format stands, or remove it."""
-    if keep:
-        for path in list(merged.iterdir()):
-            path.rename(staged / path.name)
-    shutil.rmtree(merged)

@@ -1,6 +1,5 @@
 """A GGUF file and an Ollama Modelfile: template, stop tokens, system prompt and parameters."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from lora_grpo.export.ollama_template import (
     expected_prompt,
     find_chat_format,
 )
-from lora_grpo.export.source import Outcome, Request, Source
+from lora_grpo.export.source import ExportedFormat, Say, Source
 from lora_grpo.machine.files import write_text
 from lora_grpo.policy.adapter import read_train_config
 from lora_grpo.policy.base import declared_end_ids, load_tokenizer, read_config
@@ -273,32 +272,32 @@ def check_greedy(commands: list[Command]) -> Check:
 MODELFILE = "Modelfile"
 
 
-def check_ollama(request: Request, quants: tuple[str, ...]) -> None:
+def check_ollama(source: Source, quants: tuple[str, ...]) -> None:
     """Raise a ValueError for a chat template that is not written for Ollama, or several types."""
     if len(quants) > 1:
         raise ValueError(
             f"--format ollama takes one --quant, got {' '.join(quants)}: a Modelfile names one file"
         )
-    find_chat_format(load_tokenizer(request.tokenizer_folder))
+    find_chat_format(load_tokenizer(source.tokenizer_folder))
 
 
 def write_ollama(
-    source: Source, folder: Path, quant: str, seen: Reference, report: Callable[[str], None]
-) -> Outcome:
+    source: Source, folder: Path, quant: str, reference: Reference, say: Say
+) -> ExportedFormat:
     """Write the GGUF file and its Modelfile, and prove both.
 
     Raises:
         ValueError: a weight does not fit the type, or the system prompt cannot be said.
     """
-    outcome = write_gguf(source, folder, (quant,), seen, report)
+    written = write_gguf(source, folder, (quant,), reference, say)
     length = read_train_config(source.records).get("max_completion_length")
     text = build_modelfile(source.merged, name_file(source, quant), source.style, length)
     write_text(folder / MODELFILE, text)
-    report(f"proving {MODELFILE}")
+    say(f"proving {MODELFILE}")
     checks = prove_modelfile_at(folder / MODELFILE, source)
     name = plain_name(source.name)
     commands = (("ollama", "create", name, "-f", Path(MODELFILE)), ("ollama", "run", name))
-    return Outcome((*outcome.checks, *checks), outcome.figures, commands)
+    return ExportedFormat((*written.checks, *checks), written.figures, commands)
 
 
 def prove_modelfile_at(path: Path, source: Source) -> list[Check]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.export.source import HERE
+from lora_grpo.machine.files import write_json
+from lora_grpo.machine.folders import EXPORT_FILE
 from lora_grpo.policy.adapter import hash_weights
 
 if TYPE_CHECKING:
     from lora_grpo.export.config import ExportConfig
-    from lora_grpo.export.source import Outcome, Request
+    from lora_grpo.export.source import ExportedFormat, Source
 
 PACKAGES = (
     "torch",
@@ -28,20 +30,20 @@ LIBRARIES = {"gguf": "gguf", "gguf-adapter": "gguf", "ollama": "gguf"}
 
 
 def build_report(
-    config: "ExportConfig", request: "Request", outcomes: "dict[str, Outcome]"
+    config: "ExportConfig", source: "Source", exported: "dict[str, ExportedFormat]"
 ) -> dict[str, Any]:
     """Return `export_report.json`: each format's checks, figures and commands."""
     return {
         "source": config.name,
-        "adapter_sha256": hash_weights(request.adapter_dir) if request.adapter_dir else None,
-        "passed": not list_failures(outcomes),
+        "adapter_sha256": hash_weights(source.plan.adapter_dir) if source.plan else None,
+        "passed": not list_failures(exported),
         "formats": {
             name: {
-                "checks": [asdict(check) for check in outcome.checks],
-                "figures": outcome.figures,
-                "commands": outcome.commands_in(HERE),
+                "checks": [asdict(check) for check in one.checks],
+                "figures": one.figures,
+                "commands": one.commands_in(HERE),
             }
-            for name, outcome in outcomes.items()
+            for name, one in exported.items()
         },
         "python": platform.python_version(),
         "versions": find_versions(),
@@ -59,12 +61,12 @@ def find_versions() -> dict[str, str]:
     return found
 
 
-def list_failures(outcomes: "dict[str, Outcome]") -> list[str]:
+def list_failures(exported: "dict[str, ExportedFormat]") -> list[str]:
     """Return each failed check with its format and what it found."""
     return [
         f"{name}: {check.name} ({check.detail})"
-        for name, outcome in outcomes.items()
-        for check in outcome.checks
+        for name, one in exported.items()
+        for check in one.checks
         if not check.passed
     ]
 
@@ -105,20 +107,37 @@ def describe_file(figures: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
-def write_export_card(folder: Path, request: "Request", name: str, outcome: "Outcome") -> None:
+def write_reports(
+    config: "ExportConfig",
+    source: "Source",
+    staged: Path,
+    exported: "dict[str, ExportedFormat]",
+    report: dict[str, Any],
+) -> None:
+    """Add report and model card to each format's folder."""
+    for name, one in exported.items():
+        folder = config.folder(staged, name)
+        write_json(folder / EXPORT_FILE, {**report, "formats": {name: report["formats"][name]}})
+        if name != "safetensors":  # the merge wrote its own card
+            write_export_card(folder, source, name, one)
+    if len(exported) > 1:
+        write_json(staged / EXPORT_FILE, report)
+
+
+def write_export_card(folder: Path, source: "Source", name: str, one: "ExportedFormat") -> None:
     """Write the README.md of one format's folder."""
     from lora_grpo.results.card import CardNote, write_model_card
     from lora_grpo.results.markdown import escape, fence
 
-    report = {"formats": {name: {"figures": outcome.figures}}}
-    checks = [f"- {escape(check.name)}: {escape(check.detail)}" for check in outcome.checks]
-    commands = "\n".join(outcome.commands_in(HERE))
+    report = {"formats": {name: {"figures": one.figures}}}
+    checks = [f"- {escape(check.name)}: {escape(check.detail)}" for check in one.checks]
+    commands = "\n".join(one.commands_in(HERE))
     note = CardNote(
-        title=f"{request.name}, {name}",
+        title=f"{source.name}, {name}",
         kind="quantized",
         library_name=LIBRARIES.get(name, "transformers"),
-        name=request.name,
-        summary=f"`{escape(request.name)}` as {name}, for which `{SYSTEM_PROMPT}` holds the "
+        name=source.name,
+        summary=f"`{escape(source.name)}` as {name}, for which `{SYSTEM_PROMPT}` holds the "
         "system prompt that it was trained with.",
         use=fence(commands, "bash"),
         proof="\n\n".join(
@@ -130,4 +149,4 @@ def write_export_card(folder: Path, request: "Request", name: str, outcome: "Out
             )
         ),
     )
-    write_model_card(folder, request.records, note)
+    write_model_card(folder, source.records, note)

@@ -1,12 +1,13 @@
-"""What an export starts from and what it comes to: what every format takes and returns."""
+"""What an export starts from, and what it makes of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.data.prompt import PromptStyle
 from lora_grpo.machine.files import read_json
-from lora_grpo.machine.folders import check_kind
+from lora_grpo.machine.folders import MERGED_FILE, check_kind
 from lora_grpo.machine.terminal import join
 from lora_grpo.merge.deltas import CONFIG
 from lora_grpo.merge.inputs import MergePlan, plan_merge, read_base, read_style
@@ -18,44 +19,30 @@ if TYPE_CHECKING:
 
 HERE = Path()
 Command = tuple[str | Path, ...]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is exported, known before anything is merged.
+class Source:
+    """What is exported, and the run that it came from.
 
-    `model_folder` has the config, `tokenizer_folder` the tokenizer of what will come out.
+    `merged` is the plain 16-bit folder that every format is made of; until the merge is made it is
+    the base, which has the same config. `records` is the folder with the run's records. `plan` says
+    what is merged, None for a folder that is merged already.
     """
 
     name: str
-    adapter_dir: Path | None
-    records: Path
-    model_folder: Path
+    merged: Path
     tokenizer_folder: Path
+    records: Path
     style: PromptStyle
     plan: MergePlan | None = None
 
 
 @dataclass(frozen=True)
-class Source:
-    """A proven plain 16-bit model folder, and the run that it came from.
-
-    `records` is the folder with the run's records: the adapter directory, or `merged` itself;
-    `base` is what an adapter was merged into.
-    """
-
-    name: str
-    merged: Path
-    adapter_dir: Path | None
-    records: Path
-    style: PromptStyle
-    base: Path | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The proof of one exported format, figures without a bound, and commands that run it; a path
-    in a command is one within the format's folder."""
+class ExportedFormat:
+    """The checks of one exported format, its figures, and the commands that run it; a path in a
+    command is one inside the format's folder."""
 
     checks: tuple[Check, ...]
     figures: dict[str, Any]
@@ -69,7 +56,7 @@ class Outcome:
         ]
 
 
-def inspect_source(config: "ExportConfig") -> Request:
+def inspect_source(config: "ExportConfig") -> Source:
     """Check an adapter and its base, or a merged folder, and return what is to be exported.
 
     Raises:
@@ -80,12 +67,9 @@ def inspect_source(config: "ExportConfig") -> Request:
     check_kind(folder, "export_model.py", wanted, (*ADAPTERS, "merged", "model"))
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         check_merged(config)
-        style = read_style(read_record(folder), folder)
-        return Request(config.name, None, folder, folder, folder, style)
+        return Source(config.name, folder, folder, folder, read_style(read_record(folder), folder))
     plan = plan_merge(folder, config.model, config.base)
-    return Request(
-        config.name, folder, folder, plan.base_folder, plan.tokenizer_folder, plan.style, plan
-    )
+    return Source(config.name, plan.base_folder, plan.tokenizer_folder, folder, plan.style, plan)
 
 
 def check_merged(config: "ExportConfig") -> None:
@@ -95,7 +79,7 @@ def check_merged(config: "ExportConfig") -> None:
     read_base(folder)
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer: give a folder that merge_adapter.py wrote")
-    report = folder / "merge_report.json"
+    report = folder / MERGED_FILE
     if report.is_file() and not read_json(report).get("passed"):
         raise ValueError(f"{report} says that the merge failed its proof: merge again")
     for flag, given in (("--model", config.model), ("--base", config.base != "original")):

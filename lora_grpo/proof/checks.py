@@ -42,6 +42,13 @@ def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[C
     ]
 
 
+def check_kl(distance: dict[str, Any], largest: float) -> Check:
+    """Compare an export's mean KL from the merged model with the largest one allowed."""
+    agreed = f"{distance['greedy_agreement']:.2%} of {distance['positions']} choices agree"
+    detail = f"{distance['mean_kl']:.3g} nats per token, allowed {largest:g}; {agreed}"
+    return Check("kl", distance["mean_kl"] <= largest, detail)
+
+
 def check_same_config(merged: Path, folder: Path) -> Check:
     """Compare what both configs come to once loaded, but for type and quantisation."""
     found, expected = (read_config(path).to_dict() for path in (folder, merged))

@@ -1,16 +1,16 @@
-"""fp8, int8 and w4a16 by llm-compressor: read back by the format's rules, damage shows by name."""
+"""fp8, int8 and w4a16 by llm-compressor: loaded again and compared, damage shows by name."""
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from lora_grpo.export.command import ExportProofError, export_model
-from lora_grpo.export.compressed_format import is_packed, read_stored, unpack
+from lora_grpo.export import compressed
+from lora_grpo.export.command import export_model
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.policy.base import EMBEDDED_FOLDER
 
@@ -22,33 +22,30 @@ FORMATS = ("fp8", "int8", "w4a16")
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("compressed") / "out"
-    config = ExportConfig(EMBEDDED_FOLDER, FORMATS, (), target, num_items=64)
-    result = export_model(config, print)
-    print(result.table)
-    return target
+def proven(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """What each format's proof was called with, of one export; its folder is a copy."""
+    target, given = tmp_path_factory.mktemp("compressed"), {}
+    prove = compressed.prove_compressed
+
+    def remember(source, folder, name, *others):
+        given[name] = (source, Path(shutil.copytree(folder, target / name)), name, *others)
+        return prove(source, folder, name, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressed, "prove_compressed", remember)
+        config = ExportConfig(EMBEDDED_FOLDER, FORMATS, (), target / "out", num_items=64)
+        print(export_model(config, print).table)
+    return given
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_library_itself_unpacks_what_we_compared(name: str, exported: Path) -> None:
-    """compressed-tensors' own decompression gives the values that the proof read from the file."""
-    stored = read_stored(exported / name)
-    unpacked = AutoModelForCausalLM.from_pretrained(exported / name)
-    unpacked(torch.tensor([[5, 9, 17]]))  # it unpacks when it first runs
-    packed = [key for key, _ in unpacked.named_parameters() if is_packed(stored, key)]
-    assert len(packed) == 28
-    for key in packed:
-        module, _, leaf = key.rpartition(".")
-        found = getattr(unpacked.get_submodule(module), leaf).float()
-        ours = unpack(stored, key, found.shape).values.flatten(1)
-        assert torch.allclose(found, ours, rtol=2**-8, atol=0), key
+@pytest.fixture(scope="module")
+def exported(proven: dict[str, tuple]) -> Path:
+    return proven["fp8"][1].parent / "out"
 
 
 def test_gptq_stays_nearer_than_rounding_to_nearest(exported: Path) -> None:
     figures = json.loads((exported / "export_report.json").read_text())["formats"]["w4a16"]
-    checks = {check["name"]: check for check in figures["checks"]}
-    assert checks["calibration"]["passed"]
+    assert "GPTQ on 128 built-in problems" in figures["figures"]["weights"]
     assert figures["figures"]["from_merged"]["mean_kl"] < 0.01  # rounded to nearest: 0.03
 
 
@@ -132,17 +129,15 @@ DAMAGES = {
     ("name", "damage"),
     [(name, damage) for damage, (_, _, names, _) in DAMAGES.items() for name in names],
 )
-def test_damage_is_caught_by_name(name: str, damage: str, tmp_path: Path, monkeypatch) -> None:
-    from lora_grpo.export import compressed as export_compressed
-
+def test_damage_is_caught_by_name(name: str, damage: str, tmp_path: Path, proven) -> None:
     how, what, _, check = DAMAGES[damage]
-    prove = export_compressed.prove_compressed
+    source, folder, *given = proven[name]
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    how(damaged, what)
+    found = compressed.prove_compressed(source, damaged, *given)
+    assert check in {one.name for one in found.checks if not one.passed}
 
-    def damaged(source, folder, *given):
-        how(folder, what)
-        return prove(source, folder, *given)
 
-    monkeypatch.setattr(export_compressed, "prove_compressed", damaged)
-    config = ExportConfig(EMBEDDED_FOLDER, (name,), (), tmp_path / "out", num_prompts=1)
-    with pytest.raises(ExportProofError, match=rf"{name}: {check} \("):
-        export_model(config, lambda text: None)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_folder_that_nobody_damaged_passes(name: str, proven) -> None:
+    assert all(check.passed for check in compressed.prove_compressed(*proven[name]).checks)

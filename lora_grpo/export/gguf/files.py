@@ -1,6 +1,5 @@
 """The LoRA adapter alone as GGUF, which llama.cpp puts on the base's GGUF file: `--lora`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,23 @@ from lora_grpo.export.gguf.write import (
     write_model,
 )
 from lora_grpo.export.report import SYSTEM_PROMPT
-from lora_grpo.export.source import Outcome, Request, Source
+from lora_grpo.export.source import ExportedFormat, Say, Source
 from lora_grpo.machine.files import read_json
-from lora_grpo.merge.deltas import CONFIG, Delta, read_deltas
-from lora_grpo.merge.inputs import read_base
+from lora_grpo.merge.deltas import CONFIG, Delta
 from lora_grpo.policy.base import declared_end_ids, read_config, read_tokenizer
 from lora_grpo.proof.checks import Check
 from lora_grpo.proof.reference import Reference
 
-Report = Callable[[str], None]
 ASKING = ("--jinja", "-sysf", Path(SYSTEM_PROMPT), "--temp", "0")
 
 
-def check_gguf(request: Request, quants: tuple[str, ...]) -> None:
+def check_gguf(source: Source, quants: tuple[str, ...]) -> None:
     """Raise a ValueError for a model that GGUF is not written of here, or a type that llama.cpp
     would have to make and cannot."""
-    config = read_config(request.model_folder)
-    check_config(config, request.model_folder)
-    tokenizer = read_tokenizer(request.tokenizer_folder)
-    ends = declared_end_ids(request.model_folder, tokenizer)
+    config = read_config(source.merged)
+    check_config(config, source.merged)
+    tokenizer = read_tokenizer(source.tokenizer_folder)
+    ends = declared_end_ids(source.merged, tokenizer)
     describe_tokenizer(tokenizer, config.vocab_size, ends)
     needing = [quant for quant in quants if QUANTS[quant].needs_llamacpp]
     if needing and not can_quantize():
@@ -82,8 +79,8 @@ def name_file(source: Source, quant: str) -> str:
 
 
 def write_gguf(
-    source: Source, folder: Path, quants: tuple[str, ...], seen: Reference, report: Report
-) -> Outcome:
+    source: Source, folder: Path, quants: tuple[str, ...], reference: Reference, say: Say
+) -> ExportedFormat:
     """Write and prove a file for each type.
 
     Raises:
@@ -94,12 +91,12 @@ def write_gguf(
     for quant in quants:
         path = folder / name_file(source, quant)
         model = make_file(path, source, quant)
-        report(f"proving {path.name}")
-        proof = prove_file(path, source.merged, model, quant, seen)
+        say(f"proving {path.name}")
+        proof = prove_file(path, source.merged, model, quant, reference)
         checks += [replace(check, name=f"{quant} {check.name}") for check in proof.checks]
         figures[quant] = proof.figures
         commands.append(("llama-cli", "-m", Path(path.name), *ASKING))
-    return Outcome(tuple(checks), figures, tuple(commands))
+    return ExportedFormat(tuple(checks), figures, tuple(commands))
 
 
 # Two float32 products of the same matrices, in another order of scaling.
@@ -107,8 +104,8 @@ SLACK = 2.0**-18
 
 
 def write_gguf_adapter(
-    source: Source, folder: Path, seen: Reference, report: Callable[[str], None]
-) -> Outcome:
+    source: Source, folder: Path, reference: Reference, say: Say
+) -> ExportedFormat:
     """Write the adapter's file, and prove that it adds what PEFT's adapter adds.
 
     Raises:
@@ -116,20 +113,18 @@ def write_gguf_adapter(
     """
     from lora_grpo.export.gguf.llamacpp import is_installed
 
-    adapter = read_json(source.adapter_dir / CONFIG)
-    deltas = read_deltas(source.adapter_dir, adapter, read_base(source.base))
-    config = read_config(source.base)
-    check_config(config, source.base)
+    deltas, config = source.plan.deltas, read_config(source.plan.base_folder)
+    alpha = read_json(source.plan.adapter_dir / CONFIG)["lora_alpha"]
     path = folder / f"{plain_name(source.name)}-lora-F32.gguf"
-    write_adapter(path, config, deltas, adapter["lora_alpha"], source.name)
-    report(f"proving {path.name}")
+    write_adapter(path, config, deltas, alpha, source.name)
+    say(f"proving {path.name}")
     checks, figures = [check_deltas(path, config, deltas)], {"bytes": path.stat().st_size}
     if is_installed():
-        found, measured = run_on_base(path, source, seen)
+        found, measured = run_on_base(path, source, reference)
         checks += found
         figures |= measured
     command = ("llama-cli", "-m", "BASE.gguf", "--lora", Path(path.name), *ASKING)
-    return Outcome(tuple(checks), figures, (command,))
+    return ExportedFormat(tuple(checks), figures, (command,))
 
 
 def check_deltas(path: Path, config: Any, deltas: dict[str, Delta]) -> Check:
@@ -157,19 +152,20 @@ def check_deltas(path: Path, config: Any, deltas: dict[str, Delta]) -> Check:
     return Check("deltas", not faults, detail)
 
 
-def run_on_base(path: Path, source: Source, seen: Reference) -> tuple[list[Check], dict[str, Any]]:
+def run_on_base(
+    path: Path, source: Source, reference: Reference
+) -> tuple[list[Check], dict[str, Any]]:
     """Run base and adapter in llama.cpp, and compare with PEFT's base + adapter in float32."""
     from lora_grpo.export.gguf.llamacpp import prove_in_llamacpp
     from lora_grpo.policy.base import Placement, load_adapter, load_base
     from lora_grpo.proof.distance import collect_logits
 
     base = path.with_name(".base.gguf")
-    make_file(base, replace(source, merged=source.base), "bf16")
-    policy = load_adapter(
-        load_base(source.base, Placement("cpu", "float32"), load_in_4bit=False), source.adapter_dir
-    ).eval()
-    expected: list[torch.Tensor] = list(collect_logits(policy, seen.sequences))
+    make_file(base, replace(source, merged=source.plan.base_folder), "bf16")
+    plain = load_base(source.plan.base_folder, Placement("cpu", "float32"), load_in_4bit=False)
+    policy = load_adapter(plain, source.plan.adapter_dir).eval()
+    expected: list[torch.Tensor] = list(collect_logits(policy, reference.sequences))
     try:
-        return prove_in_llamacpp(base, source.merged, seen, expected, "bf16", lora=path)
+        return prove_in_llamacpp(base, source.merged, reference, expected, "bf16", lora=path)
     finally:
         base.unlink()

@@ -150,7 +150,7 @@ class LlamaCpp:
 
 
 # Mean KL, in nats a token, of llama.cpp's logits from those of the same weights in float32: by the
-# weights' bits. The worst seen of the embedded model and SmolLM2-135M is in docs/exports.md.
+# weights' bits. The worst reference of the embedded model and SmolLM2-135M is in docs/exports.md.
 KL_BOUND_16, KL_BOUND_LESS = 1e-3, 1e-2
 SIXTEEN_BITS = ("f16", "bf16")
 
@@ -158,7 +158,7 @@ SIXTEEN_BITS = ("f16", "bf16")
 def prove_in_llamacpp(
     path: Path,
     folder: Path,
-    seen: "Reference",
+    reference: "Reference",
     expected: list[torch.Tensor],
     quant: str,
     lora: Path | None = None,
@@ -169,15 +169,16 @@ def prove_in_llamacpp(
     Returns the checks, and how far llama.cpp is from the merged model and from `expected`.
     """
     tokenizer = read_tokenizer(folder)
-    room = max(map(len, seen.sequences)) + 1
+    room = max(map(len, reference.sequences)) + 1
     model = LlamaCpp(path, room, lora, keep_logits=True)
     try:
         logits = [
-            torch.from_numpy(model.logits(sequence, KEPT_POSITIONS)) for sequence in seen.sequences
+            torch.from_numpy(model.logits(sequence, KEPT_POSITIONS))
+            for sequence in reference.sequences
         ]
-        same = count_same_answers(model, seen)
+        same = count_same_answers(model, reference)
         checks = [
-            check_ids(model, tokenizer, seen.texts),
+            check_ids(model, tokenizer, reference.texts),
             check_ends(model, declared_end_ids(folder, tokenizer)),
         ]
     finally:
@@ -186,15 +187,15 @@ def prove_in_llamacpp(
     checks.append(check_llamacpp_distance(distance, quant))
     figures = {
         "llamacpp_from_same_weights": asdict(distance),
-        "llamacpp_from_merged": asdict(measure_distance(seen.logits, logits)),
-        "llamacpp_same_answers": f"{same} of {len(seen.sequences)}",
+        "llamacpp_from_merged": asdict(measure_distance(reference.logits, logits)),
+        "llamacpp_same_answers": f"{same} of {len(reference.sequences)}",
     }
     return checks, figures
 
 
-def count_same_answers(model: LlamaCpp, seen: "Reference") -> int:
+def count_same_answers(model: LlamaCpp, reference: "Reference") -> int:
     """Return for how many prompts llama.cpp's greedy answer is the merged model's, id by id."""
-    pairs = zip(seen.prompts, seen.sequences, strict=True)
+    pairs = zip(reference.prompts, reference.sequences, strict=True)
     return sum(
         model.continue_greedily(prompt, len(sequence) - len(prompt)) == sequence[len(prompt) :]
         for prompt, sequence in pairs

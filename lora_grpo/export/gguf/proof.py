@@ -7,7 +7,7 @@ file too.
 """
 
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,15 @@ from lora_grpo.export.gguf.write import ROPE_FREQUENCIES, GGUFModel, describe_mo
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.tensors import read_tensor
 from lora_grpo.policy.base import declared_end_ids, read_tokenizer
-from lora_grpo.proof.checks import PROBE_TEXT, Check, check_ties, shares_embeddings
-from lora_grpo.proof.distance import Distance, collect_logits, measure_distance
+from lora_grpo.proof.checks import (
+    PROBE_TEXT,
+    Check,
+    check_kl,
+    check_ties,
+    describe_distance,
+    shares_embeddings,
+)
+from lora_grpo.proof.distance import collect_logits
 from lora_grpo.proof.reference import quiet_transformers
 
 if TYPE_CHECKING:
@@ -49,7 +56,9 @@ class Proof:
     figures: dict[str, Any]
 
 
-def prove_file(path: Path, folder: Path, model: GGUFModel, quant: str, seen: "Reference") -> Proof:
+def prove_file(
+    path: Path, folder: Path, model: GGUFModel, quant: str, reference: "Reference"
+) -> Proof:
     """Read a GGUF file back and compare it with the merged folder that it was made from."""
     from gguf import GGUFReader
 
@@ -59,19 +68,19 @@ def prove_file(path: Path, folder: Path, model: GGUFModel, quant: str, seen: "Re
         reader = GGUFReader(path)
     except (ValueError, KeyError, IndexError) as error:
         return Proof((Check("read", False, f"gguf cannot read it: {error}"),), {})
-    checks = [check_keys(reader, model, quant), *check_vocabulary(reader, folder, seen.texts)]
+    checks = [check_keys(reader, model, quant), *check_vocabulary(reader, folder, reference.texts)]
     with quiet_transformers():
-        logits, found = observe_file(path, reader, model, quant, seen)
+        logits, found = observe_file(path, reader, model, quant, reference)
         checks += found
         figures = {"bytes": path.stat().st_size, "types": count_types(reader)}
         if logits is not None:
-            distance = measure_distance(seen.logits, logits)
-            checks.append(check_kl(distance, quant))
-            figures["from_merged"] = asdict(distance)
+            distance = describe_distance(reference.logits, logits)
+            checks.append(check_kl(distance, QUANTS[quant].largest_kl))
+            figures["from_merged"] = distance
     if logits is not None and is_installed():
         from lora_grpo.export.gguf.llamacpp import prove_in_llamacpp
 
-        found, measured = prove_in_llamacpp(path, folder, seen, logits, quant)
+        found, measured = prove_in_llamacpp(path, folder, reference, logits, quant)
         checks += found
         figures |= measured
     return Proof(tuple(checks), figures)
@@ -154,14 +163,14 @@ def check_tokens(
 
 
 def observe_file(
-    path: Path, reader: "GGUFReader", model: GGUFModel, quant: str, seen: "Reference"
+    path: Path, reader: "GGUFReader", model: GGUFModel, quant: str, reference: "Reference"
 ) -> tuple[list[torch.Tensor] | None, list[Check]]:
     """Load a file with transformers, compare every tensor, and return its logits on the merged
     model's sequences."""
     release_memory()
     try:
         loaded = load_file(path, model)
-        logits = list(collect_logits(loaded, seen.sequences))
+        logits = list(collect_logits(loaded, reference.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         return None, [Check("reload", False, f"{type(error).__name__}: {error}")]
     tied = bool(model.config.tie_word_embeddings)
@@ -205,11 +214,3 @@ def check_tensors(
     faults += [f"{name} is missing" for name in sorted(missing)]
     detail = "; ".join(faults[:3]) or f"{len(model.tensors)} tensors are the merged ones, by type"
     return Check("tensors", not faults, detail)
-
-
-def check_kl(distance: Distance, quant: str) -> Check:
-    """Compare the file's mean KL from the merged model with the largest one allowed to its type."""
-    bound = QUANTS[quant].largest_kl
-    agreed = f"{distance.greedy_agreement:.2%} of {distance.positions} choices agree"
-    detail = f"{distance.mean_kl:.3g} nats per token, allowed {bound:g}; {agreed}"
-    return Check("kl", distance.mean_kl <= bound, detail)
