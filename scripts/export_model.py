@@ -5,8 +5,8 @@
     python scripts/export_model.py merged/<run> --format gguf bnb-4bit --num-items 256
 
 It prints a table of sizes and distances and the command that runs each export. An 8-bit file is
-about 1e-4 to 1e-3 nats a token from the merged model. Exit status: 0 exported and proven, 1 a proof
-failed and nothing was kept, 2 the input cannot be exported so.
+about 1e-4 to 1e-3 nats per token from the merged model. Exit status: 0 exported and proven, 1 a
+proof failed and nothing was kept, 2 the input cannot be exported so.
 """
 
 import sys

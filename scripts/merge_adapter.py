@@ -3,7 +3,7 @@
     python scripts/merge_adapter.py adapters/<run> --output-dir merged/<run>
 
 It prints the distances of the proof, which merge_report.json in the folder holds too. The merged
-model is as far from base + adapter as rounding noise is: a KL of about 1e-5 nats a token in
+model is as far from base + adapter as rounding noise is: a KL of about 1e-5 nats per token in
 bfloat16. Exit status: 0 merged and proven, 1 the proof failed and nothing was kept, 2 the input
 cannot be merged.
 """

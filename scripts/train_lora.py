@@ -2,7 +2,7 @@
 
     python scripts/train_lora.py                        # the preset that fits this machine
     python scripts/train_lora.py --preset tiny          # no GPU, no network: minutes on two cores
-    python scripts/train_lora.py --resume adapters/tiny # go on after a stop
+    python scripts/train_lora.py --resume adapters/tiny # resume after a stop
 
 On the embedded model strict accuracy on 512 held-out problems rises from 8 % to about 95 %.
 """

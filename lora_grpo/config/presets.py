@@ -202,7 +202,7 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     ]
     if changed:
         raise ValueError(
-            f"--resume goes on with the same run, but {'; '.join(changed)}: leave them out, or "
+            f"--resume continues the same run, but {'; '.join(changed)}: leave them out, or "
             "start anew"
         )
     steps = f"--max-steps was {saved.max_steps}, now {asked.max_steps}"

@@ -100,7 +100,7 @@ class TrainConfig:
     strict_data: bool = False
     """Stop on a row that would be dropped: blank, bad gold answer, overlap, prompt too long."""
     num_eval_items: int | None = None
-    """Evaluate on the first so many held-out problems, before and after; by default on all."""
+    """Number of held-out problems to evaluate on, before and after; by default all."""
     num_validation_items: int | None = None
     """Problems held out to choose the best step; by default a tenth, 256 at most. 0: no choice."""
 
@@ -118,7 +118,7 @@ class TrainConfig:
     """Start of the adapter; each of these leaves the base as it is."""
 
     num_generations: int = 8
-    """G, completions a prompt: 8 or more, so that most groups hold both right and wrong ones."""
+    """G, completions per prompt: 8 or more, so that most groups hold both right and wrong ones."""
     max_completion_length: int = 512
     """Longest completion in tokens: GSM8K needs 512, and a truncated completion earns nothing."""
     temperature: float = 1.0
@@ -179,13 +179,13 @@ class TrainConfig:
     """Passes over the data, used where max_steps is None."""
 
     eval_steps: int = 25
-    """Choose the best adapter among every so many steps, by accuracy on validation problems."""
+    """Steps between validations; the adapter with the best validation accuracy is kept."""
     eval_batch_size: int = 32
     """Problems answered at once in an evaluation."""
     save_steps: int = 25
-    """Write a checkpoint for --resume every so many steps; the two newest are kept."""
+    """Steps between checkpoints for --resume; the two newest are kept."""
     log_completions_steps: int = 5
-    """Print one completion and keep a step's completions every so many steps."""
+    """Steps between steps of which one completion is printed and all are kept."""
 
     def __post_init__(self) -> None:
         for least, names in AT_LEAST.items():

@@ -44,7 +44,7 @@ class DoctorConfig:
     adapters_dir: Path = Path("adapters")
     """Where adapters would be written."""
     probe_timeout: float = 120.0
-    """Give up on a process that tries imports after so many seconds."""
+    """Seconds after which a process that tries imports is given up."""
 
     def __post_init__(self) -> None:
         if not 0 < self.probe_timeout < math.inf:
@@ -72,9 +72,9 @@ def examine(config: DoctorConfig, probe: Prober = run_probes, root: Path = ROOT)
     # Before any probe: one that computes on the GPU would be named among those who hold it.
     holders, cuda = (find_holders(), driver_cuda()) if gpu else ([], None)
     preset, why_preset = choose_preset()
-    knobs = PRESETS[preset]
-    model = knobs.get("model", TrainConfig.model)
-    four_bit = knobs.get("load_in_4bit", TrainConfig.load_in_4bit)
+    settings = PRESETS[preset]
+    model = settings.get("model", TrainConfig.model)
+    four_bit = settings.get("load_in_4bit", TrainConfig.load_in_4bit)
     chains = [("torch", "bitsandbytes", "trl")]
     chains += [(name,) for name in extras(gpu)]
     with ThreadPoolExecutor(len(chains) + 1) as pool:

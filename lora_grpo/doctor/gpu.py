@@ -120,7 +120,7 @@ def for_the_cpu(gpu: GPU) -> str:
 
 
 def runs_on(archs: list[str], capability: float) -> bool:
-    """Tell whether a torch built for these architectures has code for a GPU.
+    """Return whether a torch built for these architectures has code for a GPU.
 
     Machine code (`sm_86`) runs on its own major from that minor on, PTX (`compute_90`) on all that
     is newer, and a letter at the end (`sm_90a`) ties to one. An empty list says nothing.
@@ -204,7 +204,7 @@ def unreadable_gpu_row() -> Row:
 
 
 def has_nvidia_card(pci: Path) -> bool:
-    """Tell whether a display device (class 03) of vendor 10de is plugged in."""
+    """Return whether a display device (class 03) of vendor 10de is plugged in."""
     for device in pci.glob("*"):
         try:
             kind = (device / "class").read_text(encoding="ascii")

@@ -2,7 +2,7 @@
 the Hugging Face Hub with its token and its cache.
 
 Each fact becomes a `Row`; one that is not right carries what to type. A token is never read further
-than to tell whether there is one.
+than to say whether there is one.
 """
 
 import os
@@ -118,7 +118,7 @@ def memory_row(available: int) -> Row:
 
 
 def disk_row(adapters_dir: Path, least: int = LEAST_DISK) -> Row:
-    """Tell whether a run could be written, by writing an empty file and taking it away again."""
+    """Return whether a run could be written, by writing an empty file and taking it away again."""
     folder = next(
         path
         for path in (adapters_dir.absolute(), *adapters_dir.absolute().parents)

@@ -91,7 +91,7 @@ class Outcome:
 
 
 def run_probes(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
-    """Try the imports in this order; a process gets so many seconds."""
+    """Try the imports in this order; `seconds` is what a process gets."""
     found: dict[str, Outcome] = {}
     while (left := [name for name in names if name not in found]) and not INTERRUPTED.is_set():
         found |= run_child(left, seconds)

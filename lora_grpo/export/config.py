@@ -39,7 +39,7 @@ class ExportConfig:
     num_prompts: int = 8
     """Prompts to compare each export and the merged model on."""
     num_items: int | None = None
-    """Also answer the first so many held-out problems with the merged model and with each export;
+    """Number of held-out problems to answer also with the merged model and with each export;
     by default none."""
     batch_size: int = 32
     """Problems answered at once, where what answers can."""

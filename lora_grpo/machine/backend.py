@@ -45,7 +45,7 @@ class Choice:
 
 
 def installed(package: str) -> bool:
-    """Tell whether a package, not a mere folder of its name, can be found; it is not imported."""
+    """Return whether a package, not a mere folder of its name, can be found; it is not imported."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 

@@ -25,7 +25,7 @@ class MemoryExhaustedError(FailedError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that a GPU's or the machine's memory ran out."""
+    """Return whether an error means that a GPU's or the machine's memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -87,6 +87,6 @@ class RowLimit:
                 raise MemoryExhaustedError(f"out of memory in {self.work}, {fewest}: {reason}")
             self.limit = largest_part(whole, rows // 2)
             self.say(
-                f"out of memory in {self.work} with {rows} completions at once: going on with "
+                f"out of memory in {self.work} with {rows} completions at once: retrying with "
                 f"{self.limit} at once, {whole // self.limit} times; {self.keeps}"
             )

@@ -31,7 +31,7 @@ def vllm_width(job: Job) -> int:
 
 
 def vllm_cache_term(job: Job, sequences: int) -> Term:
-    """Return the KV cache that vLLM needs for so many sequences at full length."""
+    """Return the KV cache that vLLM needs for that many sequences at full length."""
     limit = job.config.max_prompt_length + job.config.max_completion_length
     tokens = sequences * -(-limit // BLOCK) * BLOCK
     each = job.shape.cache_per_token(vllm_width(job))

@@ -136,12 +136,12 @@ class ModelShape:
         return r * self.layers * sum(sum(self.linear_layers[name]) for name in target_modules)
 
     def cache_per_token(self, width: int) -> int:
-        """Return the bytes of keys and values that one token leaves, at `width` bytes a number."""
+        """Return the bytes of one token's keys and values, at `width` bytes per number."""
         return 2 * self.layers * self.kv_dim * width
 
 
 def has_plain_attention(values: dict[str, Any]) -> bool:
-    """Tell whether every layer attends to all that came before, without windows or dropout."""
+    """Return whether every layer attends to all that came before, without windows or dropout."""
     uses_windows = values.get("use_sliding_window", values["model_type"] == "llama")
     windows = values.get("sliding_window") and uses_windows
     kinds = set(values.get("layer_types") or ["full_attention"])

@@ -176,7 +176,7 @@ def adapter_terms(job: Job) -> tuple[Term, ...]:
     each = optimiser_bytes(job.config.optim)
     return (
         Term("LoRA weights", 4 * count, f"{count:,} x 4 bytes: float32, whatever the base is in"),
-        Term("optimiser", each * count, f"{each} bytes a LoRA parameter ({job.config.optim})"),
+        Term("optimiser", each * count, f"{each} bytes per LoRA parameter ({job.config.optim})"),
     )
 
 
@@ -189,7 +189,9 @@ def process_terms(job: Job) -> tuple[Term, ...]:
     data = 0 if job.config.dataset == "arithmetic" else DATASET_ON_CPU
     return (
         Term("Python and libraries", LIBRARIES_ON_CPU, "measured: resident after the imports"),
-        Term("tokenizer and data", tokenizer + data, "measured: about 700 bytes a token, and rows"),
+        Term(
+            "tokenizer and data", tokenizer + data, "measured: about 700 bytes per token, and rows"
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from lora_grpo.machine.allocator import NARROW
 from lora_grpo.memory.terms import Job, Phase, Term
 
 FLOAT32 = 4
-ENTROPY_ROWS = 128  # TRL's entropy_from_logits works on so many rows at once
+ENTROPY_ROWS = 128  # TRL's entropy_from_logits works on this many rows at once
 ENTROPY_COPIES = 3
 CHUNK_TOKENS, CHUNK_VOCABULARY = 2048, 8192  # TRL's _ChunkedLogProbFunction
 CHUNK_COPIES = 6
@@ -19,14 +19,14 @@ MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
 def copies_inputs(job: Job) -> bool:
-    """Tell whether each adapter has a copy of its input: PEFT casts it to the adapter's float32 and
-    autocast back, but for 4-bit layers on a GPU."""
+    """Return whether each adapter has a copy of its input: PEFT casts it to the adapter's float32
+    and autocast back, but for 4-bit layers on a GPU."""
     quantised = job.config.load_in_4bit and job.device == "cuda"
     return job.width < FLOAT32 and job.backend == "transformers" and not quantised
 
 
 def lora_saved(job: Job, readers: tuple[tuple[str, ...], ...]) -> int:
-    """Return the bytes a token that the adapters of these layers save: inputs and r-wide middles.
+    """Return the bytes per token that the adapters of these layers save: inputs and r-wide middles.
 
     Layers that read the same tensor share it, unless each has a copy; dropout makes a copy and a
     mask for each, a byte on a GPU and a number on a CPU.
@@ -44,12 +44,12 @@ def lora_saved(job: Job, readers: tuple[tuple[str, ...], ...]) -> int:
 
 
 def norm_saved(job: Job) -> int:
-    """Return the bytes a token that a norm of hidden states saves: its input, in float32."""
+    """Return the bytes per token that a norm of hidden states saves: its input, in float32."""
     return FLOAT32 * (job.shape.hidden_size + 1)
 
 
 def attention_saved(job: Job, core: int) -> int:
-    """Return the bytes a token of a block's first half; `core` are those of the attention alone."""
+    """Return the bytes per token of a block's first half; `core` is the attention's part."""
     shape = job.shape
     heads = FLOAT32 * (shape.q_dim + shape.kv_dim + shape.heads + shape.kv_heads)
     norms = norm_saved(job) + heads * shape.has_qk_norm
@@ -57,13 +57,13 @@ def attention_saved(job: Job, core: int) -> int:
 
 
 def mlp_saved(job: Job) -> int:
-    """Return the bytes a token of a block's second half: gate, activation, up, the adapters'."""
+    """Return the bytes per token of a block's second half: gate, activation, up, the adapters'."""
     product = job.width * 3 * job.shape.intermediate_size
     return norm_saved(job) + product + lora_saved(job, MLP_READERS)
 
 
 def saved_per_token(job: Job) -> int:
-    """Return the bytes a token that one block saves for its backward pass.
+    """Return the bytes per token that one block saves for its backward pass.
 
     Its attention saves queries, repeated keys and values, its output and its mask's row.
     """
@@ -74,12 +74,12 @@ def saved_per_token(job: Job) -> int:
 
 
 def gradient_per_token(job: Job) -> int:
-    """Return the bytes a token of the gradients that are alive at once inside one block."""
+    """Return the bytes per token of the gradients that are alive at once inside one block."""
     return job.width * (2 * job.shape.intermediate_size + 2 * job.shape.hidden_size)
 
 
 def saved_terms(job: Job, tokens: int, each: int, what: str) -> tuple[Term, ...]:
-    """Return what a forward pass of so many tokens leaves, `each` of them so many bytes a block."""
+    """Return what a forward pass leaves: `each` bytes per token and block."""
     layers, hidden, width = job.shape.layers, job.shape.hidden_size, job.width
     copies = 0 if width == FLOAT32 else width * job.lora_parameters
     cast = (Term("LoRA in the compute type", copies, "autocast's copy"),) if copies else ()
@@ -201,12 +201,12 @@ def packed_tokens(job: Job) -> int:
 
 
 def is_fused(job: Job) -> bool:
-    """Tell whether `lora_layers` computes the adapted layers."""
+    """Return whether `lora_layers` computes the adapted layers."""
     return job.width == FLOAT32 and not job.config.lora_dropout
 
 
 def packed_mlp_saved(job: Job) -> int:
-    """Return the bytes a token of a block's second half: fused, its product is not kept."""
+    """Return the bytes per token of a block's second half: fused, its product is not kept."""
     config, width = job.config, job.width
     if not (is_fused(job) and "down_proj" in config.target_modules):
         return mlp_saved(job)
@@ -215,7 +215,7 @@ def packed_mlp_saved(job: Job) -> int:
 
 
 def packed_saved_per_token(job: Job) -> int:
-    """Return the bytes a token that one block saves; its attention, queries, keys and values."""
+    """Return the bytes per token that one block saves; its attention, queries, keys and values."""
     core = job.width * (job.shape.q_dim + 2 * job.shape.kv_dim)
     return attention_saved(job, core) + packed_mlp_saved(job)
 
@@ -249,7 +249,7 @@ def tiles_term(job: Job) -> Term:
 
 
 def mlp_work(job: Job) -> int:
-    """Return the bytes a token that the MLP at work adds: two gradients of its product, fused the
+    """Return the bytes per token that the MLP at work adds: two gradients of its product, fused the
     activation or the product too, or where PEFT casts that product, the float32 copy and itself."""
     inner, hidden, width = job.shape.intermediate_size, job.shape.hidden_size, job.width
     gradients = width * ((2 + is_fused(job)) * inner + hidden)

@@ -98,7 +98,7 @@ def end_of(tensor: StoredTensor) -> int:
 
 
 def read_blocks(tensor: StoredTensor, elements: int = BLOCK_ELEMENTS) -> Iterator[torch.Tensor]:
-    """Yield the tensor's elements in order, flat, at most so many at a time."""
+    """Yield the tensor's elements in order, flat, in chunks of at most `elements`."""
     dtype = DTYPES[tensor.dtype]
     with tensor.path.open("rb", buffering=0) as file:
         file.seek(tensor.offset)

@@ -88,7 +88,7 @@ def build_config(plan: MergePlan) -> dict[str, Any]:
 def build_generation_config(
     plan: MergePlan, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Any]:
-    """Return the base's generation config with every EOS id, less the flags that it would ignore.
+    """Return the base's generation config with every EOS id and no flag that it would ignore.
 
     Raises:
         ValueError: transformers would not save it again.

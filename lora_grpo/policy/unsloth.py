@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_SHARE, LARGEST_SHARE = 0.5, 0.95
-UNSLOTH_CHOOSES = 256  # so many sequences at once mean to load_vllm that it may choose the number
+UNSLOTH_CHOOSES = 256  # this many sequences at once lets load_vllm choose the number
 
 
 def sequence_length(config: TrainConfig) -> int:

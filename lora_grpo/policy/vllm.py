@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
     from vllm.lora.request import LoRARequest
 
-VLLM_BATCH_TOKENS = 8192  # vLLM profiles its activations with so many tokens at once
+VLLM_BATCH_TOKENS = 8192  # tokens at once with which vLLM profiles its activations
 
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -35,7 +35,7 @@ CPU_BLOCK = 128  # tokens of a page of the cache
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine sets aside: tokens a sequence, sequences at once, and the memory for them."""
+    """What the engine sets aside: tokens per sequence, sequences at once, and their memory."""
 
     placement: Placement
     max_model_len: int

@@ -145,7 +145,7 @@ def check_distance(
         Check(
             "logits", difference <= bound, f"differ by up to {difference:.3g}, allowed {bound:.3g}"
         ),
-        Check("kl", kl <= kl_bound, f"{kl:.3g} nats a token, allowed {kl_bound:.3g}"),
+        Check("kl", kl <= kl_bound, f"{kl:.3g} nats per token, allowed {kl_bound:.3g}"),
         Check(
             "greedy",
             margin <= bound,

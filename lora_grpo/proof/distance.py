@@ -84,7 +84,7 @@ def collect_logits(
 
 
 def measure_distance(reference: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> Distance:
-    """Compare two streams of logits, (K, V) a sequence; KL(reference || other) in nats a position.
+    """Compare two streams of logits, (K, V) per sequence; KL(reference || other) in nats per token.
 
     A logit that is not a number makes the measures so too, and no bound admits that.
     """

@@ -1,4 +1,4 @@
-"""What every exported model is held against: the merged model's own greedy answers and logits."""
+"""What every exported model is compared with: the merged model's own greedy answers and logits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

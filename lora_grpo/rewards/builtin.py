@@ -224,7 +224,7 @@ def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
 
 
 def check_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """Return what a reward is passed along with a completion of each problem, less the answers."""
+    """Return what a reward gets with a completion of each problem, except the answers."""
     rows = list(reward_columns(problems).values())
     columns = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
     del columns["answer"]

@@ -184,7 +184,7 @@ def rank(rewards: list[Reward], reward_set: str, columns: dict[str, Any] | None 
 
 
 def without(values: dict[str, float], names: set[str]) -> dict[str, float]:
-    """Return scores less those of some rewards, and their sum anew."""
+    """Return scores without those of some rewards, and their new sum."""
     kept = {name: value for name, value in values.items() if name not in names | {"total"}}
     return {**kept, "total": sum(kept.values(), start=0.0)}
 

@@ -64,7 +64,7 @@ class Sieve:
         self.notes: list[str] = []
 
     def drop(self, name: str, problems: list[Problem], rows: list[int], why: str) -> list[Problem]:
-        """Return the problems less those of the given rows, of which some may be gone already.
+        """Return the problems except those of the given rows, of which some may be gone already.
 
         Raises:
             ValueError: there are such rows and the sieve is strict, or nothing is left.
@@ -86,7 +86,7 @@ class Sieve:
 def keep_usable(
     sieve: Sieve, name: str, reading: Reading, rewards: Sequence[Reward]
 ) -> list[Problem]:
-    """Return the problems of a split less those that are blank or cannot earn full marks.
+    """Return the problems of a split except those that are blank or cannot earn full marks.
 
     Raises:
         ValueError: none is left, or the sieve is strict.

@@ -260,5 +260,5 @@ ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("lenient accuracy", lambda model: percent(model["lenient_accuracy"])),
     ("format", lambda model: percent(model["format_rate"])),
     ("truncated", lambda model: percent(model["truncated_rate"])),
-    ("tokens a completion", lambda model: f"{model['mean_completion_tokens']:.1f}"),
+    ("tokens per completion", lambda model: f"{model['mean_completion_tokens']:.1f}"),
 ]

@@ -84,7 +84,7 @@ def name_run(config: TrainConfig) -> Path:
             raise FileExistsError(
                 f"--run-name {config.run_name}: {run_dir} exists already and is never "
                 "overwritten: choose another "
-                f"name, or go on with it by --resume {run_dir}"
+                f"name, or resume it with --resume {run_dir}"
             )
         return run_dir
     base = config.preset or Path(config.model).name.lower()

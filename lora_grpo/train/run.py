@@ -1,7 +1,7 @@
 """The main job: a checked plan becomes an adapter directory, evaluated before and after.
 
 Every stage leaves its result on disk before the next one begins, so that a run killed at any moment
-goes on from there.
+resumes from there.
 """
 
 import dataclasses

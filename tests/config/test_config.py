@@ -547,7 +547,7 @@ def test_resume_refuses_a_changed_setting_and_shows_it(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(difference)) as caught:
         parse("--resume", run, *flags)
-    assert str(caught.value).startswith("--resume goes on with the same run, but ")
+    assert str(caught.value).startswith("--resume continues the same run, but ")
 
 
 def test_resume_shows_every_difference(run: Path) -> None:

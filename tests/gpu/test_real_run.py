@@ -84,5 +84,5 @@ def test_merge_of_the_real_run(out, figure) -> None:
     if not found:
         pytest.skip("the real model has not been trained into GPU_OUT")
     report = merge(out, found[0], found[0].name)
-    figure("real: merge, mean KL", report["from_policy"]["mean_kl"], "nats a token")
+    figure("real: merge, mean KL", report["from_policy"]["mean_kl"], "nats per token")
     assert report["passed"]

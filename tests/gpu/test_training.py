@@ -56,7 +56,7 @@ def test_merge_of_what_was_trained(out, figure, kind: str) -> None:
     report = merge(out, train(out, kind), kind)
     assert report["passed"]
     for name in ("from_policy", "rounding_noise_from_policy", "bare_base_from_policy"):
-        figure(f"{kind}: merge, mean KL of {name}", report[name]["mean_kl"], "nats a token")
+        figure(f"{kind}: merge, mean KL of {name}", report[name]["mean_kl"], "nats per token")
 
 
 @pytest.mark.parametrize("kind", KINDS)

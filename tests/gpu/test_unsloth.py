@@ -22,7 +22,7 @@ def test_unsloth_loads_in_4bit_trains_and_saves(out, figure, kind: str) -> None:
 def test_merge_of_what_unsloth_trained_without_unsloth(out, figure, kind: str) -> None:
     report = merge(out, train(out, kind), kind)
     assert report["passed"]
-    figure(f"{kind}: merge, mean KL", report["from_policy"]["mean_kl"], "nats a token")
+    figure(f"{kind}: merge, mean KL", report["from_policy"]["mean_kl"], "nats per token")
 
 
 @pytest.mark.needs("unsloth")

@@ -59,9 +59,9 @@ def test_a_limit_halves_until_the_work_fits_and_stays_there() -> None:
     assert [limit.run(job, 12), limit.run(job, 12)] == [3, 3]
     assert tried == [12, 6, 3, 3]
     assert said == [
-        "out of memory in the update with 12 completions at once: going on with 6 at once, 2 "
+        "out of memory in the update with 12 completions at once: retrying with 6 at once, 2 "
         "times; the result is the same",
-        "out of memory in the update with 6 completions at once: going on with 3 at once, 4 "
+        "out of memory in the update with 6 completions at once: retrying with 3 at once, 4 "
         "times; the result is the same",
     ]
 

@@ -1,4 +1,4 @@
-"""A GGUF file run in llama.cpp, and held against the merged model: ids, ends, logits, answers.
+"""A GGUF file run in llama.cpp, and compared with the merged model: ids, ends, logits, answers.
 
 llama.cpp multiplies in the weights' own type (it rounds activations to 8 bits beside 8-bit weights,
 to 16 beside 16-bit ones), so its logits differ from those of the same weights in float32.
@@ -39,12 +39,12 @@ KEEP_F32 = 0  # ggml's type number, for keys and values
 
 
 def is_installed() -> bool:
-    """Tell whether llama.cpp can run a file here."""
+    """Return whether llama.cpp can run a file here."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def can_quantize() -> bool:
-    """Tell whether llama.cpp can quantise a file here."""
+    """Return whether llama.cpp can quantise a file here."""
     return is_installed() or shutil.which(PROGRAM) is not None
 
 
@@ -112,7 +112,7 @@ class LlamaCpp:
         return self.model.tokenize(text.encode(), add_bos=False, special=True)
 
     def ends(self, token: int) -> bool:
-        """Tell whether llama.cpp stops at a token."""
+        """Return whether llama.cpp stops at a token."""
         import llama_cpp
 
         return llama_cpp.llama_vocab_is_eog(self.model._model.vocab, token)
@@ -149,8 +149,8 @@ class LlamaCpp:
         return completions
 
 
-# Mean KL, in nats a token, of llama.cpp's logits from those of the same weights in float32: by the
-# weights' bits. The worst reference of the embedded model and SmolLM2-135M is in docs/exports.md.
+# Mean KL, in nats per token, of llama.cpp's logits from those of the same weights in float32, by
+# the weights' bits. docs/exports.md has the worst of the embedded model and SmolLM2-135M.
 KL_BOUND_16, KL_BOUND_LESS = 1e-3, 1e-2
 SIXTEEN_BITS = ("f16", "bf16")
 
@@ -206,7 +206,7 @@ def check_llamacpp_distance(distance: Distance, quant: str) -> Check:
     """Hold llama.cpp's distance from the same weights in float32 against the bound."""
     bound = KL_BOUND_16 if quant in SIXTEEN_BITS else KL_BOUND_LESS
     agreed = f"{distance.greedy_agreement:.2%} of {distance.positions} choices agree"
-    detail = f"{distance.mean_kl:.3g} nats a token, allowed {bound:g}; {agreed}"
+    detail = f"{distance.mean_kl:.3g} nats per token, allowed {bound:g}; {agreed}"
     return Check("llamacpp_logits", distance.mean_kl <= bound, detail)
 
 
@@ -225,5 +225,5 @@ def check_ids(model: LlamaCpp, tokenizer: "PreTrainedTokenizerBase", texts: list
 def check_ends(model: LlamaCpp, ends: list[int]) -> Check:
     """Ask llama.cpp whether it stops at every token that ends a completion."""
     missed = [token for token in ends if not model.ends(token)]
-    detail = f"it goes on after {missed}" if missed else f"stops at {ends}"
+    detail = f"it does not stop after {missed}" if missed else f"stops at {ends}"
     return Check("llamacpp_end", not missed, detail)
