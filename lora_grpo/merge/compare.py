@@ -45,6 +45,7 @@ def load_deltas(plan: MergePlan) -> "PeftModel":
 
     config = LoraConfig.from_pretrained(str(plan.adapter_dir))
     config.init_lora_weights = False
+    config.base_model_name_or_path = None  # PEFT warns where it is not the folder's path
     model = get_peft_model(load_skeleton(plan.base_folder)[0], config)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merge_models import ENVIRONMENT, ROOT, make_adapter, make_tokenizer
+from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_tokenizer
 from safetensors.torch import save_file
 
 SCRIPT = ROOT / "scripts" / "merge_adapter.py"
@@ -38,6 +38,8 @@ def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 
 def test_the_script_merges_and_says_what_next(tmp_path):
     adapter = make_adapter()
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=f"{base}/.")
     done = run(SCRIPT, adapter, "--num-prompts", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
