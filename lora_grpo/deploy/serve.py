@@ -168,8 +168,8 @@ def max_lora_rank(adapter_dir: Path) -> int:
         if r <= rank:
             return rank
     raise ValueError(
-        f"{adapter_dir} has rank {r}, and vLLM serves adapters of up to {RANKS[-1]}: merge it with "
-        "scripts/merge_adapter.py and serve the merged model"
+        f"{adapter_dir} has rank {r}, and vLLM serves adapters of up to {RANKS[-1]}: run "
+        f"{command_line('merge_adapter.py', adapter_dir)} and serve the merged model"
     )
 
 
