@@ -29,7 +29,7 @@ from lora_grpo.grpo.groups import (
 from lora_grpo.grpo.packed_update import computing_packed, packed_scores
 from lora_grpo.grpo.self_test import why_not_packed
 from lora_grpo.machine.allocator import giving_back
-from lora_grpo.machine.out_of_memory import RowLimit, release_memory
+from lora_grpo.machine.out_of_memory import UPDATE, RowLimit, release_memory
 from lora_grpo.policy.checkpoints import whole_checkpoint
 from lora_grpo.policy.layers import one_matrix
 from lora_grpo.policy.sampling import sample, why_not_sampled
@@ -98,7 +98,7 @@ class LoraGRPOTrainer(GRPOTrainer):
             "generation", say, self.release_generation, "as many completions are drawn"
         )
         self.scoring_rows = RowLimit("scoring", say)
-        self.update_rows = RowLimit("the update", say)
+        self.update_rows = RowLimit(UPDATE, say)
         # TRL casts the adapter of a 4-bit base to bfloat16, whose 8 bits lose updates as small as
         # LoRA's.
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -20,8 +20,15 @@ Result = TypeVar("Result")
 SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
 
+UPDATE = "the update"
+
+
 class MemoryExhaustedError(FailedError):
-    """Not even one row at a time fits."""
+    """Not even one row at a time fits; `work` is what was being done, such as `UPDATE`."""
+
+    def __init__(self, work: str, reason: str) -> None:
+        super().__init__(f"out of memory in {work}, {reason}")
+        self.work = work
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -84,7 +91,7 @@ class RowLimit:
             self.release()
             if rows <= at_least:
                 fewest = "one at a time" if rows == 1 else f"{rows} at a time"
-                raise MemoryExhaustedError(f"out of memory in {self.work}, {fewest}: {reason}")
+                raise MemoryExhaustedError(self.work, f"{fewest}: {reason}")
             self.limit = largest_part(whole, rows // 2)
             self.say(
                 f"out of memory in {self.work} with {rows} completions at once: retrying with "

@@ -40,11 +40,12 @@ def preview(plan: Plan, display: Display) -> None:
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
     """Return what the plan was and what a resumed run can still do about its memory."""
-    config, text = plan.config, str(error)
-    updates = "in the update" in text
+    from lora_grpo.machine.out_of_memory import UPDATE
+
+    config = plan.config
     lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
     flags = []
-    if updates and not config.gradient_checkpointing:
+    if error.work == UPDATE and not config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
