@@ -4,22 +4,25 @@ off, so that one model is in memory.
 The prompt is the training prompt, the end every token that ends a turn.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, render
+import torch
+from transformers import TextStreamer
+
+from lora_grpo.data.prompt import build_messages, count_tokens, render
 from lora_grpo.deploy.source import ChatSource
 from lora_grpo.policy.base import choose_placement, load_adapter, load_base, read_config
 from lora_grpo.policy.generate import Completion, cut_at_end, greedy_settings
+from lora_grpo.policy.layers import one_matrix
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
+Say = Callable[[str, str], None]
+SIDES = ("base", "adapter")
 
 
 @dataclass(frozen=True)
@@ -32,109 +35,82 @@ class Decoding:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Prompter:
-    """Puts a question as it was put in training; `positions` is how many tokens the model sees."""
+def build_prompt(source: ChatSource, question: str, max_completion_length: int) -> str:
+    """Return a question as training asked it, rendered.
 
-    tokenizer: "PreTrainedTokenizerBase"
-    style: PromptStyle
-    max_completion_length: int
-    positions: int
-
-    def prompt(self, question: str) -> str:
-        """Return the rendered prompt.
-
-        Raises:
-            ValueError: prompt and completion together are longer than the model can see.
-        """
-        prompt = render(self.tokenizer, build_messages(question, self.style))
-        (tokens,) = count_tokens(self.tokenizer, [prompt])
-        if tokens + self.max_completion_length > self.positions:
-            raise ValueError(
-                f"the question comes to a prompt of {tokens} tokens, and with a completion of up "
-                f"to {self.max_completion_length} the model sees {self.positions}: shorten it or "
-                "--max-completion-length"
-            )
-        return prompt
+    Raises:
+        ValueError: prompt and completion together are longer than the model can see.
+    """
+    prompt = render(source.tokenizer, build_messages(question, source.style))
+    (tokens,) = count_tokens(source.tokenizer, [prompt])
+    positions = read_config(source.weights).get_text_config().max_position_embeddings
+    if tokens + max_completion_length > positions:
+        raise ValueError(
+            f"the question comes to a prompt of {tokens} tokens, and with a completion of up "
+            f"to {max_completion_length} the model sees {positions}: shorten it or "
+            "--max-completion-length"
+        )
+    return prompt
 
 
-def make_prompter(source: ChatSource, max_completion_length: int) -> Prompter:
-    """Return the prompter of a model, whose weights need not be loaded."""
-    config = read_config(source.weights).get_text_config()
-    positions = config.max_position_embeddings
-    return Prompter(source.tokenizer, source.style, max_completion_length, positions)
+class WordStreamer(TextStreamer):
+    """Passes a completion on, word by word, in place of printing it."""
 
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.say = say
 
-class TextStream:
-    """What `generate` calls a streamer: hands on the text that each new token makes certain."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", say: Say) -> None:
-        self.tokenizer, self.say = tokenizer, say
-        self.ids: list[int] = []
-        self.said = ""
-        self.has_prompt = False
-
-    def put(self, ids: "torch.Tensor") -> None:
-        """Take the prompt first, then a token at a time."""
-        if not self.has_prompt:
-            self.has_prompt = True
-            return
-        self.ids += ids.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character of which bytes are missing still
-            self._say_rest(text)
-
-    def end(self) -> None:
-        """Hand on what is left."""
-        self._say_rest(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def _say_rest(self, text: str) -> None:
-        if len(text) > len(self.said):
-            self.say(text[len(self.said) :])
-            self.said = text
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.say(text)
 
 
 class ChatModel:
-    """A loaded model that answers one question at a time."""
+    """A loaded model that answers one question at a time, each with the next seed.
 
-    def __init__(
-        self, model: "PreTrainedModel | PeftModel", prompter: Prompter, decoding: Decoding
-    ) -> None:
-        self.model, self.prompter, self.decoding = model, prompter, decoding
-        self.asked = 0
+    `sides` are those that answer: the adapter (or the whole model), with `compare` the base too.
+    """
 
-    def answer(self, question: str, sides: dict[str, Say]) -> dict[str, Completion]:
-        """Answer a question as each side named, `base` with the adapter off, and stream each.
+    def __init__(self, source: ChatSource, decoding: Decoding, compare: bool = False) -> None:
+        self.source, self.decoding, self.asked = source, decoding, 0
+        self.sides = SIDES if compare else SIDES[1:]
+        model = load_base(
+            source.weights, choose_placement(), source.load_in_4bit, source.record.double_quant
+        )
+        if source.adapter_dir is not None:
+            model = load_adapter(model, source.adapter_dir)
+        self.model = model.eval()
 
-        Both sides draw with the same seed, so that one alone says what it says beside the other.
+    def answer(self, question: str, say: Say = lambda side, text: None) -> dict[str, Completion]:
+        """Return the completion of each side; `say` hears of it word by word.
+
+        All sides draw with the same seed, so that one alone says what it says beside the other.
         """
-        prompt = self.prompter.prompt(question)
+        prompt = build_prompt(self.source, question, self.decoding.max_completion_length)
         seed, self.asked = self.decoding.seed + self.asked, self.asked + 1
-        return {side: self._complete(prompt, side, seed, say) for side, say in sides.items()}
+        return {side: self._complete(prompt, side, seed, say) for side in self.sides}
 
     def _complete(self, prompt: str, side: str, seed: int, say: Say) -> Completion:
-        import torch
-
-        from lora_grpo.policy.layers import one_matrix
-
-        tokenizer = self.prompter.tokenizer
+        tokenizer, prefill = self.source.tokenizer, self.source.style.prefill
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        settings, stream = self._settings(), TextStream(tokenizer, say)
-        if prefill := self.prompter.style.prefill:
-            say(prefill)
+        settings = self._settings()
+        say(side, prefill)
         torch.manual_seed(seed)
         bare = self.model.disable_adapter() if side == "base" else nullcontext()
         with bare, one_matrix(self.model), torch.no_grad():
-            self.model.generate(
-                **inputs.to(self.model.device), generation_config=settings, streamer=stream
+            output = self.model.generate(
+                **inputs.to(self.model.device),
+                generation_config=settings,
+                streamer=WordStreamer(tokenizer, lambda text: say(side, text)),
             )
-        ids, truncated = cut_at_end(stream.ids, settings.eos_token_id)
-        return Completion(prefill + stream.said, len(ids), truncated)
+        written = output[0, inputs["input_ids"].shape[1] :].tolist()
+        ids, truncated = cut_at_end(written, settings.eos_token_id)
+        text = prefill + tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(text, len(ids), truncated)
 
     def _settings(self) -> "GenerationConfig":
         decoding = self.decoding
         settings = greedy_settings(
-            self.model, self.prompter.tokenizer, decoding.max_completion_length
+            self.model, self.source.tokenizer, decoding.max_completion_length
         )
         if decoding.temperature > 0:
             # Training sampled from the whole distribution, whatever the base's own file says.
@@ -142,14 +118,3 @@ class ChatModel:
                 do_sample=True, temperature=decoding.temperature, top_p=decoding.top_p, top_k=0
             )
         return settings
-
-
-@contextmanager
-def open_chat(source: ChatSource, prompter: Prompter, decoding: Decoding) -> Iterator[ChatModel]:
-    """Hold the loaded model while the block runs."""
-    placement = choose_placement()
-    model = load_base(source.weights, placement, source.load_in_4bit, source.record.double_quant)
-    if source.adapter_dir is not None:
-        model = load_adapter(model, source.adapter_dir)
-    model.eval()
-    yield ChatModel(model, prompter, decoding)

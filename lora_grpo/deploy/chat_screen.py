@@ -1,9 +1,8 @@
 """What a person sees of a chat: reasoning dim, the answer prominent, both as they are written; base
 and adapter in two columns."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+import re
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,156 +10,109 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_grpo.data.task import NUMBER_TASK
-from lora_grpo.deploy.chat_model import ChatModel, Say
 from lora_grpo.policy.generate import Completion
 from lora_grpo.train.console import LOG_WIDTH
 
-Part = Literal["text", "reasoning", "answer"]
+if TYPE_CHECKING:
+    from lora_grpo.deploy.chat_model import ChatModel
 
-# Answer tags count even where the reasoning was never closed, as they do for the parser that pays.
-REASONING, REASONING_END, ANSWER, ANSWER_END = NUMBER_TASK.tags
-NEXT: dict[Part, dict[str, Part]] = {
-    "text": {REASONING: "reasoning", ANSWER: "answer"},
-    "reasoning": {REASONING_END: "text", ANSWER: "answer"},
-    "answer": {ANSWER_END: "text"},
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text of one part; `starts` marks the first of a part."""
-
-    part: Part
-    text: str
-    starts: bool
+STYLES = {"text": "", "reasoning": "dim", "answer": "bold green"}
+REASONING, REASONING_END, ANSWER, ANSWER_END = map(re.escape, NUMBER_TASK.tags)
+# An answer counts even where the reasoning was never closed, as it does for the parser that pays.
+BLOCK = re.compile(
+    rf"{REASONING}(?P<reasoning>.*?)(?:{REASONING_END}|(?={ANSWER})|\Z)"
+    rf"|{ANSWER}(?P<answer>.*?)(?:{ANSWER_END}|\Z)",
+    re.DOTALL,
+)
+MAY_BECOME_TAG = re.compile(r"<[^<>\s]*\Z")
+REFRESHES = 12  # per second
 
 
-class TagReader:
-    """Splits one completion, however it is cut into chunks."""
-
-    def __init__(self) -> None:
-        self.part: Part = "text"
-        self.held, self.space, self.begun = "", "", False
-
-    def feed(self, chunk: str) -> list[Piece]:
-        """Return what the chunk makes certain."""
-        return list(self._split(chunk))
-
-    def close(self) -> list[Piece]:
-        """Return what was held back, at the end of the completion."""
-        held, self.held = self.held, ""
-        return list(self._emit(held))
-
-    def _split(self, chunk: str) -> Iterator[Piece]:
-        self.held += chunk
-        while found := self._first_tag():
-            position, tag = found
-            yield from self._emit(self.held[:position])
-            self.held = self.held[position + len(tag) :]
-            self.part = NEXT[self.part][tag]
-            self.space, self.begun = "", False
-        safe = len(self.held) - self._may_be_tag()
-        text, self.held = self.held[:safe], self.held[safe:]
-        yield from self._emit(text)
-
-    def _first_tag(self) -> tuple[int, str] | None:
-        places = [(self.held.find(tag), tag) for tag in NEXT[self.part]]
-        return min((place for place in places if place[0] >= 0), default=None)
-
-    def _may_be_tag(self) -> int:
-        """Return the length of the longest end of the text that begins a tag."""
-        tags = NEXT[self.part]
-        sizes = range(min(len(self.held), max(map(len, tags)) - 1), 0, -1)
-        return next((n for n in sizes if any(t.startswith(self.held[-n:]) for t in tags)), 0)
-
-    def _emit(self, text: str) -> Iterator[Piece]:
-        text = self.space + text
-        kept = text.rstrip()
-        self.space = text[len(kept) :]
-        if not self.begun:
-            kept, self.space = kept.lstrip(), self.space if kept else ""
-        if kept:
-            yield Piece(self.part, kept, starts=not self.begun)
-            self.begun = True
+def split_parts(completion: str) -> list[tuple[str, str]]:
+    """Return the reasoning, the answer and the text around them, in their order and stripped."""
+    parts, end = [], 0
+    for block in BLOCK.finditer(completion):
+        kind = block.lastgroup
+        parts += [("text", completion[end : block.start()]), (kind, block[kind])]
+        end = block.end()
+    parts.append(("text", completion[end:]))
+    return [(kind, text.strip()) for kind, text in parts if text.strip()]
 
 
-STYLES: dict[Part, str] = {"text": "", "reasoning": "dim", "answer": "bold green"}
-HEADINGS: dict[Part, str] = {"text": "", "reasoning": "reasoning", "answer": "answer"}
-REFRESHES = 12
+def paint(completion: str, finished: bool = True) -> Text:
+    """Return a completion with headings in place of its tags.
+
+    What an unfinished one shows is the beginning of what it shows later.
+    """
+    painted = Text()
+    for kind, text in split_parts(completion if finished else MAY_BECOME_TAG.sub("", completion)):
+        if painted:
+            painted.append("\n")
+        if kind != "text":
+            painted.append(kind, "underline").append("\n")
+        # A model's escape codes are not for the terminal to obey.
+        painted.append(text.replace("\x1b", "\u241b"), STYLES[kind])
+    return painted
 
 
-class Screen:
-    """Shows one completion, or two side by side, on one console."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = LOG_WIDTH
-
-    def note(self, text: str) -> None:
-        """Print a line that is not the model's."""
-        self.console.print(text, style="dim", markup=False, soft_wrap=True)
-
-    def answer(self, chat: ChatModel, question: str, side: str) -> None:
-        """Print a completion as it is written."""
-        reader, begun = TagReader(), False
-
-        def show(pieces: list[Piece]) -> None:
-            nonlocal begun
-            for piece in pieces:
-                self.console.print(paint(piece, first=not begun), end="", soft_wrap=True)
-                begun = True
-
-        try:
-            done = chat.answer(question, {side: lambda chunk: show(reader.feed(chunk))})[side]
-            show(reader.close())
-        finally:
-            self.console.print()
-        self.note(summarise(done))
-
-    def compare(self, chat: ChatModel, question: str) -> None:
-        """Print base and adapter in two columns, each as it is written."""
-        columns = {"base": Text(), "adapter": Text()}
-        readers = {side: TagReader() for side in columns}
-
-        def add(side: str, pieces: list[Piece]) -> None:
-            for piece in pieces:
-                columns[side].append_text(paint(piece, first=not columns[side]))
-
-        def hear(side: str) -> Say:
-            return lambda chunk: add(side, readers[side].feed(chunk))
-
-        notes = dict.fromkeys(columns, "")
-        with Live(
-            console=self.console,
-            get_renderable=lambda: side_by_side(columns, notes),
-            refresh_per_second=REFRESHES,
-        ):
-            done = chat.answer(question, {side: hear(side) for side in columns})
-            for side, reader in readers.items():
-                add(side, reader.close())
-                notes[side] = summarise(done[side])
-        if not self.console.is_terminal:
-            self.console.line()
+def make_console() -> Console:
+    """Return a console for the standard output, of one width where that is no terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    return console
 
 
-def paint(piece: Piece, first: bool) -> Text:
-    """Return a piece in its part's style, with a heading where a part starts."""
-    text = Text()
-    if piece.starts:
-        text.append("" if first else "\n")
-        if heading := HEADINGS[piece.part]:
-            text.append(f"{heading}\n", "underline")
-    # A model's escape codes are not for the terminal to obey.
-    return text.append(piece.text.replace("\x1b", "\u241b"), STYLES[piece.part])
+def note(console: Console, text: str) -> None:
+    """Print a line that is not the model's."""
+    console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
-def side_by_side(columns: dict[str, Text], notes: dict[str, str]) -> Table:
-    table = Table(expand=True, show_lines=False)
-    for name in columns:
-        table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*(Group(columns[name], Text(notes[name], "dim")) for name in columns))
-    return table
+def show(console: Console, model: "ChatModel", question: str) -> None:
+    """Ask the model and print its completions as they are written."""
+    (show_alone if len(model.sides) == 1 else show_side_by_side)(console, model, question)
+
+
+def show_alone(console: Console, model: "ChatModel", question: str) -> None:
+    """Print one completion."""
+    said, shown = "", 0
+
+    def hear(side: str, chunk: str, finished: bool = False) -> None:
+        nonlocal said, shown
+        said += chunk
+        painted = paint(said, finished)
+        console.print(painted[shown:], end="", soft_wrap=True)
+        shown = len(painted)
+
+    try:
+        (done,) = model.answer(question, hear).values()
+        hear("", "", finished=True)
+    finally:
+        console.print()
+    note(console, summarise(done))
+
+
+def show_side_by_side(console: Console, model: "ChatModel", question: str) -> None:
+    """Print the completions of base and adapter in a column each."""
+    said, notes = dict.fromkeys(model.sides, ""), {}
+
+    def hear(side: str, chunk: str) -> None:
+        said[side] += chunk
+
+    def draw() -> Table:
+        table, cells = Table(expand=True), []
+        for side in model.sides:
+            table.add_column(side, ratio=1, overflow="fold")
+            text = paint(said[side], finished=side in notes)
+            cells.append(Group(text, Text(notes.get(side, ""), "dim")))
+        table.add_row(*cells)
+        return table
+
+    with Live(console=console, get_renderable=draw, refresh_per_second=REFRESHES):
+        done = model.answer(question, hear)
+        notes |= {side: summarise(completion) for side, completion in done.items()}
+    if not console.is_terminal:
+        console.line()
 
 
 def summarise(done: Completion) -> str:
@@ -171,13 +123,3 @@ def summarise(done: Completion) -> str:
     if NUMBER_TASK.parse(done.text) is None:
         parts.append("no answer that the strict parser reads")
     return ", ".join(parts)
-
-
-Show = Callable[[str], None]
-
-
-def make_show(screen: Screen, chat: ChatModel, compare: bool, side: str) -> Show:
-    """Return what shows the answer to a question."""
-    if compare:
-        return lambda question: screen.compare(chat, question)
-    return lambda question: screen.answer(chat, question, side)

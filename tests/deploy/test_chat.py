@@ -2,31 +2,29 @@
 
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
-import subprocess
-import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from merge_models import ENVIRONMENT, LINEAR, ROOT, save_adapter, write_train_config
+from hypothesis import given
+from hypothesis import strategies as st
+from merge_models import LINEAR, save_adapter, write_train_config
 from rich.console import Console
 
-from lora_grpo.data.prompt import PromptStyle, build_messages, render
+from lora_grpo.data.problems import Problem
+from lora_grpo.data.prompt import PromptStyle, build_messages, perfect_completion, render
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.deploy import chat_model
 from lora_grpo.deploy.chat import ChatConfig, chat, converse
-from lora_grpo.deploy.chat_model import ChatModel, Decoding, TextStream, make_prompter, open_chat
-from lora_grpo.deploy.chat_screen import Screen
+from lora_grpo.deploy.chat_model import ChatModel, Decoding, WordStreamer
+from lora_grpo.deploy.chat_screen import paint, show, split_parts
 from lora_grpo.deploy.source import find_source
 from lora_grpo.policy.base import choose_placement, load_adapter, load_base
 from lora_grpo.policy.generate import Completion, complete
 
-SCRIPT = ROOT / "scripts" / "chat.py"
 SYSTEM = (
     "Respond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"
 )
@@ -135,39 +133,23 @@ def test_a_merged_folder_is_asked_as_its_record_says(
 
 @pytest.fixture(scope="module")
 def model(run_dir) -> ChatModel:
-    source = find_source(run_dir)
-    with open_chat(source, make_prompter(source, LENGTH), Decoding(LENGTH)) as opened:
-        yield opened
+    return ChatModel(find_source(run_dir), Decoding(LENGTH))
 
 
 def test_a_completion_streams_and_adds_up(model) -> None:
     chunks: list[str] = []
-    done = model.answer(QUESTIONS[0], {"adapter": chunks.append})["adapter"]
+    done = model.answer(QUESTIONS[0], lambda side, text: chunks.append(text))["adapter"]
     assert "".join(chunks) == done.text
-    assert len(chunks) > 5
-
-
-def test_no_character_is_streamed_in_halves(tokenizer) -> None:
-    import torch
-
-    text, chunks = "é漢😀 is 1.", []
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    stream = TextStream(tokenizer, chunks.append)
-    stream.put(torch.tensor([[1, 2, 3]]))
-    for token in ids:
-        stream.put(torch.tensor([token]))
-    stream.end()
-    assert "".join(chunks) == text and "\ufffd" not in "".join(chunks)
-    assert 1 < len(chunks) < len(ids)
+    assert len(list(filter(None, chunks))) > 5
 
 
 def test_every_token_that_ends_a_turn_ends_the_answer(model, monkeypatch) -> None:
-    whole = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
-    tokenizer = model.prompter.tokenizer
+    whole = model.answer(QUESTIONS[0])["adapter"]
+    tokenizer = model.source.tokenizer
     ids = tokenizer(whole.text, add_special_tokens=False)["input_ids"]
     config = model.model.generation_config
     monkeypatch.setattr(config, "eos_token_id", [tokenizer.eos_token_id, ids[4]])
-    cut = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
+    cut = model.answer(QUESTIONS[0])["adapter"]
     assert cut.tokens == ids.index(ids[4]) + 1 < whole.tokens
     assert not cut.truncated and whole.text.startswith(cut.text)
 
@@ -188,87 +170,120 @@ def typed(monkeypatch, *lines: str) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model, monkeypatch, capsys) -> None:
-    whole = model.answer(QUESTIONS[0], {"adapter": lambda chunk: None})["adapter"]
-    put, taken = TextStream.put, []
+    whole = model.answer(QUESTIONS[0])["adapter"]
+    put, taken = WordStreamer.put, []
 
-    def put_and_press(stream: TextStream, ids) -> None:
+    def put_and_press(stream: WordStreamer, ids) -> None:
         put(stream, ids)
-        taken.append(len(stream.ids))
+        taken.append(ids)
         if len(taken) == 5:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TextStream, "put", put_and_press)
+    monkeypatch.setattr(WordStreamer, "put", put_and_press)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         typed(monkeypatch, QUESTIONS[0], "", QUESTIONS[0], "/quit", QUESTIONS[1])
-        converse(model, compare=False)
+        converse(model)
     finally:
         signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr().out
     assert said.count("stopped") == 1 and said.count(f"{whole.tokens} tokens") == 1
     assert said.index("stopped") < said.index(f"{whole.tokens} tokens")
-    assert taken == [*range(5), *range(whole.tokens + 1)]  # nothing after /quit
+    assert len(taken) == 5 + 1 + whole.tokens  # each begins with the prompt; nothing after /quit
 
 
 @pytest.mark.parametrize("end", ["/exit", "exit", "/quit", "quit", "^C"])
 def test_commands_are_not_put_to_the_model(end, monkeypatch, capsys) -> None:
-    def answer(question: str, sides: dict) -> dict:
+    def answer(question: str, say) -> dict:
         raise AssertionError(f"the model was asked {question!r}")
 
-    typed(monkeypatch, "/help", "help", "/hlep", end, "What is 1 + 1?")
-    converse(SimpleNamespace(answer=answer), compare=False)
-    said = capsys.readouterr().out
-    assert said.count("/exit or /quit or Ctrl-D") == 3 and "no command /hlep" in said
+    typed(monkeypatch, "/help", "/hlep", end, "What is 1 + 1?")
+    converse(SimpleNamespace(answer=answer, sides=("adapter",)))
+    assert capsys.readouterr().out.count("/exit or /quit or Ctrl-D") == 2
 
 
-def test_too_long_a_question_is_refused_and_the_chat_goes_on(model, monkeypatch, capsys) -> None:
+def test_too_long_a_question_is_refused_and_the_next_is_answered(
+    model, monkeypatch, capsys
+) -> None:
     typed(monkeypatch, "so many words " * 400, QUESTIONS[0])
-    converse(model, compare=False)
+    converse(model)
     said = capsys.readouterr().out
     assert re.search(r"prompt of \d+ tokens, and with a completion of up to 40 the model", said)
     assert said.count(" tokens\n") + said.count("tokens,") >= 2
 
 
 class Said:
-    """Stands for a model that says a given text, so that what is drawn can be predicted."""
+    """Stands for a model that says given texts, so that what is drawn can be predicted."""
 
     def __init__(self, **texts: str) -> None:
-        self.texts = texts
+        self.texts, self.sides = texts, tuple(texts)
 
-    def answer(self, question, sides):
-        for side, say in sides.items():
-            for character in self.texts[side]:
-                say(character)
-        return {side: Completion(self.texts[side], 9, False) for side in sides}
+    def answer(self, question, say):
+        for side, text in self.texts.items():
+            for character in text:
+                say(side, character)
+        return {side: Completion(text, 9, False) for side, text in self.texts.items()}
 
 
-def drawn(terminal: bool, show) -> str:
+def drawn(terminal: bool, **texts: str) -> str:
     file = io.StringIO()
-    show(Screen(Console(file=file, force_terminal=terminal, width=80, highlight=False)))
+    show(Console(file=file, force_terminal=terminal, width=80, highlight=False), Said(**texts), "?")
     return file.getvalue()
 
 
 def test_reasoning_is_dim_and_the_answer_prominent() -> None:
-    said = Said(
-        adapter="<reasoning>\n[b]1+1[/b]\x1b[2J\n</reasoning>\n<answer>\n2\n</answer>", base="hm"
-    )
-    shown = drawn(True, lambda screen: screen.answer(said, "?", "adapter"))
+    said = "<reasoning>\n[b]1+1[/b]\x1b[2J\n</reasoning>\n<answer>\n2\n</answer>"
+    shown = drawn(True, adapter=said)
     assert re.search("\x1b\\[2m[^\x1b]*b", shown) and "\x1b[1;32m2\x1b[0m" in shown
     assert "\x1b[2J" not in shown
-    plain = drawn(False, lambda screen: screen.answer(said, "?", "adapter"))
+    plain = drawn(False, adapter=said)
     assert plain == "reasoning\n[b]1+1[/b]\u241b[2J\nanswer\n2\n9 tokens\n"
-    assert drawn(False, lambda screen: screen.answer(said, "?", "base")).startswith(
-        "hm\n9 tokens, no"
-    )
+    assert drawn(False, adapter="hm <answ").startswith("hm <answ\n9 tokens, no answer")
 
 
 def test_base_and_adapter_stand_side_by_side() -> None:
-    said = Said(adapter="<reasoning>a</reasoning><answer>2</answer>", base="two, of course")
-    shown = drawn(False, lambda screen: screen.compare(said, "?"))
+    shown = drawn(
+        False, base="two, of course", adapter="<reasoning>a</reasoning><answer>2</answer>"
+    )
     rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in shown.splitlines()]
     assert ["base", "adapter"] in rows
     assert ["two, of course", "reasoning"] in rows and ["", "2"] in rows
     assert shown.endswith("\n")
+
+
+PIECES = st.sampled_from([*NUMBER_TASK.tags, "<", ">", "</", "<answer", " ", "\n", "7*3=21"])
+
+
+@given(st.lists(st.one_of(PIECES, st.text()), max_size=12))
+def test_what_was_shown_stays_and_nothing_of_the_text_is_lost(pieces: list[str]) -> None:
+    completion = "".join(pieces)
+    stages = [paint(completion[:end], finished=False).plain for end in range(len(completion) + 1)]
+    for earlier, later in pairwise([*stages, paint(completion).plain]):
+        assert later.startswith(earlier)
+    shown = "".join(text for _, text in split_parts(completion))
+    for tag in NUMBER_TASK.tags:
+        completion, shown = completion.replace(tag, ""), shown.replace(tag, "")
+    if not any(tag in completion + shown for tag in NUMBER_TASK.tags):
+        assert "".join(shown.split()) == "".join(completion.split())
+
+
+@given(st.integers(), st.text(alphabet="0123456789+*=\n ", min_size=1).filter(str.strip))
+def test_what_was_asked_for_is_read_as_the_parser_reads_it(answer: int, reasoning: str) -> None:
+    completion = perfect_completion(Problem(1, "?", str(answer), reasoning))
+    assert split_parts(completion) == [
+        ("reasoning", NUMBER_TASK.parse_reasoning(completion)),
+        ("answer", NUMBER_TASK.parse(completion)),
+    ]
+
+
+def test_a_tag_counts_only_where_its_block_may_begin_or_end() -> None:
+    text = "2 < 3, so\n\n  a <b> is </answer> no tag here, nor is <answe"
+    assert split_parts(text) == [("text", text)]
+    assert split_parts("<reasoning>\n1+1=2\n<answer>2</answer> so") == [
+        ("reasoning", "1+1=2"),
+        ("answer", "2"),
+        ("text", "so"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -281,10 +296,13 @@ def test_base_and_adapter_stand_side_by_side() -> None:
         ({"folder": "whole", "model": "tiny"}, "--model names the base of an adapter"),
         ({"folder": "empty"}, r"has no \*.safetensors"),
         ({"model": "run"}, "--model run is a folder without config.json"),
-        ({"stdin": ""}, "no question came on standard input"),
-        ({"stdin": "\n \n", "json": True}, "no question came on standard input"),
+        ({"stdin": io.StringIO("")}, "no question came on standard input"),
+        ({"stdin": io.StringIO("\n \n"), "json": True}, "no question came on standard input"),
         ({"ask": "so many words " * 400}, "the question comes to a prompt of"),
-        ({"stdin": None, "json": True}, "--json needs --ask, or questions from a pipe"),
+        (
+            {"stdin": SimpleNamespace(isatty=lambda: True), "json": True},
+            "--json needs --ask, or questions from a pipe",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_any_weights_load(
@@ -297,10 +315,8 @@ def test_mistakes_are_refused_before_any_weights_load(
     (tmp_path / "empty/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat_model, "load_base", lambda *_: pytest.fail("weights were loaded"))
-    knobs = {"folder": "run", **knobs}
-    stdin = io.StringIO(knobs.pop("stdin", "What is 1 + 1?") or "")
-    if "json" in knobs and said.startswith("--json"):
-        stdin.isatty = lambda: True
+    knobs = {"folder": "run", "stdin": io.StringIO("What is 1 + 1?"), **knobs}
+    stdin = knobs.pop("stdin")
     folder = Path(knobs.pop("folder"))
     with pytest.raises((OSError, ValueError), match=said):
         chat(ChatConfig(folder, **knobs), stdin=stdin)
@@ -322,47 +338,10 @@ def test_wrong_flags(knobs, said) -> None:
         ChatConfig(Path("run"), **knobs)
 
 
-def test_the_script_in_a_terminal(run_dir) -> None:
-    """A person asks, reads, and types /exit."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, run_dir, "--load-in-4bit", "False"],
-        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "200"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    ) as process:
-        os.close(theirs)
-        os.write(ours, QUESTIONS[0].encode() + b"\n/exit\n")
-        seen = ""
-        while select.select([ours], [], [], 120)[0]:
-            try:
-                seen += os.read(ours, 4096).decode(errors="replace")
-            except OSError:  # the script has ended, and all is read
-                break
-        status = process.wait(60)
-    os.close(ours)
-    assert status == 0, seen
-    assert "an adapter on" in seen and "; greedy" in seen and " tokens" in seen
-
-
-def test_the_script_from_a_pipe_and_its_mistakes(run_dir) -> None:
-    def run(*flags: object, said: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, SCRIPT, *map(str, flags)]
-        return subprocess.run(command, env=ENVIRONMENT, input=said, capture_output=True, text=True)
-
-    done = run(run_dir, "--json", "--max-completion-length", 4, said="\n".join(QUESTIONS))
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["question"] for row in rows] == QUESTIONS
-    assert rows[0]["truncated"] and rows[0]["tokens"] == 4
-    refused = run(run_dir / "nothing", "--ask", "x")
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
-
-
-def test_help_needs_no_torch() -> None:
-    heavy = "sys.exit('torch' in sys.modules)"
-    code = f"import sys, lora_grpo.deploy.chat, lora_grpo.deploy.serve; {heavy}"
-    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
+def test_a_person_at_a_terminal_is_greeted_and_answered(run_dir, monkeypatch, capsys) -> None:
+    typed(monkeypatch, QUESTIONS[0], "/exit")
+    terminal = SimpleNamespace(isatty=lambda: True)
+    chat(ChatConfig(run_dir, load_in_4bit=False, max_completion_length=8), stdin=terminal)
+    said = capsys.readouterr().out
+    assert "an adapter on" in said and "greedy, up to 8 tokens" in said
+    assert "8 tokens, cut off there (--max-completion-length)" in said.splitlines()[-1]
