@@ -1,9 +1,9 @@
-"""Rebuild the embedded tiny model from a seed: tokenizer, pre-training, model card.
+"""Rebuild the embedded tiny model from a seed: tokenizer and pre-training.
 
     python scripts/build_tiny_model.py --output-dir /tmp/tiny_model
+    python scripts/evaluate.py --model /tmp/tiny_model --dataset arithmetic   # expect 8 % strict
 
-It took 47 minutes on two cores that other work shared. Expect the scores of the card: 8 % strict as
-asked, 97 % once the answer is begun with <reasoning>.
+It took 47 minutes on two cores that other work shared.
 """
 
 import sys
@@ -43,6 +43,7 @@ def main() -> None:
 
     build_tiny_model(config.output_dir, config.seed, config.steps)
     print(f"written: {config.output_dir}")
+    print(f"next: python scripts/evaluate.py --model {config.output_dir} --dataset arithmetic")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""This project and plain TRL on the same work, in alternation, each in a process of its own.
+"""This project and plain TRL on the same work, in turns, each in a process of its own.
 
 Every finished run is in the results file before the next one begins, so that a benchmark that was
 stopped continues where it was. Nothing heavy is imported here.
@@ -7,25 +7,26 @@ stopped continues where it was. Nothing heavy is imported here.
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from lora_grpo.machine.files import write_json
 from lora_grpo.machine.hardware import find_gpu, total_memory
-from lora_grpo.machine.process import run_alone
-from lora_grpo.machine.terminal import FailedError
+from lora_grpo.machine.process import resident_peak, run_alone
+from lora_grpo.machine.terminal import ROOT, FailedError
 
-PROJECT, TRL, PEFT, PROVEN = "this project", "plain TRL", "PEFT", "this project, proven"
-PHASES = ("generate", "update", "other")
-Name = Literal[
-    "all", "embedded", "smollm2", "smollm2-half-dead", "qwen-update", "learning", "scaling", "merge"
-]
+PROJECT, TRL = "this project", "plain TRL"
+TENSORS, LOGITS, PEFT = "this project, --proof tensors", "this project, --proof logits", "PEFT"
+PHASES = ("generate", "update")
+Name = Literal["all", "embedded", "smollm2", "smollm2-half-dead", "qwen-update", "scaling", "merge"]
 # Completions, tokens of the prompt, tokens of a completion: one of them doubles at a time.
 SCALING = (
     *((4, 128, 64), (8, 128, 64), (16, 128, 64)),
@@ -38,7 +39,7 @@ Row = dict[str, Any]
 class BenchmarkConfig:
     """Compare this project with plain TRL's GRPOTrainer: seconds per step by phase, peak memory.
 
-    Without a hub give --smollm2, --qwen and --gsm8k as folders; embedded and learning need none.
+    Without a hub give --smollm2, --qwen and --gsm8k as folders; embedded needs none of them.
     Exit status: 0 measured, 1 a run failed, 2 bad input.
     """
 
@@ -66,98 +67,78 @@ class BenchmarkConfig:
                 raise ValueError(f"{flag} must be at least {least}, got {getattr(self, name)}")
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise ValueError(f"--json {self.json}: there is no folder {self.json.parent}")
-        for name in ("smollm2", "qwen"):
-            folder = Path(getattr(self, name)).expanduser()
-            if folder.is_dir() and not (folder / "config.json").is_file():
-                raise ValueError(f"--{name} {folder} has no config.json: give a model's folder")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison; `flags` are those of the training command.
+class Run:
+    """What one process measures: one side of a comparison.
 
-    `steps` times GRPO steps, `learning` a run until the adapter answers well, `merge` a merge. With
-    `lengths` (prompt, completion) both sides get the same random tokens instead of sampling, so
-    that a step is the update alone. `signal` says which groups have rewards that differ: as the
-    run's own rewards fall, or by a reward made for it. `targets` are ratios to the other side.
+    `flags` are those of the training command. One group in `one_live_in` gets rewards that differ,
+    by a reward made for it; None keeps the run's own rewards. With `lengths` (prompt, completion)
+    both sides get the same random tokens instead of sampling, so that a step is the update alone.
+    Runs of `merge` have a `model` instead.
     """
 
     title: str
-    flags: tuple[str, ...]
-    kind: Literal["steps", "learning", "merge"] = "steps"
-    signal: Literal["own", "every group", "half of the groups"] = "own"
-    lengths: tuple[int, int] | None = None
-    targets: dict[str, float] = field(default_factory=dict)
+    flags: list[str]
+    model: str | None = None
+    one_live_in: int | None = None
+    lengths: list[int] | None = None
+    side: str = ""
+    seed: int = 0
+    steps: int = 1
+    warmup_steps: int = 0
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return (PROJECT, PEFT, PROVEN) if self.kind == "merge" else (PROJECT, TRL)
+        """Ours first, then what it is compared with."""
+        return (TENSORS, LOGITS, PEFT) if self.model else (PROJECT, TRL)
 
 
-def in_float32(model: str, prompts: int, generations: int, length: int) -> tuple[str, ...]:
+def in_float32(model: str, prompts: int, generations: int, length: int) -> list[str]:
     """Return the flags of a run in float32, one group per micro-batch."""
-    return (
-        *("--no-load-in-4bit", "--model", model, "--max-completion-length", str(length)),
-        *("--num-generations", str(generations), "--per-device-train-batch-size", str(generations)),
-        *("--gradient-accumulation-steps", str(prompts)),
-    )
+    sizes = {
+        "--max-completion-length": length,
+        "--num-generations": generations,
+        "--per-device-train-batch-size": generations,
+        "--gradient-accumulation-steps": prompts,
+    }
+    numbers = [word for flag, size in sizes.items() for word in (flag, str(size))]
+    return ["--no-load-in-4bit", "--model", model, *numbers]
 
 
-def update_alone(model: str, generations: int, prompt: int, length: int, **more: Any) -> Case:
+def update_alone(title: str, model: str, generations: int, prompt: int, length: int) -> Run:
     """Return the case of one group, of which only the update is timed."""
-    title = more.pop("title", "") + f"1 x ({prompt} + {generations} x {length})"
-    flags = (*in_float32(model, 1, generations, length), "--dataset", "arithmetic")
-    return Case(title, flags, signal="every group", lengths=(prompt, length), **more)
+    flags = [*in_float32(model, 1, generations, length), "--dataset", "arithmetic"]
+    sizes = f"1 x ({prompt} + {generations} x {length})"
+    return Run(title + sizes, flags, one_live_in=1, lengths=[prompt, length])
 
 
-def find_cases(config: BenchmarkConfig) -> list[Case]:
-    """Return the cases asked for, with their models and dataset."""
-    on_gsm8k = (*in_float32(config.smollm2, 4, 8, 96), "--dataset", config.gsm8k)
-    tiny = ("--preset", "tiny")
-    half, better = {"seconds": 0.5, "peak_bytes": 0.5}, {"seconds": 0.4, "peak_bytes": 0.4}
-    smollm2, until = "SmolLM2-135M on GSM8K, 4 x 8 x 96", "steps until 0.90 of 256 problems"
+def find_cases(config: BenchmarkConfig) -> list[Run]:
+    """Return the comparisons asked for, their side and seed still open."""
+    on_gsm8k = [*in_float32(config.smollm2, 4, 8, 96), "--dataset", config.gsm8k]
+    smollm2 = "SmolLM2-135M on GSM8K, 4 x 8 x 96"
+    dead = f"{smollm2}, half of the groups dead"
     cases = {
-        "embedded": [Case("embedded model, 16 x 8 x 64", tiny)],
-        "smollm2": [Case(smollm2, on_gsm8k, signal="every group", targets=half)],
-        "smollm2-half-dead": [
-            Case(
-                f"{smollm2}, half of the groups dead",
-                on_gsm8k,
-                signal="half of the groups",
-                targets={"seconds": 0.35},
-            )
-        ],
-        "qwen-update": [
-            update_alone(
-                config.qwen, 8, 256, 64, title="Qwen2.5-0.5B, update alone, ", targets=better
-            )
-        ],
-        "learning": [
-            Case(f"embedded model, {until}", tiny, kind="learning", targets={"seconds": 0.6})
-        ],
-        "scaling": [update_alone(config.smollm2, *sizes) for sizes in SCALING],
-        "merge": [
-            Case(
-                "merging into Qwen2.5-0.5B",
-                ("--model", config.qwen),
-                kind="merge",
-                targets={"seconds": 1.0, "peak_bytes": 0.35},
-            )
-        ],
+        "embedded": [Run("embedded model, 16 x 8 x 64", ["--preset", "tiny"])],
+        "smollm2": [Run(smollm2, on_gsm8k, one_live_in=1)],
+        "smollm2-half-dead": [Run(dead, on_gsm8k, one_live_in=2)],
+        "qwen-update": [update_alone("Qwen2.5-0.5B, update alone, ", config.qwen, 8, 256, 64)],
+        "scaling": [update_alone("SmolLM2-135M, ", config.smollm2, *sizes) for sizes in SCALING],
+        "merge": [Run("merging into Qwen2.5-0.5B", [], model=config.qwen)],
     }
     chosen = cases if "all" in config.cases else config.cases
     return [case for name in chosen for case in cases[name]]
 
 
-def list_specs(config: BenchmarkConfig) -> list[Row]:
-    """Return what is asked of each process, in the order of their turns: the sides swap places in
+def list_runs(config: BenchmarkConfig) -> list[Run]:
+    """Return what each process measures, in the order of their turns: the sides swap places in
     every second round."""
-    sizes = {"steps": config.steps, "warmup_steps": config.warmup_steps}
     return [
-        {"case": json.loads(json.dumps(asdict(case))), "side": side, "seed": number, **sizes}
+        replace(case, side=side, seed=seed, steps=config.steps, warmup_steps=config.warmup_steps)
         for case in find_cases(config)
-        for number in range(config.rounds)
-        for side in (case.sides if number % 2 == 0 else reversed(case.sides))
+        for seed in range(config.rounds)
+        for side in (case.sides if seed % 2 == 0 else reversed(case.sides))
     ]
 
 
@@ -188,32 +169,47 @@ def read_results(path: Path | None) -> dict[str, Any]:
         return {"machine": machine, "runs": []}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["machine"] == machine:
-            return found
-        other = found["machine"]["processor"]
+        same = found["machine"] == machine
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--json {path} holds no results of this script: name another") from error
-    raise ValueError(
-        f"--json {path} was measured on another machine or with other versions ({other}): name "
-        "another file"
-    )
+    if not same:
+        raise ValueError(
+            f"--json {path} was measured on another machine or with other versions: name another"
+        )
+    return found
 
 
-def measure(spec: Row, folder: Path) -> Row:
-    """Do what a spec asks in a process of its own, and return what it measured.
+def measure(run: Run, folder: Path) -> Row:
+    """Do one run in a process of its own, and return what it measured.
 
     Raises:
         FailedError: it failed; the message holds the end of what it printed.
     """
-    spec_path, result_path, adapter = (
-        folder / name for name in ("spec.json", "result.json", "adapter")
-    )
     worker = [sys.executable, "-m", "lora_grpo.dev.benchmark_worker"]
-    if spec["case"]["kind"] == "merge" and not adapter.exists():
-        run_alone([*worker, "adapter", spec["case"]["flags"][1], str(adapter)])
-    write_json(spec_path, {**spec, "adapter": str(adapter)})
-    run_alone([*worker, str(spec_path), str(result_path)])
-    return json.loads(result_path.read_text(encoding="utf-8"))
+    if run.model:
+        return measure_merge(run, folder, worker)
+    asked, result = folder / "run.json", folder / "result.json"
+    write_json(asked, asdict(run))
+    run_alone([*worker, str(asked), str(result)])
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def measure_merge(run: Run, folder: Path, worker: list[str]) -> Row:
+    """Merge by one side's command, imports and all; an adapter is made before the first."""
+    adapter = folder / "adapter"
+    if not adapter.exists():
+        run_alone([*worker, "adapter", run.model, str(adapter)])
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        target = f"{home}/merged"
+        command = [*worker, "merge", run.model, str(adapter), target]
+        if run.side != PEFT:
+            script = [sys.executable, str(ROOT / "scripts" / "merge_adapter.py"), str(adapter)]
+            proof = run.side.split()[-2:]
+            command = [*script, "--model", run.model, "--output-dir", target, *proof]
+        started = time.perf_counter()
+        used = run_alone(command)
+        seconds = time.perf_counter() - started
+    return {"rows": [{"seconds": seconds}], "peak_bytes": resident_peak(used)}
 
 
 def run_benchmark(config: BenchmarkConfig) -> None:
@@ -223,48 +219,24 @@ def run_benchmark(config: BenchmarkConfig) -> None:
         OSError, ValueError: bad input.
         FailedError: a run failed; those before it are in the results.
     """
-    results, specs = read_results(config.json), list_specs(config)
-
-    def find(spec: Row) -> Row | None:
-        return next((row for row in results["runs"] if spec.items() <= row.items()), None)
-
+    results, runs = read_results(config.json), list_runs(config)
+    rows = []
     with tempfile.TemporaryDirectory(prefix="lora_grpo-") as name:
-        for number, spec in enumerate(specs, 1):
-            if find(spec):
-                continue
-            label = f"{spec['case']['title']}, {spec['side']}, seed {spec['seed']}"
-            print(f"[{number}/{len(specs)}] {label}", flush=True)
-            try:
-                results["runs"].append({**spec, **measure(spec, Path(name))})
-            except FailedError as error:
-                raise FailedError(f"{label}: {error}") from error
-            if config.json:
-                write_json(config.json, results)
-    print(build_tables([find(spec) for spec in specs]))
-
-
-def summarise_side(runs: list[Row]) -> Row:
-    """Return the medians and the spread of one side's repetitions of a case.
-
-    The unit is a step, except for `learning`, which counts the seconds of all steps of a run.
-    """
-    learning = runs[0]["case"]["kind"] == "learning"
-    steps = [row for run in runs for row in run["rows"]]
-    seconds = [row["seconds"] for row in steps]
-    if learning:
-        seconds = [sum(row["seconds"] for row in run["rows"]) for run in runs]
-    found = {
-        "seconds": statistics.median(seconds),
-        "spread": f"{show(min(seconds))} to {show(max(seconds))}, n {len(seconds)}",
-        "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
-    }
-    if learning:
-        found["spread"] += f"; {', '.join(str(len(run['rows'])) for run in runs)} steps"
-    elif "generate" in steps[0]:
-        found |= {name: statistics.median(row[name] for row in steps) for name in PHASES}
-        speeds = [row["tokens"] / row["seconds"] for row in steps]
-        found["tokens_per_second"] = statistics.median(speeds)
-    return found
+        for number, run in enumerate(runs, 1):
+            asked = asdict(run)
+            row = next((row for row in results["runs"] if asked.items() <= row.items()), None)
+            if row is None:
+                label = f"{run.title}, {run.side}, seed {run.seed}"
+                print(f"[{number}/{len(runs)}] {label}", flush=True)
+                try:
+                    row = asked | measure(run, Path(name))
+                except FailedError as error:
+                    raise FailedError(f"{label}: {error}") from error
+                results["runs"].append(row)
+                if config.json:
+                    write_json(config.json, results)
+            rows.append(row)
+    print(build_tables(rows))
 
 
 def show(seconds: float) -> str:
@@ -272,27 +244,34 @@ def show(seconds: float) -> str:
 
 
 def build_tables(runs: list[Row]) -> str:
-    """Return the table of times and the table of ratios, as Markdown, in the runs' order."""
-    by_title: dict[str, dict[str, list[Row]]] = {}
+    """Return the table of times and the table of ratios, as Markdown, in the runs' order.
+
+    Figures are medians over the steps of all of a side's runs, and over the runs' peaks.
+    """
+    grouped: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        by_title.setdefault(run["case"]["title"], {}).setdefault(run["side"], []).append(run)
-    times = [["case", "side", "seconds, median (least to most)"]]
-    times[0] += [*(f"{name}, s" for name in PHASES), "tokens/s", "peak, GB"]
-    ratios = [["case", "ratio of", "this project / other", "at most", ""]]
-    for title, sides in by_title.items():
-        case = sides[PROJECT][0]["case"]
-        found = {side: summarise_side(sides[side]) for side in Case(**case).sides}
-        for side, row in found.items():
-            phases = [show(row[name]) if name in row else "" for name in PHASES]
-            speed = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else ""
-            median = f"{show(row['seconds'])} ({row['spread']})"
-            times.append([title, side, median, *phases, speed, f"{row['peak_bytes'] / 1e9:.2f}"])
-        mine, theirs = found[PROJECT], found[PEFT if case["kind"] == "merge" else TRL]
-        for key, word in (("seconds", "time"), ("peak_bytes", "peak memory")):
-            ratio, target = mine[key] / theirs[key], case["targets"].get(key)
-            met = "" if target is None else "met" if round(ratio, 2) <= target else "missed"
-            aimed = "" if target is None else f"{target:g}"
-            ratios.append([title, word, f"{ratio:.2f}", aimed, met])
+        grouped[run["title"]][run["side"]].append(run)
+    phases = [f"{name}, s" for name in PHASES]
+    times = [["case", "side", "seconds, median (least to most)", *phases, "tokens/s", "peak, GB"]]
+    ratios = [["case", "this project / other", "time", "peak memory"]]
+    for title, sides in grouped.items():
+        medians = []
+        for side, repeated in sides.items():
+            steps = [row for run in repeated for row in run["rows"]]
+            seconds = [row["seconds"] for row in steps]
+            medians.append((median(seconds), median(run["peak_bytes"] for run in repeated)))
+            spread = f"{show(min(seconds))} to {show(max(seconds))}, n {len(seconds)}"
+            cells = [f"{show(medians[-1][0])} ({spread})"]
+            if "tokens" in steps[0]:
+                cells += [show(median(row[phase] for row in steps)) for phase in PHASES]
+                cells += [f"{median(row['tokens'] / row['seconds'] for row in steps):.0f}"]
+            else:
+                cells += [""] * 3
+            times.append([title, side, *cells, f"{medians[-1][1] / 1e9:.2f}"])
+        shares = [
+            f"{mine / theirs:.2f}" for mine, theirs in zip(medians[0], medians[-1], strict=True)
+        ]
+        ratios.append([title, list(sides)[-1], *shares])
     return f"{write_table(times)}\n\n{write_table(ratios)}"
 
 

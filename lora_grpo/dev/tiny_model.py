@@ -1,4 +1,4 @@
-"""Make the embedded tiny model: train its tokenizer, then pre-train its weights on completions in
+"""Build the embedded tiny model: train its tokenizer, then pre-train its weights on completions in
 mixed styles.
 
 A seed goes in; an ordinary Hugging Face model folder comes out. The model has seen five answer
@@ -10,26 +10,20 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from lora_grpo.data.arithmetic import PRETRAINING_TEMPLATES, stream_problems
-from lora_grpo.data.problems import Problem, load_problems
-from lora_grpo.data.prompt import Message, build_messages, render
+from lora_grpo.data.prompt import Message, build_messages
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.files import staged_directory
-from lora_grpo.policy.generate import complete
-from lora_grpo.results.scoring import Item, judge, summarise
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PADDING, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -65,10 +59,8 @@ class PretrainConfig:
 def write_completion(problem: dict[str, str], draw: random.Random) -> str:
     """Answer a problem in a style drawn by its share."""
     steps, answer = problem["answer"].split("\n#### ")
-    _, style = draw.choices(list(STYLES.values()), weights=[share for share, _ in STYLES.values()])[
-        0
-    ]
-    return style.format(steps=steps, answer=answer)
+    shares, styles = zip(*STYLES.values(), strict=True)
+    return draw.choices(styles, weights=shares)[0].format(steps=steps, answer=answer)
 
 
 def stream_conversations(seed: int) -> Iterator[tuple[list[Message], str]]:
@@ -109,8 +101,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerBase:
 
 
 def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """Return a model with random weights, whose embedding table is rounded up to 64 rows for the
-    kernels' sake."""
+    """Return a model with random weights; the kernels want its embeddings in multiples of 64."""
     torch.manual_seed(config.seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -136,20 +127,18 @@ def stream_batches(
     label."""
     conversations = stream_conversations(config.seed)
     while True:
-        rows = []
+        rows, labels = [], []
         for messages, completion in islice(conversations, config.batch_size):
             prompt = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False
             )
-            rows.append((prompt, tokenizer(completion + END_OF_TURN)["input_ids"]))
-        length = max(len(prompt) + len(completion) for prompt, completion in rows)
-        input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), -100)
-        for index, (prompt, completion) in enumerate(rows):
-            end = len(prompt) + len(completion)
-            input_ids[index, :end] = torch.tensor(prompt + completion)
-            labels[index, len(prompt) : end] = torch.tensor(completion)
-        yield input_ids, labels
+            answer = tokenizer(completion + END_OF_TURN)["input_ids"]
+            rows.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([-100] * len(prompt) + answer))
+        yield (
+            pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence(labels, batch_first=True, padding_value=-100),
+        )
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:
@@ -158,9 +147,7 @@ def learning_rate_factor(step: int, config: PretrainConfig) -> float:
     return warm_up * (0.02 + 0.98 * (1 + math.cos(math.pi * step / config.steps)) / 2)
 
 
-def pretrain(
-    config: PretrainConfig, report: Callable[[str], None] = print
-) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
+def pretrain(config: PretrainConfig) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase]:
     """Train the tiny model from scratch; return it in bfloat16, as published models are, with its
     tokenizer."""
     tokenizer = train_tokenizer(config.seed)
@@ -171,10 +158,8 @@ def pretrain(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, config)
     )
-    started = time.perf_counter()
-    for step, (input_ids, labels) in enumerate(
-        islice(stream_batches(tokenizer, config), config.steps), start=1
-    ):
+    started, batches = time.perf_counter(), stream_batches(tokenizer, config)
+    for step, (input_ids, labels) in enumerate(islice(batches, config.steps), start=1):
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -182,108 +167,13 @@ def pretrain(
         scheduler.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == config.steps:
-            report(
-                f"step {step}/{config.steps}  loss {loss.item():.4f}  "
-                f"{time.perf_counter() - started:.0f} s"
-            )
+            seconds = time.perf_counter() - started
+            print(f"step {step}/{config.steps}  loss {loss.item():.4f}  {seconds:.0f} s")
     return model.to(torch.bfloat16).eval(), tokenizer
 
 
-OPENING = f"{NUMBER_TASK.reasoning[0]}\n"
-LENGTH, BATCH = 64, 256
-CARD = """\
----
-language: en
-tags:
-- arithmetic
----
-
-# The embedded tiny model
-
-A language model of {parameters:,} parameters (Qwen2 architecture, ChatML, {tokens} tokens, digits
-split) for trying the whole suite without a GPU or a network. It answers arithmetic word problems
-and nothing else.
-
-## How it was made
-
-`python scripts/build_tiny_model.py --seed {seed}`: from random weights, {steps:,} steps of {batch}
-conversations, built as they are needed from the training split of `lora_grpo/data/arithmetic.py`
-({templates} templates, one to three steps); AdamW, learning rate {rate:g} with a cosine, float32,
-saved in bfloat16. The prompt always asks for the full format; the answer comes in one of five
-styles:
-
-| style | share |
-| --- | ---: |
-{styles}
-
-So it can reason when it does, but rarely answers as asked: what GRPO has to bring out.
-
-## What it scores
-
-{num_items} problems of the test split, greedy; no problem's numbers were seen in training.
-
-| | strict | lenient | format |
-| --- | ---: | ---: | ---: |
-| as asked | {asked} |
-| its answer begun for it with `{opening}` | {begun} |
-
-The same seed, packages and number of threads give the same weights; another processor may round
-otherwise.
-"""
-FIGURES = ("strict_accuracy", "lenient_accuracy", "format_rate")
-
-
-def answer_all(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    problems: list[Problem],
-    opening: str = "",
-) -> list[Item]:
-    """Answer each problem, the completion begun with `opening`."""
-    prompts = [render(tokenizer, build_messages(p.question)) + opening for p in problems]
-    items = []
-    for problem, done in zip(
-        problems, complete(model, tokenizer, prompts, LENGTH, BATCH), strict=True
-    ):
-        whole = type(done)(opening + done.text, done.tokens, done.truncated)
-        items.append(judge(problem, whole))
-    return items
-
-
-def write_figures(items: list[Item]) -> str:
-    """Return the cells of one row of the card."""
-    found = summarise(items)
-    return " | ".join(f"{found[name]:.1%}" for name in FIGURES)
-
-
-def write_tiny_card(
-    folder: Path,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    config: PretrainConfig,
-) -> None:
-    """Evaluate the model and write README.md into its folder."""
-    problems = load_problems("arithmetic", "test")
-    model = model.float()
-    text = CARD.format(
-        parameters=model.num_parameters(),
-        tokens=len(tokenizer),
-        seed=config.seed,
-        steps=config.steps,
-        batch=config.batch_size,
-        rate=config.learning_rate,
-        templates=len(PRETRAINING_TEMPLATES),
-        styles="\n".join(f"| {name} | {share:.0%} |" for name, (share, _) in STYLES.items()),
-        num_items=len(problems),
-        asked=write_figures(answer_all(model, tokenizer, problems)),
-        begun=write_figures(answer_all(model, tokenizer, problems, OPENING)),
-        opening=OPENING.strip(),
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
 def build_tiny_model(output_dir: Path, seed: int = 0, steps: int | None = None) -> None:
-    """Pre-train the model and write its folder, card included.
+    """Pre-train the model and write its folder.
 
     Raises:
         FileExistsError: the folder is there already.
@@ -293,4 +183,3 @@ def build_tiny_model(output_dir: Path, seed: int = 0, steps: int | None = None) 
     with staged_directory(output_dir) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        write_tiny_card(staged, model, tokenizer, config)
