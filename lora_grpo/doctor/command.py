@@ -10,9 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,10 +20,9 @@ from rich.text import Text
 
 from lora_grpo.config.presets import PRESETS, choose_preset
 from lora_grpo.config.train_config import TrainConfig
-from lora_grpo.doctor.gpu import driver_cuda, find_holders, gpu_rows
-from lora_grpo.doctor.machine import Row, hub_rows, machine_rows
-from lora_grpo.doctor.packages import ROOT, import_rows, package_rows, read_pins
-from lora_grpo.doctor.probes import INTERRUPTED, Outcome, run_probes
+from lora_grpo.doctor.machine import Row, gpu_row, hub_row, machine_rows
+from lora_grpo.doctor.packages import import_rows, read_pins, version_rows
+from lora_grpo.doctor.probes import Outcome, run_probes
 from lora_grpo.machine.backend import Choice, choose_backend, installed
 from lora_grpo.machine.hardware import GPU, find_gpu
 from lora_grpo.machine.terminal import command_line
@@ -66,51 +63,23 @@ class Report:
         return all(row.status != "problem" for row in self.rows)
 
 
-def examine(config: DoctorConfig, probe: Prober = run_probes, root: Path = ROOT) -> Report:
-    """Look at everything; `probe` tries imports, `root` is the checkout with the tested set."""
+def examine(config: DoctorConfig, probe: Prober = run_probes) -> Report:
+    """Look at everything; `probe` tries imports."""
     gpu = find_gpu()
-    # Before any probe: one that computes on the GPU would be named among those who hold it.
-    holders, cuda = (find_holders(), driver_cuda()) if gpu else ([], None)
     preset, why_preset = choose_preset()
-    settings = PRESETS[preset]
-    model = settings.get("model", TrainConfig.model)
-    four_bit = settings.get("load_in_4bit", TrainConfig.load_in_4bit)
-    chains = [("torch", "bitsandbytes", "trl")]
-    chains += [(name,) for name in extras(gpu)]
-    with ThreadPoolExecutor(len(chains) + 1) as pool:
-        hub = pool.submit(attempt, "hub", partial(hub_rows, None if model == "tiny" else model))
-        try:
-            tried = list(pool.map(lambda chain: probe(chain, config.probe_timeout), chains))
-        except KeyboardInterrupt:
-            INTERRUPTED.set()  # or the pool would wait for every import
-            raise
-    outcomes = {name: outcome for found in tried for name, outcome in found.items()}
-    tested, has_gpu = read_pins(root), gpu is not None
+    model = PRESETS[preset].get("model", TrainConfig.model)
+    extras = ("vllm",) if gpu is None else ("unsloth", "vllm")
+    names = ["torch", "bitsandbytes", "trl", *filter(installed, extras)]
+    outcomes, tested = probe(names, config.probe_timeout), read_pins()
     rows = [
-        *attempt("machine", partial(machine_rows, config.adapters_dir)),
-        *attempt("gpu", partial(gpu_rows, gpu, holders, cuda, outcomes["torch"])),
-        *package_rows(tested, has_gpu, four_bit),
-        *import_rows(outcomes, tested, has_gpu, four_bit),
-        *hub.result(),
+        *machine_rows(config.adapters_dir),
+        gpu_row(gpu, outcomes["torch"]),
+        *version_rows(tested, gpu is not None),
+        *import_rows(outcomes, tested, gpu is not None),
+        hub_row(None if model == "tiny" else model),
     ]
     choice, command = choose(gpu, outcomes)
     return Report(clean(rows), preset, why_preset, choice, command)
-
-
-def extras(gpu: GPU | None) -> list[str]:
-    """Return what is installed of the packages that a run can do without; unsloth needs a GPU."""
-    usable = ("vllm",) if gpu is None else ("unsloth", "vllm")
-    return [name for name in usable if installed(name)]
-
-
-def attempt(section: str, gather: Callable[[], list[Row]]) -> list[Row]:
-    """Gather rows; a doctor that fails to look at something still says the rest."""
-    try:
-        return gather()
-    except Exception as error:
-        value = f"could not be examined: {type(error).__name__}: {error}"
-        advice = "report this as a bug, with what `doctor.py --json` prints"
-        return [Row(section, "error", value, "warning", advice)]
 
 
 def choose(gpu: GPU | None, outcomes: dict[str, Outcome]) -> tuple[Choice, str]:
@@ -137,34 +106,22 @@ def choose(gpu: GPU | None, outcomes: dict[str, Outcome]) -> tuple[Choice, str]:
 
 def clean(rows: list[Row]) -> list[Row]:
     """Take from the rows what must not be shown: tokens, passwords, the user's name and home."""
-    hidden = secrets()
     return [
-        dataclasses.replace(
-            row, value=hide(row.value, hidden), advice=row.advice and hide(row.advice, hidden)
-        )
+        dataclasses.replace(row, value=hide(row.value), advice=row.advice and hide(row.advice))
         for row in rows
     ]
 
 
-def hide(text: str, hidden: set[str]) -> str:
-    for secret in hidden:
-        text = text.replace(secret, "[hidden]")
+def hide(text: str) -> str:
+    from huggingface_hub import get_token
+
+    if token := get_token():
+        text = text.replace(token, "[hidden]")
     text = re.sub(r"//[^/@\s]+@", "//", text)
-    home = str(Path.home())
-    if home != "/":
+    if (home := str(Path.home())) != "/":
         text = re.sub(re.escape(home) + r"(?![\w.-])", "~", text)
-    for name in {os.environ.get("USER"), os.environ.get("LOGNAME")} - {None, "", "root"}:
-        text = re.sub(rf"(?<=/){re.escape(name)}(?![\w.-])", "[user]", text)
-    return text
-
-
-def secrets() -> set[str]:
-    found = {os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}
-    try:
-        from huggingface_hub import get_token
-    except ImportError:
-        return found - {None, ""}
-    return (found | {get_token()}) - {None, ""}
+    name = re.escape(os.environ.get("USER") or "root")
+    return re.sub(rf"(?<=/){name}(?![\w.-])", "[user]", text)
 
 
 def show_progress() -> Status:
@@ -217,22 +174,9 @@ def build_table(rows: list[Row]) -> Table:
         table.add_column(column, no_wrap=True)
     table.add_column("value", overflow="fold")
     section = ""
-    for row in join_fine_packages(rows):
+    for row in rows:
         mark, style = MARKS[row.status]
         title = "" if row.section == section else row.section
         table.add_row(Text(title, "bold"), Text(mark, style), row.name, Text(row.value))
         section = row.section
     return table
-
-
-def join_fine_packages(rows: list[Row]) -> list[Row]:
-    """Put the packages that are right into one row, before those that are not."""
-    fine = [row for row in rows if row.section == "packages" and row.status == "ok"]
-    others = [row for row in rows if row not in fine]
-    if not fine:
-        return rows
-    known = not any(row.name == "tested set" for row in rows)
-    value = ", ".join(f"{row.name} {row.value}" for row in fine)
-    joined = Row("packages", "as tested" if known else "installed", value)
-    place = next(at for at, row in enumerate(rows) if row.section == "packages")
-    return [*others[:place], joined, *others[place:]]

@@ -1,5 +1,4 @@
-"""What the doctor says of the machine around the GPU: Python, system, processor, memory, disk, and
-the Hugging Face Hub with its token and its cache.
+"""What the doctor says of the machine: Python, system, memory, disk, the GPU, the Hugging Face Hub.
 
 Each fact becomes a `Row`; one that is not right carries what to type. A token is never read further
 than to say whether there is one.
@@ -7,24 +6,29 @@ than to say whether there is one.
 
 import os
 import platform
-import re
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Literal
 
-from lora_grpo.machine.hardware import available_memory, total_memory
+from lora_grpo.doctor.probes import Outcome
+from lora_grpo.machine.files import check_room
+from lora_grpo.machine.hardware import GPU, available_memory, number, total_memory
+from lora_grpo.machine.terminal import NEEDED
 
 GIB = 2**30
 LEAST_MEMORY = 2 * GIB
 LEAST_DISK = GIB
-LEAST_CACHE_DISK = 3 * GIB
+LEAST_GPU_MEMORY = 5 * GIB
 HUB_SECONDS = 5.0
-NO_NETWORK = "train with --preset tiny, which needs no network"
+# NVIDIA, CUDA Compatibility, table 1: the least driver for every minor version of a CUDA major.
+LEAST_DRIVER = {12: 525, 13: 580}
+OTHER_TORCH = (
+    "install the build of torch for this GPU and driver (the selector on PyTorch's "
+    '"Get started" page gives the command)'
+)
 
 
 @dataclass(frozen=True)
@@ -43,70 +47,22 @@ def gib(size: float) -> str:
 
 
 def machine_rows(adapters_dir: Path) -> list[Row]:
-    """Return what is known of Python, the system, its processor, memory and disk."""
+    """Return what is known of Python, the system, its memory and disk."""
+    system = f"{platform.platform()}, {os.cpu_count()} CPUs"
     return [
-        python_row(),
-        os_row(),
-        cpu_row(),
+        python_row(sys.version_info[:2]),
+        Row("machine", "system", system),
         memory_row(available_memory()),
         disk_row(adapters_dir),
     ]
 
 
-def supported_python() -> str:
-    """Return the package's own `Requires-Python`, or nothing where it is not installed."""
-    try:
-        return metadata("lora-grpo").get("Requires-Python", "")
-    except PackageNotFoundError:
-        return ""
-
-
-def python_row(
-    version: tuple[int, int] = sys.version_info[:2], supported: str | None = None
-) -> Row:
-    supported = supported_python() if supported is None else supported
-    bounds = {
-        sign: (int(major), int(minor))
-        for sign, major, minor in re.findall(r"(>=|<)(\d+)\.(\d+)", supported)
-    }
+def python_row(version: tuple[int, int]) -> Row:
     value = f"{platform.python_version()} ({sys.executable})"
-    if bounds.get(">=", version) <= version < bounds.get("<", (version[0], version[1] + 1)):
+    if NEEDED[0] <= version < NEEDED[1]:
         return Row("machine", "python", value)
-    python = "python{}.{}".format(*bounds.get(">=", (3, 11)))
-    return Row(
-        "machine",
-        "python",
-        f"{value}; the suite needs {supported}",
-        "problem",
-        f"make a new environment with {python} -m venv .venv, and install the requirements in it",
-    )
-
-
-def os_row() -> Row:
-    kernel = f"{platform.system()} {platform.release()}, {platform.machine()}"
-    if platform.system() != "Linux":
-        advice = "on Windows use WSL 2; elsewhere expect a CPU run at best"
-        return Row("machine", "os", f"{kernel}; tested on Linux only", "warning", advice)
-    try:
-        name = platform.freedesktop_os_release().get("PRETTY_NAME", "Linux")
-    except OSError:
-        name = "Linux"
-    return Row("machine", "os", f"{name} ({kernel})")
-
-
-def cpu_row() -> Row:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    fields = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    flags = fields.get("flags", "").split()
-    best = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [fields.get("model name", platform.machine()), f"{cores} cores", best.upper()]
-    return Row("machine", "cpu", ", ".join(part for part in parts if part))
+    advice = "make a new environment with python3.12 -m venv .venv, and install again in it"
+    return Row("machine", "python", f"{value}; 3.11 or 3.12 is needed", "problem", advice)
 
 
 def memory_row(available: int) -> Row:
@@ -118,62 +74,90 @@ def memory_row(available: int) -> Row:
 
 
 def disk_row(adapters_dir: Path, least: int = LEAST_DISK) -> Row:
-    """Return whether a run could be written, by writing an empty file and taking it away again."""
-    folder = next(
-        path
-        for path in (adapters_dir.absolute(), *adapters_dir.absolute().parents)
-        if path.exists()
-    )
-    elsewhere = "name a folder on another disk by --adapters-dir"
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
+        free = check_room(adapters_dir, least, "--adapters-dir")
     except OSError as error:
-        value = f"{adapters_dir} cannot be written: {error.strerror}"
-        return Row("machine", "disk", value, "problem", f"run where you may write, or {elsewhere}")
-    value = f"{gib(free)} free for {adapters_dir}"
-    if free >= least:
-        return Row("machine", "disk", value)
-    return Row("machine", "disk", value, "problem", f"free {gib(least)}, or {elsewhere}")
+        advice = "name another folder with --adapters-dir, here and for train_lora.py"
+        return Row("machine", "disk", str(error), "problem", advice)
+    return Row("machine", "disk", f"{gib(free)} free for {adapters_dir}")
 
 
-def hub_rows(model: str | None, endpoint: str | None = None) -> list[Row]:
-    """Return whether the Hub answers, whether there is a token, and the size of the cache.
+def gpu_row(gpu: GPU | None, torch: Outcome) -> Row:
+    """Return what the driver says of the GPU, and whether this torch can compute on it."""
+    if gpu is None:
+        return no_gpu_row()
+    half = "bfloat16" if gpu.has_bfloat16 else "float16"
+    value = (
+        f"{gpu.name}, {gib(gpu.free_bytes)} free of {gib(gpu.total_bytes)}, compute capability "
+        f"{gpu.compute_capability:g} ({half}), driver {gpu.driver}"
+    )
+    if torch.error is None and torch.facts["cuda"] is None:
+        value += f"; torch {torch.facts['version']} was built for the CPU alone"
+        return Row("gpu", "gpu", value, "problem", OTHER_TORCH)
+    if torch.error is None and torch.facts["kernel"] is not None:
+        cuda, why = torch.facts["cuda"], torch.facts["kernel"]
+        value += f"; torch, built for CUDA {cuda}, cannot compute: {why}"
+        return Row("gpu", "gpu", value, "problem", advise_on_cuda(gpu.driver, cuda, why))
+    if gpu.total_bytes < LEAST_GPU_MEMORY:
+        advice = "the preset is made for cards of 6 GB and up: add --preset smollm2-135m"
+        return Row("gpu", "gpu", value, "warning", advice)
+    if gpu.free_bytes < LEAST_GPU_MEMORY:
+        advice = "close other programs that use the GPU: nvidia-smi lists them"
+        return Row("gpu", "gpu", value, "warning", advice)
+    return Row("gpu", "gpu", value)
+
+
+def advise_on_cuda(driver: str, cuda: str, why: str) -> str:
+    """Return what to do where a torch built for this CUDA cannot compute."""
+    if "out of memory" in why:
+        return "close other programs that use the GPU: nvidia-smi lists them"
+    least = LEAST_DRIVER.get(int(number(cuda.partition(".")[0])), 0)
+    if number(driver.partition(".")[0]) < least:
+        update = f"update the driver to {least} or newer, which CUDA {cuda} needs, and reboot"
+        return f"{update}; or {OTHER_TORCH}, and vllm's for the same CUDA"
+    return (
+        f"reboot if the driver was just updated; start a container with --gpus all; {OTHER_TORCH}"
+    )
+
+
+def no_gpu_row() -> Row:
+    """Return why there is no GPU; a driver that cannot be asked is not the same as none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in ("", "-1"):
+        return Row("gpu", "gpu", f"hidden: CUDA_VISIBLE_DEVICES is {visible.strip() or 'empty'}")
+    if shutil.which("nvidia-smi") is None:
+        return Row("gpu", "gpu", "none, as there is no nvidia-smi: it trains on the CPU")
+    advice = (
+        "type nvidia-smi to see what is wrong; reboot if the driver was just updated, else install "
+        f"{max(LEAST_DRIVER.values())} or newer"
+    )
+    return Row("gpu", "gpu", "none that nvidia-smi can describe", "warning", advice)
+
+
+def hub_row(model: str | None, endpoint: str | None = None) -> Row:
+    """Return whether the Hub answers and whether there is a token.
 
     `model` is the Hub model that the run would load, or None where it needs no network; `endpoint`
     defaults to `huggingface_hub`'s own, which heeds HF_ENDPOINT.
     """
-    try:
-        from huggingface_hub import constants, get_token
-    except ImportError as error:
-        advice = "pip install -r requirements-cpu.txt"
-        return [Row("hub", "hub", f"huggingface_hub: {error}", "warning", advice)]
-    token = "present" if get_token() else "none: pushing and gated models need `hf auth login`"
-    return [
-        reach_row(model, endpoint or constants.ENDPOINT, constants.HF_HUB_OFFLINE),
-        Row("hub", "token", token),
-        cache_row(Path(constants.HF_HUB_CACHE), downloads=model is not None),
-    ]
-
-
-def reach_row(model: str | None, endpoint: str, offline: bool) -> Row:
-    if offline:
-        return unreached(model, "not asked: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    from huggingface_hub import constants, get_token
     from huggingface_hub.utils import get_session
 
-    start = time.perf_counter()
+    if constants.HF_HUB_OFFLINE:
+        return unreached(model, "not asked: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE")
+    endpoint, start = endpoint or constants.ENDPOINT, time.perf_counter()
     try:
         status = get_session().head(endpoint, timeout=HUB_SECONDS).status_code
     except Exception as error:  # whatever the HTTP client raises is what the row says
-        reason = (str(error).strip().splitlines() or [""])[-1]
-        value = f"{endpoint} does not answer: {type(error).__name__}: {reason}"
+        value = f"{endpoint} does not answer: {type(error).__name__}: {error}"
         mend = "check the network and HTTPS_PROXY, or name a mirror in HF_ENDPOINT"
         return unreached(model, value, mend)
-    value = f"{endpoint} answers in {time.perf_counter() - start:.1f} s"
+    token = "there is a token" if get_token() else "no token: to push, type `hf auth login`"
+    value = f"{endpoint} answers in {time.perf_counter() - start:.1f} s; {token}"
     if status < 400:
         return Row("hub", "hub", value)
     advice = "check HF_ENDPOINT and HTTPS_PROXY: something other than the Hub may be answering"
-    return Row("hub", "hub", f"{value} with HTTP status {status}", "warning", advice)
+    return Row("hub", "hub", f"{value}; HTTP status {status}", "warning", advice)
 
 
 def unreached(model: str | None, value: str, mend: str) -> Row:
@@ -186,19 +170,4 @@ def unreached(model: str | None, value: str, mend: str) -> Row:
         value = f"{value}; {model} is in the cache"
         return Row("hub", "hub", value, "warning", f"{mend}, if the dataset is not cached too")
     value = f"{value}; {model} is not in the cache"
-    return Row("hub", "hub", value, "problem", f"{mend}, or {NO_NETWORK}")
-
-
-def cache_row(folder: Path, downloads: bool) -> Row:
-    """Measure the cache; links to a blob are not counted again."""
-    size = 0
-    for where, _, names in os.walk(folder):
-        size += sum(os.lstat(os.path.join(where, name)).st_size for name in names)
-    kept = len([*folder.glob("models--*"), *folder.glob("datasets--*")])
-    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
-    value = f"{gib(size)} in {folder} ({kept} models and datasets), {gib(free)} free"
-    if free >= LEAST_CACHE_DISK or not downloads:
-        return Row("hub", "cache", value)
-    advice = f"free {gib(LEAST_CACHE_DISK)} for the model, or name another disk in HF_HOME"
-    return Row("hub", "cache", value, "warning", advice)
+    return Row("hub", "hub", value, "problem", f"{mend}, or train with --preset tiny")

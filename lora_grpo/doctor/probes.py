@@ -1,8 +1,5 @@
-"""Can the packages be imported? They are tried in other processes, so that a crash, a hang or a
+"""Can the packages be imported? Each is tried in a process of its own, so that a crash, a hang or a
 broken library is an `Outcome` and not the doctor's own end.
-
-Packages that load each other share a process, which halves the time; what follows a failure is
-tried in a new one.
 """
 
 import json
@@ -10,10 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 MARK = "doctor:"
@@ -23,27 +21,24 @@ sys.path = [entry for entry in sys.path if entry]  # not the folder that the doc
 import importlib, json, time
 def say(**found):
     print("\\n{MARK}" + json.dumps(found), flush=True)
-for name, modules, check in json.loads(sys.argv[1]):
-    start, facts = time.perf_counter(), {{}}
-    try:
-        for module in modules:
-            say(name=name, at=module)
-            importlib.import_module(module)
-        exec(check)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        lines = str(error).strip().splitlines() or [""]
-        say(name=name, error=f"{{type(error).__name__}}: {{lines[-1]}}")
-        sys.exit(1)
-    say(name=name, facts=facts, seconds=time.perf_counter() - start)
+modules, check = json.loads(sys.argv[1])
+start, facts = time.perf_counter(), {{}}
+try:
+    for module in modules:
+        say(at=module)
+        importlib.import_module(module)
+    exec(check)
+except BaseException as error:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    say(error=f"{{type(error).__name__}}: {{lines[-1]}}")
+    sys.exit(1)
+say(facts=facts, seconds=time.perf_counter() - start)
 """
 TRY_TORCH = """
 import torch
-facts.update(version=torch.__version__, cuda=torch.version.cuda, archs=torch.cuda.get_arch_list())
-facts.update(kernel=None)
+facts.update(version=torch.__version__, cuda=torch.version.cuda, kernel=None)
 if torch.version.cuda:
     try:
         torch.ones(1, device="cuda").add(1).item()
@@ -70,9 +65,6 @@ PROBES: dict[str, tuple[tuple[str, ...], str]] = {
     "unsloth": (("unsloth",), ""),
     "vllm": (("vllm",), "from vllm import LLM, SamplingParams"),
 }
-# Set once Ctrl-C has reached the main thread: the processes that other threads wait for end then.
-INTERRUPTED = threading.Event()
-LOOK_SECONDS = 0.05
 SIGNALS = {
     "SIGSEGV": "a segmentation fault",
     "SIGILL": "an instruction that this processor lacks",
@@ -91,61 +83,57 @@ class Outcome:
 
 
 def run_probes(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
-    """Try the imports in this order; `seconds` is what a process gets."""
-    found: dict[str, Outcome] = {}
-    while (left := [name for name in names if name not in found]) and not INTERRUPTED.is_set():
-        found |= run_child(left, seconds)
-    return found
+    """Try all imports at the same time; `seconds` is what each of them gets."""
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        outputs = {name: Path(folder, name) for name in names}
+        children = {name: start(name, output) for name, output in outputs.items()}
+        for child in children.values():
+            stack.enter_context(child)
+            stack.callback(child.kill)
+        return {
+            name: read_outcome(name, wait_until(end, children[name]), output, seconds)
+            for name, output in outputs.items()
+        }
 
 
-def run_child(names: Sequence[str], seconds: float) -> dict[str, Outcome]:
-    """Try imports in one process until one fails; returns at least one outcome."""
-    work = json.dumps([(name, *PROBES[name]) for name in names])
-    # A file and no pipe: a grandchild that keeps a pipe open would outlast the time limit.
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, work],
+def start(name: str, output: Path) -> subprocess.Popen:
+    """Start a process that tries an import and prints into a file: a grandchild that keeps a pipe
+    open would outlast the time limit."""
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, json.dumps(PROBES[name])],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=file,
             stderr=subprocess.DEVNULL,
         )
-        code = wait_for(child, seconds)
-        if code == -signal.SIGINT:
-            raise KeyboardInterrupt
-        output.seek(0)
-        lines = output.read().decode(errors="replace").splitlines()
-    said: dict[str, dict[str, Any]] = {names[0]: {}}
-    for line in lines:
+
+
+def wait_until(end: float, child: subprocess.Popen) -> int | None:
+    """Return the exit status of a process, or None where it still runs at the end."""
+    try:
+        return child.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def read_outcome(name: str, code: int | None, output: Path, limit: float) -> Outcome:
+    """Put together what a process printed of its import, or how it ended where it could not."""
+    said: dict[str, Any] = {}
+    for line in output.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith(MARK):
-            heard = json.loads(line.removeprefix(MARK))
-            said.setdefault(heard["name"], {}).update(heard)
-    return {name: read_outcome(name, heard, code, seconds) for name, heard in said.items()}
+            said |= json.loads(line.removeprefix(MARK))
+    if "facts" in said:
+        return Outcome(said["seconds"], facts=said["facts"])
+    at = said.get("at", name)
+    error = said.get("error") or describe_end(code, limit)
+    return Outcome(limit, error if at == name else f"{at}: {error}", timed_out=code is None)
 
 
-def wait_for(child: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Return a process's exit status, or None after it had to be ended."""
-    end = time.monotonic() + seconds
-    while child.poll() is None:
-        if INTERRUPTED.wait(LOOK_SECONDS) or time.monotonic() > end:
-            child.kill()
-            child.wait()
-            return None
-    return child.returncode
-
-
-def read_outcome(name: str, heard: dict[str, Any], code: int | None, seconds: float) -> Outcome:
-    """Put together what a process said of one import, and how it ended if it did not say that."""
-    if "facts" in heard:
-        return Outcome(heard["seconds"], facts=heard["facts"])
-    where = "" if heard.get("at") in (name, None) else f"{heard['at']}: "
-    reason = heard.get("error") or end_of(code, seconds)
-    return Outcome(seconds, where + reason, timed_out="error" not in heard and code is None)
-
-
-def end_of(code: int | None, seconds: float) -> str:
-    """Say how a process ended that could not say it itself."""
+def describe_end(code: int | None, limit: float) -> str:
+    """Return how a process ended that could not say it itself; None is the time limit."""
     if code is None:
-        return f"no end after {seconds:g} s"
+        return f"no end after {limit:g} s"
     if code >= 0:
         return f"the process ended with exit status {code}"
     name = signal.Signals(-code).name

@@ -37,15 +37,6 @@ def prepare_allocator() -> None:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-@cache
-def c_library() -> ctypes.CDLL | None:
-    """Return glibc where there are huge pages, without which mapping would cost time."""
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    # musl and macOS have neither.
-    has_both = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
-    return library if has_both and has_huge_pages() else None
-
-
 def gives_back(hidden_size: int, device: str = "cpu") -> bool:
     """Return whether the update of a model of this width gives freed memory back here."""
     return device == "cpu" and hidden_size >= NARROW and has_huge_pages()
@@ -54,8 +45,8 @@ def gives_back(hidden_size: int, device: str = "cpu") -> bool:
 @contextmanager
 def giving_back(hidden_size: int, device: str = "cpu") -> Iterator[bool]:
     """Map every tensor of 4 MiB and more that the block makes; yield whether that is done."""
-    library = c_library()
-    if library is None or not gives_back(hidden_size, device):
+    library = ctypes.CDLL(None) if gives_back(hidden_size, device) else None
+    if not hasattr(library, "mallopt"):  # musl has none
         yield False
         return
     library.malloc_trim(0)

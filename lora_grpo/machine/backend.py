@@ -15,7 +15,6 @@ from pathlib import Path
 from lora_grpo.machine.hardware import GPU
 from lora_grpo.machine.terminal import command_line, has_scripts
 
-ASKED_FOR = "asked for"
 BNB_PLUGIN = "vllm_bnb_plugin"
 INSTALL = (
     "pip install -r requirements.txt"
@@ -58,48 +57,36 @@ def choose_backend(
     Raises:
         ValueError: what was asked for cannot work here; the message says what to install.
     """
-    if backend == "unsloth":
-        refuse_unsloth(gpu, has)
-        why = ASKED_FOR
-    elif backend == "transformers":
-        why = ASKED_FOR
-    elif gpu is not None and has("unsloth"):
-        backend, why = "unsloth", "a GPU, and unsloth is installed"
-    else:
-        backend = "transformers"
-        why = "no GPU" if gpu is None else "unsloth is not installed"
-    return choose_rollout(backend, why, rollout, gpu, has)
-
-
-def refuse_unsloth(gpu: GPU | None, has: Callable[[str], bool]) -> None:
-    if gpu is None:
+    why_backend = why_rollout = "asked for"
+    if backend == "unsloth" and gpu is None:
         raise ValueError(
             "--backend unsloth needs an NVIDIA GPU, and none was found: use --backend "
             "transformers, which trains the same adapter on a CPU"
         )
-    if not has("unsloth"):
+    if backend == "unsloth" and not has("unsloth"):
         raise ValueError(
             f"--backend unsloth: the package unsloth is not installed: {INSTALL}, or use "
             "--backend transformers"
         )
-
-
-def choose_rollout(
-    backend: str, why_backend: str, rollout: str, gpu: GPU | None, has: Callable[[str], bool]
-) -> Choice:
-    """Settle the rollout for a settled backend."""
     if rollout == "vllm" and not has("vllm"):
         install = INSTALL if gpu else "make test-vllm sets up its CPU build in .venv-vllm"
         raise ValueError(
             f"--rollout vllm: the package vllm is not installed: {install}, or use --rollout "
             "generate"
         )
-    if rollout != "auto":
-        return Choice(backend, rollout, why_backend, ASKED_FOR)
-    if gpu is not None and has("vllm"):
-        return Choice(backend, "vllm", why_backend, "a GPU, and vllm is installed")
-    why = "vllm is not installed" if gpu else "no GPU; --rollout vllm uses vLLM's CPU build"
-    return Choice(backend, "generate", why_backend, why)
+    if backend == "auto" and gpu is not None and has("unsloth"):
+        backend, why_backend = "unsloth", "a GPU, and unsloth is installed"
+    elif backend == "auto":
+        backend = "transformers"
+        why_backend = "unsloth is not installed" if gpu else "no GPU"
+    if rollout == "auto" and gpu is not None and has("vllm"):
+        rollout, why_rollout = "vllm", "a GPU, and vllm is installed"
+    elif rollout == "auto":
+        rollout = "generate"
+        why_rollout = (
+            "vllm is not installed" if gpu else "no GPU; --rollout vllm uses vLLM's CPU build"
+        )
+    return Choice(backend, rollout, why_backend, why_rollout)
 
 
 def check_4bit(choice: Choice, gpu: GPU | None, load_in_4bit: bool) -> None:

@@ -1,6 +1,5 @@
 """Files and folders that appear whole or not at all: written elsewhere, then renamed."""
 
-import errno
 import json
 import os
 import shutil
@@ -105,16 +104,16 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
 
 def take_name(staged: Path, target: Path) -> None:
-    """Rename a folder, which fails where another process took the name in the meantime."""
+    """Rename a folder, unless another process took the name in the meantime."""
     try:
         staged.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+    except OSError:
+        if not target.exists():
             raise
         raise FileExistsError(
             f"{target} was written by another process in the meantime and is never overwritten: "
             "choose another name"
-        ) from error
+        ) from None
 
 
 @contextmanager
@@ -133,8 +132,8 @@ def is_beside(path: Path, place: Path) -> bool:
     return path.absolute().is_relative_to(place.absolute().parent)
 
 
-def check_room(target: Path, nbytes: int, flag: str) -> None:
-    """Refuse, before anything is made, what could not be written.
+def check_room(target: Path, nbytes: int, flag: str) -> int:
+    """Refuse, before anything is made, what could not be written; return the free bytes.
 
     Raises:
         OSError: the nearest folder that is there cannot be written, or lacks `nbytes` of space.
@@ -147,3 +146,4 @@ def check_room(target: Path, nbytes: int, flag: str) -> None:
             f"{flag} {target} needs {nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free on its "
             "disk: make room or choose another disk"
         )
+    return free

@@ -45,34 +45,12 @@ class GPU:
         return self.compute_capability >= BFLOAT16_SINCE
 
 
-def ask_nvidia_smi(*arguments: str) -> str | None:
-    """Return what nvidia-smi printed, or None where it is missing or fails."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def number(text: str, default: float = 0.0) -> float:
+def number(text: str) -> float:
+    """Return the number in a cell of nvidia-smi's, 0 where it says that it does not know."""
     try:
         return float(text)
     except ValueError:
-        return default
-
-
-def selection() -> list[str]:
-    """Return nvidia-smi's flag for the first GPU of `CUDA_VISIBLE_DEVICES`, or none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return ["-i", visible.split(",")[0].strip()] if visible else []
+        return 0.0
 
 
 def find_gpu() -> GPU | None:
@@ -83,14 +61,26 @@ def find_gpu() -> GPU | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1"):
         return None
-    listed = ask_nvidia_smi(*selection(), f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
-    lines = (listed or "").strip().splitlines()
-    cells = [cell.strip() for cell in lines[0].split(",")] if lines else []
+    cells = ask_driver(visible)
     if len(cells) != len(FIELDS.split(",")) or cells[-1] == "Enabled":
         return gpu_by_torch(visible) if has_device() else None
     name, driver, capability, total, free, _ = cells
     mib = 2**20
     return GPU(name, driver, number(capability), int(number(total)) * mib, int(number(free)) * mib)
+
+
+def ask_driver(visible: str | None) -> list[str]:
+    """Return what nvidia-smi says of the first visible GPU, one text for each of `FIELDS`; nothing
+    where it is missing or fails."""
+    chosen = ["-i", visible.split(",")[0].strip()] if visible else []
+    query = [f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.check_output(
+            ["nvidia-smi", *chosen, *query], stderr=subprocess.DEVNULL, text=True, timeout=SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [cell.strip() for cell in said.strip().partition("\n")[0].split(",")]
 
 
 def has_device() -> bool:
@@ -105,15 +95,14 @@ def gpu_by_torch(visible: str | None) -> GPU | None:
     """Return the first GPU that torch finds among the visible ones, asked once; None without one or
     without torch."""
     try:
-        done = subprocess.run(
+        said = subprocess.check_output(
             [sys.executable, "-c", ASK_TORCH],
-            capture_output=True,
+            stderr=subprocess.DEVNULL,
             text=True,
             timeout=TORCH_SECONDS,
-            check=False,
         )
-        return GPU(*json.loads(done.stdout.splitlines()[-1]))
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return GPU(*json.loads(said.splitlines()[-1]))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None
 
 

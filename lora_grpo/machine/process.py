@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from lora_grpo.machine.terminal import ROOT, FailedError
@@ -23,9 +24,9 @@ class PeakMemory:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(EVERY):
+        while True:
             self.look()
+            time.sleep(EVERY)
 
     def look(self) -> None:
         """Take the card's free memory into account as it is now."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13
@@ -58,9 +59,10 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     except KeyboardInterrupt:
         return end_interrupted(interrupted)
     except ModuleNotFoundError as error:
-        if not is_missing_package(error.name):
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "lora_grpo") or find_spec(package) is not None:
             raise
-        return complain(describe_environment(str(error.name)), BAD_INPUT)
+        return complain(describe_environment(package), BAD_INPUT)
     except Exception as error:
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain(error)):
             return end_interrupted(interrupted)
@@ -126,72 +128,23 @@ def describe_write_error(error: OSError) -> str:
     )
 
 
-def is_missing_package(name: str | None) -> bool:
-    """Return whether a module is missing because the environment is incomplete, and not because
-    the code is wrong: then every package that this one requires is installed."""
-    from importlib.util import find_spec
-
-    package = (name or "").partition(".")[0]
-    if package in ("", "lora_grpo") or find_spec(package) is not None:
-        return False
-    return bool(missing_requirements())
-
-
-def missing_requirements() -> list[str]:
-    """Return what the requirement file of the checkout pins, or the installed package requires,
-    and this Python does not have."""
-    from importlib.metadata import PackageNotFoundError, requires
-
-    try:
-        lines = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
-        required = [line.partition("#")[0].strip() for line in lines]
-        required = [line for line in required if "==" in line]
-    except OSError:
-        try:
-            required = [line for line in requires(COMMAND) or () if "extra ==" not in line]
-        except PackageNotFoundError:
-            return []
-    return [line for line in required if not is_installed(re.match(r"[\w.-]+", line)[0])]
-
-
-def is_installed(distribution: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
 def describe_environment(package: str) -> str:
     """Return what to type where this Python lacks a package."""
-    from shutil import which
-
     lack = f"{sys.executable} has no package {package}"
+    if not NEEDED[0] <= sys.version_info[:2] < NEEDED[1]:
+        lack += f" and is Python {sys.version_info[0]}.{sys.version_info[1]}, not 3.11 or 3.12"
     if is_started_as_command() or not has_scripts():
-        missing = missing_requirements()
-        return f"{lack}: type {join(python_here(), '-m', 'pip', 'install', *missing)}"
-    script, arguments = near(Path(sys.argv[0]).absolute()), sys.argv[1:]
-    python = ROOT / ".venv" / "bin" / "python"
-    if python.exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
-        return f"{lack}: type {join(near(python), script, *arguments)}"
-    least, beyond = NEEDED
-    if not least <= sys.version_info[:2] < beyond:
+        check = join(python_here(), "-m", "pip", "check")
         return (
-            f"{lack}, and is Python {sys.version_info[0]}.{sys.version_info[1]}, where 3.11 or "
-            f"3.12 is needed: run {join('make', '-C', near(ROOT), 'PYTHON=python3.12', 'train')}"
+            f"{lack}: install {COMMAND} again with its dependencies; {check} lists what is missing"
         )
-    gpu = which("nvidia-smi") is not None
-    requirements = near(ROOT / ("requirements.txt" if gpu else "requirements-cpu.txt"))
-    install = ("-m", "pip", "install", "-r", requirements)
-    if sys.prefix != sys.base_prefix:
-        return f"{lack}: type {join(python_here(), *install)}"
-    make = join(python_here(), "-m", "venv", near(python.parents[1]))
-    return (
-        f"{lack}: run `make train` in {ROOT}, or type {make} && {join(near(python), *install)}, "
-        f"then {join(near(python), script, *arguments)}"
-    )
+    python = ROOT / ".venv/bin/python"
+    if python.exists() and Path(sys.prefix).resolve() != (ROOT / ".venv").resolve():
+        script = near(Path(sys.argv[0]).absolute())
+        return f"{lack}: type {join(near(python), script, *sys.argv[1:])}"
+    requirements = "requirements.txt" if which("nvidia-smi") else "requirements-cpu.txt"
+    install = join(python_here(), "-m", "pip", "install", "-r", near(ROOT / requirements))
+    return f"{lack}: type {install}, or run `make train` in {ROOT}, which sets up its .venv"
 
 
 def is_started_as_command() -> bool:
@@ -210,18 +163,10 @@ def command_line(script: str, *arguments: object) -> str:
     if has_scripts() and not is_started_as_command():
         return join(python_here(), near(ROOT / "scripts" / script), *arguments)
     name = next(name for name, file in SCRIPTS.items() if file == script)
-    return join(*console_command(), name, *arguments)
-
-
-def console_command() -> tuple[str, ...]:
-    """Return what to type for `lora-grpo`: its name where the shell finds it, else its path."""
-    from shutil import which
-
-    own = Path(sys.executable).parent / COMMAND
-    if not own.is_file():
-        return (python_here(), "-m", "lora_grpo.cli")
     typed = which(COMMAND)
-    return (COMMAND if typed and Path(typed) == own else near(own),)
+    found = typed is not None and Path(typed).parent == Path(sys.executable).parent
+    start = (COMMAND,) if found else (python_here(), "-m", "lora_grpo.cli")
+    return join(*start, name, *arguments)
 
 
 def join(*words: object) -> str:
@@ -239,16 +184,6 @@ def near(path: Path) -> str:
 
 def python_here() -> str:
     """Return what to type for this Python: `python` where that is the one, else its path."""
-    from shutil import which
-
-    typed = which("python")
-    if typed and Path(typed).parent == Path(sys.executable).parent and is_same(typed):
-        return "python"
-    return near(Path(sys.executable))
-
-
-def is_same(python: str) -> bool:
-    try:
-        return os.path.samefile(python, sys.executable)
-    except OSError:
-        return False
+    typed, this = Path(which("python") or ""), Path(sys.executable)
+    is_this = typed.parent == this.parent and typed.resolve() == this.resolve()
+    return "python" if is_this else near(this)

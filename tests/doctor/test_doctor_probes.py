@@ -1,4 +1,4 @@
-"""Every way in which an import can end is an outcome, and the next import is still tried."""
+"""Every way in which an import can end is an outcome, and the other imports are still tried."""
 
 import os
 import signal
@@ -24,12 +24,11 @@ def test_what_works_says_its_facts(packages: Path) -> None:
     found = run_probes(CORE, 30)
     assert tuple(found) == CORE
     assert all(outcome.error is None and outcome.seconds < 30 for outcome in found.values())
-    torch = {"version": "2.13.0", "cuda": None, "archs": [], "kernel": None}
-    assert found["torch"].facts == torch
+    assert found["torch"].facts == {"version": "2.13.0", "cuda": None, "kernel": None}
 
 
 def test_torch_built_for_cuda_is_made_to_compute(packages: Path) -> None:
-    write_stack(packages, cuda="13.0", cuda_fails='raise RuntimeError("no kernel image\\nmore")')
+    write_stack(packages, cuda="13.0")
     torch = run_probes(["torch"], 30)["torch"]
     assert torch.error is None and torch.facts["cuda"] == "13.0"
     assert torch.facts["kernel"] == "no kernel image"
@@ -42,34 +41,29 @@ def test_torch_built_for_cuda_is_made_to_compute(packages: Path) -> None:
         ("import os\nos.kill(os.getpid(), 9)", "killed by SIGKILL, most likely for want of memory"),
         ("import os\nos._exit(3)", "the process ended with exit status 3"),
         ("import sys\nsys.exit('no')", "SystemExit: no"),
-        ("raise ImportError('look above\\n\\nlibcudart.so.13: not found')", None),
-        ("try:\n  1 / 0\nexcept Exception as e:\n  raise ImportError('x') from e", None),
+        (
+            "raise ImportError('above\\n\\nlibcudart.so.13: not found')",
+            "ImportError: libcudart.so.13: not found",
+        ),
+        (
+            "try:\n  1 / 0\nexcept Exception as e:\n  raise ImportError('x') from e",
+            "ZeroDivisionError: division by zero",
+        ),
     ],
 )
-def test_a_broken_import_is_an_outcome_and_the_rest_is_tried(
-    packages: Path, code: str, error: str | None
-) -> None:
+def test_a_broken_import_is_an_outcome(packages: Path, code: str, error: str) -> None:
     write_package(packages, "bitsandbytes", "print('noise', end='')\n" + code)
-    last = "ZeroDivisionError: division by zero" if "1 / 0" in code else None
-    found = run_probes(CORE, 30)
-    assert found["bitsandbytes"].error == (
-        error or last or "ImportError: libcudart.so.13: not found"
-    )
-    assert found["torch"].error is None and found["trl"].error is None
-    assert not found["bitsandbytes"].timed_out
+    found = run_probes(("torch", "bitsandbytes"), 30)
+    assert found["bitsandbytes"].error == error and not found["bitsandbytes"].timed_out
+    assert found["torch"].error is None
 
 
-def test_a_check_after_the_import_counts(packages: Path) -> None:
+def test_the_package_that_fell_is_named_and_a_check_after_the_import_counts(packages: Path) -> None:
     (packages / "bitsandbytes/functional.py").write_text("def quantize_4bit(*a, **k): 1 / 0")
-    write_package(packages, "trl", "GRPOConfig = None")
+    write_package(packages, "peft", CRASH)
     found = run_probes(CORE, 30)
     assert found["bitsandbytes"].error == "ZeroDivisionError: division by zero"
-    assert found["trl"].error.startswith("trl: ") or "GRPOTrainer" in found["trl"].error
-
-
-def test_the_package_that_fell_is_named(packages: Path) -> None:
-    write_package(packages, "peft", CRASH)
-    assert run_probes(["trl"], 30)["trl"].error.startswith("peft: killed by SIGSEGV")
+    assert found["trl"].error.startswith("peft: killed by SIGSEGV")
 
 
 def test_a_hang_ends_at_the_limit_though_a_grandchild_lives_on(packages: Path) -> None:
@@ -82,11 +76,11 @@ def test_a_hang_ends_at_the_limit_though_a_grandchild_lives_on(packages: Path) -
         "time.sleep(60)",
     )
     start = time.perf_counter()
-    found = run_probes(["torch", "trl"], 1.5)
+    found = run_probes(["torch", "trl"], 3)
     took = time.perf_counter() - start
     os.kill(int(pid.read_text()), signal.SIGKILL)
     assert took < 20
-    assert found["torch"].error == "no end after 1.5 s" and found["torch"].timed_out
+    assert found["torch"].error == "no end after 3 s" and found["torch"].timed_out
     assert found["trl"].error is None
 
 
@@ -99,9 +93,3 @@ def test_files_of_the_current_folder_are_not_taken_for_packages(
     (packages / "datasets").rmdir()
     monkeypatch.chdir(tmp_path)
     assert run_probes(["trl"], 30)["trl"].error is None
-
-
-def test_control_c_is_passed_on(packages: Path) -> None:
-    write_package(packages, "torch", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    with pytest.raises(KeyboardInterrupt):
-        run_probes(CORE, 30)

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from lora_grpo.machine.terminal import FailedError, command_line, run_command
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
 IN_RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
 
 
@@ -88,44 +87,32 @@ def run(command: list[object], home: Path, **environment: str) -> subprocess.Com
     )
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
     """A clone of the scripts and the package, without an environment."""
-    home = tmp_path_factory.mktemp("clone") / "my clone"
+    home = tmp_path / "my clone"
     for name in ("scripts", "lora_grpo"):
         shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "requirements-cpu.txt", home)
     return home
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["train_lora.py", "benchmark.py"])
 def test_a_python_without_the_packages_says_what_to_type(checkout: Path, script: str) -> None:
     """`-S` hides the packages of the environment that the tests run in."""
-    done = run([sys.executable, "-S", f"scripts/{script}", "--x", "a b"], checkout)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "requirements-cpu.txt" in done.stderr and f"scripts/{script} --x 'a b'" in done.stderr
+    done = run([sys.executable, "-S", f"scripts/{script}"], checkout)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "-m pip install -r requirements-cpu.txt" in done.stderr
 
 
-def test_an_environment_beside_the_scripts_is_what_to_type(checkout: Path, tmp_path: Path) -> None:
-    home = shutil.copytree(checkout, tmp_path / "clone")
-    (home / ".venv/bin").mkdir(parents=True)
-    (home / ".venv/bin/python").symlink_to(sys.executable)
-    done = run([sys.executable, "-S", "scripts/train_lora.py", "--preset", "tiny"], home)
+def test_an_environment_beside_the_scripts_is_what_to_type(checkout: Path) -> None:
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").symlink_to(sys.executable)
+    done = run([sys.executable, "-S", "scripts/train_lora.py", "--model", "a b"], checkout)
     typed = done.stderr.strip().partition("type ")[2]
-    assert typed == ".venv/bin/python scripts/train_lora.py --preset tiny"
-    from_elsewhere = run([sys.executable, "-S", home / "scripts/doctor.py"], tmp_path)
-    assert "type clone/.venv/bin/python clone/scripts/doctor.py" in from_elsewhere.stderr
-
-
-def test_a_wrong_import_in_a_filled_environment_keeps_its_traceback(checkout: Path) -> None:
-    code = (
-        "from lora_grpo.machine.terminal import run_command\n"
-        "def main():\n    import nump_y\n"
-        "raise SystemExit(run_command(main))"
-    )
-    done = run([sys.executable, "-c", code], ROOT, PYTHONPATH=str(ROOT))
-    assert done.returncode == 1 and "Traceback" in done.stderr and "nump_y" in done.stderr
+    assert typed == ".venv/bin/python scripts/train_lora.py --model 'a b'"
+    from_elsewhere = run([sys.executable, "-S", checkout / "scripts/doctor.py"], checkout.parent)
+    assert "type 'my clone/.venv/bin/python' 'my clone/scripts/doctor.py'" in from_elsewhere.stderr
 
 
 def test_a_printed_command_works_as_printed(
@@ -157,12 +144,10 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == "" and done.returncode in (0, 1, 141)
 
 
-@pytest.mark.parametrize("script", ["evaluate.py", "doctor.py", "train_lora.py"])
-@pytest.mark.parametrize("seconds", [0.3, 1.5])
+@pytest.mark.parametrize(("script", "seconds"), [("train_lora.py", 0.5), ("doctor.py", 1.5)])
 def test_ctrl_c_while_importing_is_one_line(tmp_path: Path, script: str, seconds: float) -> None:
-    arguments = {"doctor.py": []}.get(script, ["--model", "tiny"])
     process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts" / script, *arguments],
+        [sys.executable, ROOT / "scripts" / script],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
