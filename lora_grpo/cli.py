@@ -159,12 +159,10 @@ def check_rewards() -> int:
     --dataset each gold answer goes through the reward too. Exit status: 0 all is right, 1 a ranking
     or a gold answer is wrong, 2 bad input.
     """
-    from lora_grpo.rewards.check import CheckRewardsConfig, print_check
+    from lora_grpo.rewards.check import CheckRewardsConfig
     from lora_grpo.rewards.check import check_rewards as check
 
-    found = check(parse(CheckRewardsConfig, check_rewards))
-    print_check(found)
-    return 0 if found.passed else 1
+    return 0 if check(parse(CheckRewardsConfig, check_rewards)) else 1
 
 
 FUNCTIONS = {

@@ -148,23 +148,15 @@ def build_rewards(
     if reward_set not in sets:
         raise ValueError(f"--reward-set must be one of {', '.join(sets)}, got {reward_set!r}")
     rewards = [*sets[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
-    check_names(rewards)
-    return change_weights(rewards, weights or {})
-
-
-def check_names(rewards: list[Reward]) -> None:
-    if not rewards:
+    names = [reward.name for reward in rewards]
+    if not names:
         raise ValueError(
             "--reward-set none leaves no reward: add one with --reward file.py:function"
         )
-    counts = Counter(reward.name for reward in rewards)
-    twice = [name for name, count in counts.items() if count > 1]
+    twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(f"--reward gives the name {twice[0]!r} twice: rename one function")
-
-
-def change_weights(rewards: list[Reward], weights: dict[str, float]) -> list[Reward]:
-    names = [reward.name for reward in rewards]
+    weights = weights or {}
     for name in weights:
         if name not in names:
             raise ValueError(f"--reward-weight must name one of {', '.join(names)}, got {name!r}")
@@ -223,14 +215,6 @@ def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
     }
 
 
-def check_columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """Return what a reward gets with a completion of each problem, except the answers."""
-    rows = list(reward_columns(problems).values())
-    columns = {name: [row[name] for row in rows] for row in rows[:1] for name in row}
-    del columns["answer"]
-    return {**columns, "prompts": [build_messages(problem.question) for problem in problems]}
-
-
 def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed: Any) -> None:
     """Call each reward once as training will: made-up completions of the first problem.
 
@@ -252,16 +236,16 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed
         )
 
 
-def perfect(answer: str, task: Task = NUMBER_TASK) -> str:
+def perfect(answer: str) -> str:
     """Return a completion that earns full marks for a readable gold answer."""
-    return task.write("I work it out.", answer)
+    return NUMBER_TASK.write("I work it out.", answer)
 
 
-def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any]) -> list[int]:
+def check_gold(answers: list[str], rewards: Sequence[Reward], /, **columns: list[Any]) -> list[int]:
     """Return the positions of gold answers that `correctness` does not pay in full.
 
     Each is put in a perfect completion; one that fails can never be learned. `columns` holds what
-    else the reward needs, a value an answer. Without a reward of that name nothing is checked.
+    else the reward needs, one value per answer. Without a reward of that name nothing is checked.
     """
     judge = next((reward for reward in rewards if reward.name == "correctness"), None)
     if judge is None:
@@ -269,3 +253,14 @@ def check_gold(answers: list[str], rewards: list[Reward], /, **columns: list[Any
     completions = [perfect(answer) for answer in answers]
     values = judge.function(completions=completions, answer=answers, **columns)
     return [index for index, value in enumerate(values) if value is None or value < 1.0]
+
+
+def find_unpaid(problems: Sequence[Problem], rewards: Sequence[Reward]) -> list[Problem]:
+    """Return the problems whose gold answer `correctness` does not pay in full, told every column
+    as in training."""
+    if not problems:
+        return []
+    rows = list(reward_columns(problems).values())
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["prompts"] = [build_messages(problem.question) for problem in problems]
+    return [problems[index] for index in check_gold(columns.pop("answer"), rewards, **columns)]

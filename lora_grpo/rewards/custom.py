@@ -75,8 +75,7 @@ def import_file(path: Path) -> tuple[ModuleType, str]:
         )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     # Two files of one name are two modules.
-    name = f"custom_reward_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}_{sha256}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their own module up here
     try:
@@ -99,7 +98,8 @@ def find_function(module: ModuleType, path: str, name: str) -> Callable[..., Any
         )
     if inspect.iscoroutinefunction(function):
         raise ValueError(f"--reward {path}:{name} is an async function: make it a plain `def`")
-    if not takes_any_column(function):
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ValueError(
             f"--reward {path}:{name} must end its parameters with **columns: "
             "the trainer passes every column of the dataset"
@@ -107,17 +107,12 @@ def find_function(module: ModuleType, path: str, name: str) -> Callable[..., Any
     return function
 
 
-def takes_any_column(function: Callable[..., Any]) -> bool:
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
 def guard(name: str, function: Callable[..., Any]) -> RewardFunction:
     """Wrap a user's function so that its errors and wrong results name the reward and stop the run.
 
     The wrapper raises:
         RewardError: the function raised; says on which completion.
-        ValueError: the function returned something else than one number or None a completion.
+        ValueError: the function returned something else than one number or None per completion.
     """
 
     def guarded(completions: list[Completion], **columns: Any) -> list[float | None]:
@@ -154,34 +149,26 @@ def find_culprit(function: Callable[..., Any], texts: list[str], columns: dict[s
         try:
             function(completions=[text], **alone)
         except Exception:
-            return f"the completion {shorten(text)}"
-    return f"a batch of {len(texts)}, the first completion {shorten(texts[0]) if texts else None}"
-
-
-def shorten(text: str) -> str:
-    if len(text) <= LONGEST_SHOWN:
-        return repr(text)
-    return f"{text[:LONGEST_SHOWN]!r}... ({len(text)} characters)"
+            return f"the completion {text!r:.{LONGEST_SHOWN}}"
+    return f"a batch of {len(texts)}, the first completion {texts[0]!r:.{LONGEST_SHOWN}}"
 
 
 def check_values(name: str, values: Any, expected: int) -> list[float | None]:
     if not isinstance(values, Iterable) or isinstance(values, str | dict):
         raise ValueError(
-            f"reward {name!r} must return a list of numbers, one a completion, got {values!r:.60}"
+            f"reward {name!r} must return a list of numbers, one per completion, got {values!r:.60}"
         )
     listed = list(values)
     if len(listed) != expected:
         raise ValueError(
             f"reward {name!r} returned {len(listed)} values for {expected} completions: "
-            "return exactly one a completion, None where the reward does not apply"
+            "return exactly one per completion, None where the reward does not apply"
         )
-    return [None if value is None else check_value(name, value) for value in listed]
-
-
-def check_value(name: str, value: Any) -> float:
-    if not isinstance(value, SupportsFloat) or not math.isfinite(float(value)):
-        raise ValueError(
-            f"reward {name!r} returned {value!r:.60}: "
-            "return a finite number, or None where the reward does not apply"
-        )
-    return float(value)
+    for value in listed:
+        number = value is None or (isinstance(value, SupportsFloat) and math.isfinite(float(value)))
+        if not number:
+            raise ValueError(
+                f"reward {name!r} returned {value!r:.60}: "
+                "return a finite number, or None where the reward does not apply"
+            )
+    return [None if value is None else float(value) for value in listed]

@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_grpo.data.gold import describe_unreadable
 from lora_grpo.data.problems import Problem, Reading
 from lora_grpo.data.task import Task
-from lora_grpo.rewards.builtin import Reward, check_columns, check_gold
+from lora_grpo.rewards.builtin import Reward, find_unpaid
 
 NAMED_ROWS = 5
 SHOWN_GOLDS = 3
@@ -48,13 +48,6 @@ def check_prompt(
     return [f"{lacks}: {', '.join(sorted(unpaid))} is paid only where the model writes them itself"]
 
 
-def describe_rows(rows: Sequence[int]) -> str:
-    """Name the first few rows."""
-    more = len(rows) - NAMED_ROWS
-    named = ", ".join(map(str, rows[:NAMED_ROWS])) + (f" and {more} more" if more > 0 else "")
-    return f"row{'s' if len(rows) > 1 else ''} {named}"
-
-
 class Sieve:
     """Drops problems and keeps a sentence for each kind that it dropped; a strict one stops
     instead."""
@@ -72,7 +65,10 @@ class Sieve:
         if not rows:
             return problems
         total = len({problem.row for problem in problems}.union(rows))
-        found = f"{name}: {len(rows)} of {total} {why} ({describe_rows(rows)})"
+        named = f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:NAMED_ROWS]))}"
+        if len(rows) > NAMED_ROWS:
+            named += f" and {len(rows) - NAMED_ROWS} more"
+        found = f"{name}: {len(rows)} of {total} {why} ({named})"
         if self.strict:
             raise ValueError(f"--strict-data: {found}: mend or remove them")
         self.notes.append(f"dropped from {found}")
@@ -94,25 +90,12 @@ def keep_usable(
     sieve.notes += [note for note in reading.notes if note not in sieve.notes]
     lacking = "rows lack a question or an answer"
     problems = sieve.drop(name, reading.problems, reading.blank, lacking)
-    return drop_bad_gold(sieve, name, problems, rewards, reading.dataset)
-
-
-def drop_bad_gold(
-    sieve: Sieve, name: str, problems: list[Problem], rewards: Sequence[Reward], dataset: str
-) -> list[Problem]:
-    """Drop problems whose gold answer the reward would not pay in full; `dataset` is what an error
-    begins with."""
-    failing = check_gold(
-        [problem.answer for problem in problems],
-        list(rewards),
-        **check_columns(problems),
-    )
-    bad = [problems[position] for position in failing]
-    if len(bad) == len(problems):
-        raise ValueError(f"{dataset}: {explain_golds(bad)}")
-    shown = f", such as {bad[0].answer!r:.40}" if bad else ""
+    unpaid = find_unpaid(problems, rewards)
+    if len(unpaid) == len(problems):
+        raise ValueError(f"{reading.dataset}: {explain_golds(unpaid)}")
+    shown = f", such as {unpaid[0].answer!r:.40}" if unpaid else ""
     why = f"gold answers do not earn full marks against themselves{shown}"
-    return sieve.drop(name, problems, [problem.row for problem in bad], why)
+    return sieve.drop(name, problems, [problem.row for problem in unpaid], why)
 
 
 def explain_golds(problems: Sequence[Problem]) -> str:

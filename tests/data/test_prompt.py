@@ -20,10 +20,6 @@ from lora_grpo.data.task import NUMBER_TASK
 EXAMPLE = Problem(4, "How many?", "72", "48/2=<<48/2=24>>24 clips\n48+24=<<48+24=72>>72")
 
 
-def test_the_prompt_asks_for_the_tags_that_the_parser_reads() -> None:
-    assert NUMBER_TASK.has_format(NUMBER_TASK.system_prompt.partition("\n")[2])
-
-
 def test_a_question_stands_alone_behind_the_system_prompt() -> None:
     assert build_messages("Why?") == [
         {"role": "system", "content": NUMBER_TASK.system_prompt},

@@ -1,16 +1,13 @@
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.data.numbers import last_number, parse_number, read_quantity, same_number, to_plain
+from lora_grpo.data.numbers import last_number, same_number
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import (
     build_rewards,
@@ -19,6 +16,7 @@ from lora_grpo.rewards.builtin import (
     score,
     score_with,
 )
+from lora_grpo.rewards.custom import RewardError
 
 # A busy machine is no failure.
 settings.register_profile("no deadline", deadline=None)
@@ -28,367 +26,15 @@ PERFECT = "<reasoning>\n48 / 2 = 24\n48 + 24 = 72\n</reasoning>\n<answer>\n72\n<
 NO_REASONING = "<reasoning>\n</reasoning>\n<answer>\n72\n</answer>"
 GSM8K = Path(__file__).parents[2].parent / "shared" / "gsm8k"
 
-PIECES = [*NUMBER_TASK.tags, "\n", " ", "x", "7", "72", "-", "\u2212", "$", ",", "."]
-PIECES += ["/", "%", "k", "\u0663"]
+PIECES = [*NUMBER_TASK.tags, "\n", " ", "x", "7", "72", "-", "$", ",", ".", "/", "%"]
 completions = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 white_space = st.text(" \t\n\r", max_size=5)
-numbers = st.one_of(
-    st.integers(-(10**12), 10**12).map(str),
-    st.integers(-(10**12), 10**12).map("{:,}".format),
-    st.decimals(-(10**6), 10**6, places=3).map("{:f}".format),
-    st.builds("{}/{}".format, st.integers(-999, 999), st.integers(1, 999)),
-)
 
 
 def write_rewards(folder: Path, text: str) -> str:
     path = folder / "mine.py"
     path.write_text(text)
     return str(path)
-
-
-# The parser
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        (PERFECT, "72"),
-        ("<answer>  seventy two </answer>", "seventy two"),
-        ("so <answer></answer>", ""),
-        ("72", None),
-        ("<answer>72", None),
-        ("72</answer>", None),
-        ("</answer>72<answer>", None),
-        ("<answer>72</answer><answer>73</answer>", None),
-        ("<answer>72</answer></answer>", None),
-        ("<answer><answer>72</answer>", None),
-        ("<ANSWER>72</ANSWER>", None),
-    ],
-)
-def test_parse_answer_wants_exactly_one_pair_in_order(completion: str, answer: str | None) -> None:
-    assert NUMBER_TASK.parse(completion) == answer
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        ("1,200", "1200"),
-        ("$1200.00", "1200"),
-        ("$1,200.00", "1,200"),
-        ("1,234,567", "1234567"),
-        ("\u22123", "-3"),
-        ("-$3", "-3"),
-        ("$-3", "-3"),
-        ("+3", "3"),
-        ("-0", "0"),
-        ("50%", "50"),
-        ("50 %", "50"),
-        ("50 percent", "50"),
-        ("72 clips", "72"),
-        ("72clips", "72"),
-        ("72 clips per day", "72"),
-        ("72 clips per day.", "72"),
-        ("5 km/h", "5"),
-        ("$5/hour", "5"),
-        ("$3 per dozen", "3"),
-        ("5 m\u00b2", "5"),
-        ("72.", "72"),
-        ("3.50", "3.5"),
-        ("3.50.", "3.5"),
-        (".5", "0.5"),
-        ("1/2", "0.5"),
-        ("-1/3", "-2/6"),
-        ("007", "7"),
-        (" 72\n", "72"),
-    ],
-)
-def test_same_number_accepts_other_spellings(left: str, right: str) -> None:
-    assert same_number(left, right)
-    assert same_number(right, left)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *[
-            "",
-            "x",
-            "seventy-two",
-            "NaN",
-            "nan",
-            "inf",
-            "-inf",
-            "1e9999",
-            "2^10",
-            "0x10",
-            "A",
-            "yes",
-        ],
-        *["1,20", "1,2345", "1234,567", "0,200", ",200", "7,2", "1.2.3", "1 20", "0 200"],
-        *["3 K", "$3M", "2bn", "7 thirds", "5 squared", "5!", "3万"],
-        *["2 and a half", "2 3/2", "2\\frac{3}{2}", "72 or 73", "72 or seventy-three", "$5 $600"],
-        *["--3", "-$-3", "- 3", "(3)", "3-", "1/0", "1/2/3", "72...", "~72", "about 72"],
-        *["\uff17\uff12", "\u0667", "7\u00a02", "9" * 101, "72" + " very" * 30],
-        *[
-            "8-i",
-            "8i",
-            "8 - i",
-            "3x",
-            "5 x",
-            "2ab",
-            "8-xy",
-            "1/n",
-            "5/m",
-            "8-m",
-            "2\\pi",
-            "2\u03c0",
-        ],
-        *["x^2+1", "\\sqrt{2}", "3+4i", "5^2", "5\u00b2", "16 x^2", "\\frac{1}{2}x", "2**3"],
-        *["\\frac123", "\\frac{1}{0}", "(1, 2)", "3:30", "1:2", "3-5", "3 to 5", "2024-01-05"],
-        *["$5 cents", "5 dollars and 20 cents", "5 apples, 3 pears", "48 + 24 = 72"],
-    ],
-)
-def test_what_is_no_number_equals_nothing(text: str) -> None:
-    assert parse_number(text) is None
-    assert not same_number(text, text)
-
-
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [("312", "12"), ("3", "-3"), ("72", "720"), ("0.1", "0.10000001"), ("1/3", "0.3333333333")],
-)
-def test_different_numbers_are_different(left: str, right: str) -> None:
-    assert not same_number(left, right)
-
-
-# Pairs of a gold answer and an answer between the tags: what is exact and unambiguous is paid.
-PAID = [
-    *[
-        ("28%", "28"),
-        ("28\\%", "28%"),
-        ("28 percent", "28 %"),
-        ("50", "50 pct"),
-        ("3.5 per cent", "3.5"),
-    ],
-    *[("9500", "$9{,}500"), ("9500", "9 500"), ("9500", "9\u202f500"), ("9500", "9_500")],
-    *[("9500", "9'500"), ("9500", "9.500,00"), ("100000", "1,00,000"), ("10000", "10,\\!000")],
-    *[("\\frac{1}{2}", "1/2"), ("\\dfrac12", "0.5"), ("7/2", "3 1/2"), ("3\\frac{1}{2}", "3.5")],
-    *[
-        ("-1/3", "-\\frac{1}{3}"),
-        ("-1/3", "\\frac{-1}{3}"),
-        ("1/2", "\u00bd"),
-        ("-2.5", "-2\u00bd"),
-    ],
-    *[("1e5", "100000"), ("5 \\times 10^3", "5000"), ("3x10^2", "300"), ("10^6", "1000000")],
-    *[("0.00001", "1e-5"), ("2.0107e-06", "0.0000020107"), ("5e+16", "50000000000000000")],
-    *[("10^{-3}", "0.001"), ("3 \u00d7 10\u2078 m/s", "3e8")],
-    *[("-5", "\u20135"), ("-5", "minus 5"), ("-5", "negative 5"), ("$-5", "-$5")],
-    *[("16", "16 cm^2"), ("16 cm\u00b2", "16 square cm"), ("16 cm2", "16\\text{ cm}^2")],
-    *[("16 sq. cm", "16 centimeters squared"), ("90^\\circ", "90 degrees"), ("90", "90\u00b0")],
-    *[("20 \u00b0C", "20 degrees Celsius"), ("60 mph", "60 miles per hour"), ("5 m/s", "5")],
-    *[("6 feet", "6 ft"), ("12 in", "12 inches"), ("2 h", "2 hours"), ("60\u516c\u91cc", "60 km")],
-    *[("60", "\u20b960"), ("60", "60\u5143"), ("60", "Rs. 60"), ("60", "USD 60"), ("60", "US$60")],
-    *[
-        ("$5", "5 dollars"),
-        ("$5/hour", "$5"),
-        ("72 clips per day", "72 clips"),
-        ("$1.5 million", "1500000"),
-    ],
-    *[
-        ("9 (apples)", "9"),
-        ("9 apples", "9 kids"),
-        ("5", "5 a\u00f1os"),
-        ("3", "3\u4e2a"),
-        ("4", "4 men"),
-    ],
-    *[
-        ("72", "\\boxed{72}"),
-        ("72", "$72$"),
-        ("72 cm", "$$72$$"),
-        ("5", "$\\$5$"),
-        ("72", "**72**"),
-        ("x=72", "72"),
-        ("72", "\\(72\\)"),
-    ],
-    *[("72", "The answer is 72"), ("72", "72,"), ("72", "`72`"), ("72", "#### 72"), ("72", '"72"')],
-    *[
-        ("5 million", "5000000"),
-        ("5k", "5000"),
-        ("2 dozen eggs", "24"),
-        ("2 hundred thousand", "2e5"),
-    ],
-]
-# Two readings, a unit converted or contradicted, a rounding: not paid, though each is a number.
-NOT_PAID = [
-    *[("0.28", "28%"), ("50%", "0.5"), ("2 hours", "120 minutes"), ("1 m", "100 cm")],
-    *[("5 km", "5 m"), ("2 hours", "2 minutes"), ("16 cm", "16 cm^2"), ("5 apples", "5 km")],
-    *[
-        ("5 am", "5 pm"),
-        ("20 \u00b0C", "20 \u00b0F"),
-        ("$5", "5 cents"),
-        ("$5", "\u20ac5"),
-        ("5%", "5 km"),
-    ],
-    *[("72 clips per day", "72 clips per hour"), ("60 miles per hour", "60 km per hour")],
-    *[("1/3", "0.333"), ("0.3", "0.30000000000000004"), ("33.33", "33.333333333333336")],
-    *[("72", "72 million"), ("72", "72k"), ("-5", "5"), ("3.14", "3.14159")],
-]
-
-
-@pytest.mark.parametrize(("gold", "answer"), PAID)
-def test_what_is_exact_and_unambiguous_is_paid(gold: str, answer: str) -> None:
-    assert same_number(gold, answer) and same_number(answer, gold)
-    assert not same_number(gold, f"1{answer}")
-
-
-@pytest.mark.parametrize(("gold", "answer"), NOT_PAID)
-def test_two_readings_or_two_units_are_not_paid(gold: str, answer: str) -> None:
-    assert parse_number(gold) is not None and parse_number(answer) is not None
-    assert not same_number(gold, answer) and not same_number(answer, gold)
-
-
-@given(numbers)
-def test_same_number_is_reflexive(text: str) -> None:
-    assert same_number(text, text)
-
-
-@given(numbers)
-def test_same_number_reads_the_exact_value(text: str) -> None:
-    assert parse_number(text) == Fraction(text.replace(",", ""))
-
-
-WRITTEN = st.builds(
-    "{}{}{}".format,
-    st.sampled_from(["", "-", "$", "x = "]),
-    st.sampled_from(
-        ["5", "5.0", "10/2", "\\frac{10}{2}", "0.5e1", "6", "2 1/2", "2\u00bd", "5 dozen"]
-    ),
-    st.sampled_from(
-        ["", " km", " kilometers", " m", " apples", " cm^2", "%", " km per hour", "-i"]
-    ),
-)
-
-
-@given(WRITTEN, WRITTEN, WRITTEN)
-def test_same_number_is_transitive_where_each_writes_as_much(
-    first: str, second: str, third: str
-) -> None:
-    """What one text leaves out is free, so that `5 km` and `5 m` both equal `5`."""
-    read = [read_quantity(text) for text in (first, second, third)]
-    alike = None not in read and len({(q.unit is None, q.per is None) for q in read}) == 1
-    if alike and same_number(first, second) and same_number(second, third):
-        assert same_number(first, third)
-
-
-def write_fraction(value: Fraction) -> str:
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-def write_mixed(value: Fraction) -> str:
-    whole, rest = divmod(abs(value), 1)
-    sign = "-" if value < 0 else ""
-    return f"{sign}{whole} {rest.numerator}/{rest.denominator}" if whole else str(value)
-
-
-@given(
-    st.fractions(-(10**6), 10**6, max_denominator=999),
-    st.sampled_from([str, write_fraction, write_mixed]),
-    st.sampled_from(["{}", "${}$", "\\boxed{{{}}}", "**{}**", "{} km", "{}.", "\\({}\\)", "= {}"]),
-)
-def test_writing_a_number_otherwise_never_changes_it(
-    value: Fraction, write: Callable[[Fraction], str], around: str
-) -> None:
-    assert parse_number(around.format(write(value))) == value
-    assert parse_number(around.format(write(value)).replace("-", "\u2212")) == value
-
-
-@given(st.one_of(numbers, completions), st.one_of(numbers, completions))
-def test_same_number_is_symmetric_and_never_raises(left: str, right: str) -> None:
-    assert same_number(left, right) is same_number(right, left)
-
-
-@pytest.mark.parametrize(
-    ("completion", "number"),
-    [
-        (PERFECT, "72"),
-        ("5-3", "3"),
-        ("x-3", "3"),
-        ("(5)-3", "3"),
-        ("50%-3", "3"),
-        ("it is -3", "-3"),
-        ("(-3)", "-3"),
-        ("= \u22123.", "-3"),
-        ("it is \u20133", "-3"),
-        ("16 cm^2", "16"),
-        ("16 cm\u00b2 or 16 cm2", "16"),
-        ("so x^2 = 9, x^{10}", "9"),
-        ("\\frac{1}{2}", "1/2"),
-        ("3\\frac{1}{2} cups", "3 1/2"),
-        ("3\\frac{5}{2}", "5/2"),
-        ("is 5 \\times 10^3", "5 \u00d7 10^3"),
-        ("2.5e-3.", "2.5e-3"),
-        ("9{,}500", "9,500"),
-        ("<answer>-3</answer>", "-3"),
-        ("-$3", "-$3"),
-        ("$-3", "$-3"),
-        ("costs $1,200.00.", "1,200.00"),
-        ("1/2", "1/2"),
-        ("10/2=5", "5"),
-        ("1 and .5", ".5"),
-        ("72 clips, then 12", "12"),
-        ("72 " + "9" * 200, "72"),
-        ("none", None),
-        ("\u0667\u0662", None),
-    ],
-)
-def test_last_number(completion: str, number: str | None) -> None:
-    assert last_number(completion) == number
-
-
-@given(completions)
-@example("$" * 9 + "-.")
-def test_last_number_is_a_number_from_the_text(completion: str) -> None:
-    found = last_number(completion)
-    assert found is None or (found in to_plain(completion) and same_number(found, found))
-
-
-@pytest.mark.parametrize(
-    "completion",
-    [
-        PERFECT,
-        f"\n\n {PERFECT}\n",
-        "<reasoning>x</reasoning><answer>72</answer>",
-        "<reasoning>x</reasoning>\n\n\t<answer>72</answer>",
-    ],
-)
-def test_white_space_around_the_blocks_is_free(completion: str) -> None:
-    assert NUMBER_TASK.has_format(completion)
-
-
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "",
-        "72",
-        NO_REASONING,
-        "<reasoning> </reasoning><answer>72</answer>",
-        "<reasoning>x</reasoning><answer>\n</answer>",
-        "<reasoning>x</reasoning>",
-        "<answer>72</answer>",
-        "<answer>72</answer><reasoning>x</reasoning>",
-        "<reasoning>x<answer>72</answer></reasoning>",
-        "<reasoning>x<answer>72</reasoning></answer>",
-        "<reasoning>x</answer>y</reasoning><answer>72",
-        f"Sure! {PERFECT}",
-        f"{PERFECT} Done.",
-        PERFECT.replace("<answer>", "so <answer>"),
-        PERFECT + PERFECT,
-        PERFECT[:-1],
-        PERFECT.upper(),
-    ],
-)
-def test_anything_else_has_no_format(completion: str) -> None:
-    assert not NUMBER_TASK.has_format(completion)
 
 
 # Scores
@@ -452,7 +98,7 @@ def test_classic_counts_each_tag_with_its_line_breaks_once() -> None:
 
 
 @pytest.mark.parametrize("reward_set", ["default", "classic"])
-@given(completion=completions, answer=st.one_of(numbers, st.text()))
+@given(completion=completions, answer=st.text())
 def test_scores_are_bounded_and_sum_to_their_total(
     reward_set: str, completion: str, answer: str
 ) -> None:
@@ -474,37 +120,20 @@ def test_scores_ignore_white_space_around(
     )
 
 
-@pytest.mark.parametrize(
-    "nasty",
-    [
-        *("<answer>", "<reasoning>\n", "</answer><answer>", PERFECT, " ", "\n"),
-        *(
-            "9",
-            "1,",
-            "1/",
-            "$-",
-            "-",
-            "111,",
-            "1.",
-            ". 1",
-            "x",
-            "^{",
-            "\\frac{1",
-            "\\text{",
-            "1 1/",
-            "<reasoning>\n\n</reasoning>\n",
-        ),
-    ],
-)
-def test_two_megabytes_of_anything_are_fast(nasty: str) -> None:
-    text = nasty * (2_000_000 // len(nasty))
+NASTY = ["<answer>", "<reasoning>\n", "</answer><answer>", PERFECT, " ", "\n", "9", "1,", "1/"]
+NASTY += ["$-", "-", "111,", "1.", ". 1", "x", "^{", "\\frac{1", "\\text{", "1 1/"]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_reading_takes_linear_time(nasty: str) -> None:
+    text = nasty * (300_000 // len(nasty))
     started = time.perf_counter()
     last_number(text)
     same_number(text, text)
     for completion in (text, f"<reasoning>{text}</reasoning><answer>{text}</answer>"):
         score(completion, "72")
         score(completion, "72", "classic")
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 3
 
 
 # Rewards as the trainer calls them
@@ -520,18 +149,11 @@ def test_functions_take_what_the_trainer_passes(reward_set: str) -> None:
         assert all(type(value) is float for value in plain)
 
 
-def trainer_name(function: object) -> str:
-    """The rule of TRL's `get_callable_name`."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function.__name__
-
-
 @pytest.mark.parametrize("reward_set", ["default", "classic"])
 def test_the_trainer_logs_each_reward_by_its_own_name(reward_set: str, tmp_path: Path) -> None:
     path = write_rewards(tmp_path, "def mine(completions, **columns): return [0.0]")
     for reward in build_rewards(reward_set, (f"{path}:mine",), max_completion_length=10):
-        assert trainer_name(reward.function) == reward.function.__name__ == reward.name
+        assert reward.function.__name__ == reward.name  # by which TRL logs it
 
 
 @pytest.mark.parametrize(
@@ -662,30 +284,22 @@ def test_a_file_that_fails_on_import_says_why(text: str, message: str, tmp_path:
         build_rewards(custom=(f"{path}:mine",))
 
 
-def test_an_error_in_a_custom_reward_names_it_and_the_completion(tmp_path: Path) -> None:
-    path = write_rewards(
-        tmp_path, "def mine(completions, **columns):\n    return [1 / len(c) for c in completions]"
-    )
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("[1 / len(c) for c in completions]", r"ZeroDivisionError .* at mine\.py:2, on .*''"),
+        ("[] if len(completions) == 1 else 1 / 0", "on a batch of 2, the first completion 'one'"),
+        ("[c[0]['content'] for c in completions]", "it gets completions as plain strings"),
+    ],
+)
+def test_an_error_in_a_custom_reward_names_it_and_the_completion(
+    body: str, message: str, tmp_path: Path
+) -> None:
+    path = write_rewards(tmp_path, f"def mine(completions, **columns):\n    return {body}")
     [reward] = build_rewards("none", (f"{path}:mine",))
-    message = r"reward 'mine' raised ZeroDivisionError .* at mine\.py:2, on the completion ''"
-    with pytest.raises(RuntimeError, match=message) as caught:
-        reward.function(completions=["fine", "", "fine"], answer=["1", "2", "3"])
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_an_error_that_only_the_batch_raises_shows_its_first_completion(tmp_path: Path) -> None:
-    path = write_rewards(tmp_path, "def mine(completions, **columns):\n    [c] = completions")
-    [reward] = build_rewards("none", (f"{path}:mine",))
-    with pytest.raises(RuntimeError, match="on a batch of 2, the first completion 'one'"):
-        reward.function(completions=["one", "two"], answer=["1", "2"])
-
-
-def test_a_recipe_for_chats_is_told_that_completions_are_strings(tmp_path: Path) -> None:
-    path = write_rewards(
-        tmp_path, "def mine(completions, **columns): return [c[0]['content'] for c in completions]"
-    )
-    with pytest.raises(RuntimeError, match="it gets completions as plain strings"):
-        score_with(build_rewards("none", (f"{path}:mine",)), PERFECT, "72")
+    with pytest.raises(RewardError, match=f"reward 'mine' raised .*{message}") as caught:
+        reward.function(completions=["one", ""], answer=["1", "2"])
+    assert caught.value.__cause__ is not None
 
 
 @pytest.mark.parametrize(
@@ -693,7 +307,7 @@ def test_a_recipe_for_chats_is_told_that_completions_are_strings(tmp_path: Path)
     [
         ("[1.0, 2.0]", "'mine' returned 2 values for 1 completions"),
         ("[]", "'mine' returned 0 values for 1 completions"),
-        ("None", "'mine' must return a list of numbers, one a completion, got None"),
+        ("None", "'mine' must return a list of numbers, one per completion, got None"),
         ("1.0", "'mine' must return a list of numbers"),
         ("'5'", "'mine' must return a list of numbers"),
         ("['5']", "'mine' returned '5': return a finite number, or None"),
