@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import run_here
+from doctor_machines import T4, put_nvidia_smi
 
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim, installed
 from lora_grpo.machine.hardware import GPU, find_gpu
@@ -122,19 +124,11 @@ def test_the_engine_lives_in_this_process_and_reports_to_nobody(monkeypatch) -> 
     assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG", "what the user set stays"
 
 
-def fake_driver(tmp_path: Path, script: str) -> None:
-    path = tmp_path / "nvidia-smi"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
 def test_the_gpu_is_what_the_driver_says(tmp_path: Path, monkeypatch) -> None:
-    fake_driver(tmp_path, "echo 'Tesla T4, 535.183.01, 7.5, 15360, 15100, [N/A]'")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_nvidia_smi(monkeypatch, tmp_path, f"echo '{T4}'")
     gpu = find_gpu()
-    assert (gpu.name, gpu.driver, gpu.compute_capability) == ("Tesla T4", "535.183.01", 7.5)
-    assert gpu.total_bytes == 15360 * 2**20 and not gpu.has_bfloat16 and AMPERE.has_bfloat16
+    assert gpu == GPU("Tesla T4", "580.65.06", 7.5, 15360 * 2**20, 14900 * 2**20)
+    assert not gpu.has_bfloat16 and AMPERE.has_bfloat16
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_gpu() is None
 
@@ -157,8 +151,7 @@ def test_where_the_driver_does_not_know_torch_is_asked(
     torch = tmp_path / "python"
     torch.write_text(f"#!/bin/sh\necho '{json.dumps(SLICE)}'\n")
     torch.chmod(0o755)
-    fake_driver(tmp_path, driver)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    put_nvidia_smi(monkeypatch, tmp_path, driver)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{driver[:12]}")
     monkeypatch.setattr("lora_grpo.machine.hardware.sys.executable", str(torch))
     assert find_gpu() == GPU(*SLICE)
@@ -169,19 +162,13 @@ def test_where_the_driver_does_not_know_torch_is_asked(
     [
         (["--preset", "tiny", "--backend", "unsloth"], "--backend unsloth needs an NVIDIA GPU"),
         (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
-        (["--preset", "qwen2.5-3b"], "--preset qwen2.5-3b needs an NVIDIA GPU"),
         (["--preset", "tiny", "--rollout", "vllm"], "--rollout vllm: the package vllm is not"),
         (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: no GPU was found"),
     ],
 )
-def test_without_a_gpu_one_clear_sentence(flags: list[str], sentence: str) -> None:
+def test_without_a_gpu_one_clear_sentence(tmp_path: Path, flags: list[str], sentence: str) -> None:
     if find_gpu() is not None or installed("vllm"):
         pytest.skip("this machine has what the sentences say is missing")
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "train_lora.py", *flags],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_here("train_lora.py", *flags, home=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1

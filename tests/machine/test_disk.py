@@ -4,20 +4,16 @@ import errno
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import FEW, run_here
 from safetensors import SafetensorError
 
 from lora_grpo.machine.files import append_jsonl, check_room, staged_directory, write_json
 from lora_grpo.machine.terminal import find_write_error
 
-ROOT = Path(__file__).parents[2]
-FEW = ("--preset", "tiny", "--max-steps", 3, "--num-generations", 4, "--save-steps", 1)
-FEW += ("--per-device-train-batch-size", 8, "--num-eval-items", 4, "--num-validation-items", 4)
-FEW += ("--max-completion-length", 24, "--run-name", "run")
 FILLS_THE_DISK = """
 import pathlib
 junk = pathlib.Path("disk/junk")
@@ -35,16 +31,6 @@ def fill(completions, **columns):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 IN_RUST = SafetensorError("I/O error: No space left on device (os error 28)")
 IN_C = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-
-
-def run(script: str, *arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def mount(*arguments: object) -> None:
@@ -70,14 +56,14 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_that_fills_the_disk_says_so_and_is_resumed(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "fill.py").write_text(FILLS_THE_DISK)
     reward = ("--reward", "fill.py:fill", "--adapters-dir", "disk")
-    done = run("train_lora.py", *FEW, *reward, home=tmp_path)
+    done = run_here("train_lora.py", *FEW, "--max-steps", 3, *reward, home=tmp_path)
     assert (disk / "junk").exists(), done.stderr
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "disk/run" in done.stderr and "No space left" in done.stderr
     assert "--resume disk/run" in done.stderr
     assert not list((disk / "run").glob(".staged-checkpoint*"))
     (disk / "junk").unlink()
-    again = run("train_lora.py", "--resume", "disk/run", home=tmp_path)
+    again = run_here("train_lora.py", "--resume", "disk/run", home=tmp_path)
     assert again.returncode == 0, again.stderr
     rows = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -92,7 +78,7 @@ def test_a_folder_that_cannot_be_written_is_seen_before_anything_loads(
         ("train_lora.py", (*FEW, "--adapters-dir", "disk")),
         ("evaluate.py", (*model, "--output", "disk/new/eval.json")),
     ):
-        done = run(script, *arguments, home=tmp_path)
+        done = run_here(script, *arguments, home=tmp_path)
         assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
         assert "disk: Read-only file system" in done.stderr
         assert "base" not in done.stdout.partition("writes")[2]

@@ -2,38 +2,24 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import FEW, run_here
 
 from lora_grpo.machine.folders import kind_of, run_of
 from lora_grpo.policy.adapter import check_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
 from lora_grpo.policy.checkpoints import check_run
 
-ROOT = Path(__file__).parents[2]
-SMALL = ("--preset", "tiny", "--max-steps", 2, "--save-steps", 1, "--num-generations", 4)
-SMALL += ("--per-device-train-batch-size", 8, "--num-eval-items", 4, "--num-validation-items", 4)
-SMALL += ("--max-completion-length", 24, "--run-name", "my run", "--eval-steps", 1)
-
-
-def run(script: str, *arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *map(str, arguments)],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+SMALL = (*FEW, "--run-name", "my run", "--eval-steps", 1)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of two steps, `adapters/my run`, and what was made from it, in name."""
     home = tmp_path_factory.mktemp("home")
-    done = run("train_lora.py", *SMALL, home=home)
+    done = run_here("train_lora.py", *SMALL, home=home)
     assert done.returncode == 0, done.stderr
     merged = shutil.copytree(EMBEDDED_FOLDER, home / "merged" / "my run")
     (merged / "merge_report.json").write_text(json.dumps({"adapter": "my run", "passed": True}))
@@ -84,7 +70,7 @@ def test_the_wrong_folder_gets_the_right_command(
     home: Path, script: str, given: list[str], typed: str
 ) -> None:
     before = sorted(path.stat().st_mtime_ns for path in home.rglob("*"))
-    done = run(script, *given, home=home)
+    done = run_here(script, *given, home=home)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"scripts/{script if 'model' not in typed else 'evaluate.py'}" in done.stderr
     assert done.stderr.strip().endswith(typed)
@@ -147,7 +133,7 @@ def test_a_run_resumes_without_the_file_of_its_best_adapter(home: Path) -> None:
     run_dir = home / "adapters/my run"
     whole = (run_dir / "adapter_model.safetensors").read_bytes()
     (run_dir / "adapter_model.safetensors").unlink()
-    done = run("train_lora.py", "--resume", run_dir, home=home)
+    done = run_here("train_lora.py", "--resume", run_dir, home=home)
     assert done.returncode == 0, done.stderr
     assert (run_dir / "adapter_model.safetensors").read_bytes() == whole
 
@@ -156,7 +142,7 @@ def test_a_run_resumes_without_the_file_of_its_best_adapter(home: Path) -> None:
 def test_evaluation_names_a_lost_or_broken_record(home: Path, broken: bool) -> None:
     path = home / "adapters/my run/eval.json"
     cut(path) if broken else path.unlink()
-    done = run("evaluate.py", path.parent, home=home)
+    done = run_here("evaluate.py", path.parent, home=home)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert str(path) in done.stderr
 
