@@ -89,9 +89,9 @@ def export() -> None:
 def push() -> None:
     """Push an adapter to the Hugging Face Hub, and what is made of it; private unless asked.
 
-    Log in first with `hf auth login`, or set HF_TOKEN. What was sent is listed and read back from
-    the Hub; a second push of the same files changes nothing. Exit status: 0 all is there, 1 the
-    Hub failed or does not hold what was sent, 2 bad input or a question answered with no.
+    Log in first with `hf auth login`, or set HF_TOKEN. The Hub's listing is compared with what was
+    sent; a second push of the same files changes nothing. Exit status: 0 all is there, 1 the Hub
+    failed or does not hold what was sent, 2 bad input or a question answered with no.
     """
     from lora_grpo.deploy.hub import PushConfig, push_to_hub
 

@@ -2,7 +2,7 @@
 
     python scripts/chat.py adapters/tiny
     python scripts/chat.py adapters/tiny --compare --ask "What is 12 + 30?"
-    python scripts/chat.py adapters/tiny --json < questions.txt    # one JSON object a line
+    python scripts/chat.py adapters/tiny --json < questions.txt    # one JSON object per line
 
 Each question is asked alone, with the training prompt and greedily: the completion is the one that
 evaluate.py scores. Exit status: 0 answered, 2 bad input, 130 interrupted.

@@ -3,7 +3,7 @@
     python scripts/push_to_hub.py adapters/<run> --repo you/name --dry-run
     python scripts/push_to_hub.py adapters/<run> --repo you/name --merged --gguf q8_0,q4_k_m
 
-What was sent is listed and read back from the Hub before it says done; a second push of the same
+The Hub's listing is compared with what was sent before it says done; a second push of the same
 files changes nothing. Log in first with `hf auth login`, or set HF_TOKEN. Exit status: 0 all is
 there, 1 the Hub failed or does not hold what was sent, 2 bad input or a question answered with no.
 """

@@ -1,4 +1,4 @@
-"""An adapter, and what was made from it, goes to the Hugging Face Hub, and is read back from there.
+"""An adapter, and what was made from it, goes to the Hugging Face Hub.
 
 Nothing is made public or replaced without asking, and "done" is said only of what is there.
 """
@@ -11,19 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from lora_grpo.deploy.hub_files import PushRefused
+from lora_grpo.deploy.hub_files import CARD, PushRefused, list_files
 from lora_grpo.export.command import export_model
 from lora_grpo.export.config import QUANTS, ExportConfig, check_names, plain_name, split
 from lora_grpo.machine.files import read_json
-from lora_grpo.machine.folders import ADAPTER_FILE, EXPORT_FILE, MERGED_FILE
+from lora_grpo.machine.folders import EXPORT_FILE, MERGED_FILE
 from lora_grpo.merge.command import MergeConfig, Report, merge_adapter, say
 from lora_grpo.policy.adapter import check_adapter, hash_weights
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-    from lora_grpo.deploy.hub_files import Published
-    from lora_grpo.deploy.hub_remote import Remote, Upload
 
 MERGED, GGUF = "-merged", "-GGUF"
 
@@ -57,17 +54,16 @@ class PushConfig:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
-        owner, _, name = self.repo.rpartition("/")
         try:
             validate_repo_id(self.repo)
             validate_repo_id(self.repo + MERGED)
-            why = "" if owner else "it has no owner"
+            why = "" if "/" in self.repo else "it has no owner"
         except HFValidationError as error:
             why = str(error)
         if why:
             raise ValueError(
                 f"--repo {self.repo} is no repository name: give you/name, such as "
-                f"{plain_name(owner or 'you')}/{plain_name(name)} ({why})"
+                f"you/{plain_name(self.repo.rpartition('/')[2])} ({why})"
             )
         if self.gguf:
             check_names("--gguf", self.quants, QUANTS)
@@ -79,20 +75,18 @@ class PushConfig:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A folder that is made from the adapter before it is pushed, or that exists already.
-
-    `report` is the JSON file in it that says from which adapter it was made.
-    """
+class Part:
+    """A folder and its repository: the adapter's, or one that `make` writes where it is not there
+    yet, with a report in it that says from which adapter it was made."""
 
     folder: Path
     repo: str
-    report: str
-    make: Callable[[Report], object]
+    report: str = ""
+    make: Callable[[Report], object] | None = None
 
     def check(self, adapter_dir: Path) -> None:
         """Raise a ValueError for a folder that was made from another adapter."""
-        if not self.folder.exists():
+        if self.make is None or not self.folder.exists():
             return
         path = self.folder / self.report
         found = read_json(path) if path.is_file() else {}
@@ -103,32 +97,23 @@ class Made:
             )
 
 
-def list_made(config: PushConfig) -> list[Made]:
-    """Return the merged folder and the GGUF export, where they are asked for."""
-    adapter, name, made = config.adapter_dir, config.adapter_dir.resolve().name, []
+def list_parts(config: PushConfig) -> list[Part]:
+    """Return the adapter directory, and the merged folder and GGUF export where asked for."""
+    adapter, name, quants = config.adapter_dir, config.adapter_dir.resolve().name, config.quants
+    merged, exported = Path("merged") / name, Path("exports") / "-".join((name, "gguf", *quants))
+
+    def merge(report: Report) -> None:
+        merge_adapter(MergeConfig(adapter, merged), report)
+
+    def export(report: Report) -> None:
+        export_model(ExportConfig(adapter, ("gguf",), quants, exported), report)
+
+    parts = [Part(adapter, config.repo)]
     if config.merged:
-        merged = Path("merged") / name
-        made.append(
-            Made(
-                merged,
-                config.repo + MERGED,
-                MERGED_FILE,
-                lambda report: merge_adapter(MergeConfig(adapter, merged), report),
-            )
-        )
-    if config.quants:
-        exported = Path("exports") / "-".join((name, "gguf", *config.quants))
-        made.append(
-            Made(
-                exported,
-                config.repo + GGUF,
-                EXPORT_FILE,
-                lambda report: export_model(
-                    ExportConfig(adapter, ("gguf",), config.quants, exported), report
-                ),
-            )
-        )
-    return made
+        parts.append(Part(merged, config.repo + MERGED, MERGED_FILE, merge))
+    if quants:
+        parts.append(Part(exported, config.repo + GGUF, EXPORT_FILE, export))
+    return parts
 
 
 def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report = say) -> list[str]:
@@ -138,31 +123,37 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
         ValueError, OSError: what was given cannot be pushed, or a question was answered with no.
         PushError: the Hub failed, or does not hold what was sent.
     """
-    from lora_grpo.deploy.hub_files import list_adapter, list_folder
-    from lora_grpo.deploy.hub_remote import Upload, connect, explained, push_files, read_remote
+    from lora_grpo.deploy.hub_remote import (
+        Upload,
+        connect,
+        explained,
+        list_questions,
+        push_files,
+        read_remote,
+    )
 
     check_adapter(config.adapter_dir, "push_to_hub.py")
-    made = list_made(config)
-    for part in made:
+    parts = list_parts(config)
+    for part in parts:
         part.check(config.adapter_dir)
-    uploads = [Upload(config.repo, list_adapter(config.adapter_dir, config.repo), ADAPTER_FILE)]
     if config.dry_run:
-        show_plan(config, uploads[0].files, made, report)
+        show_plan(config, parts, report)
         return []
     api = api or make_client()
     with explained(config.repo):
         connect(api)
-    for part in made:
+    uploads, remotes, links = [], [], []
+    for part in parts:
         if not part.folder.exists():
             part.make(report)
-        uploads.append(Upload(part.repo, list_folder(part.folder, part.repo), part.report))
-    remotes = []
+        uploads.append(Upload(part.repo, list_files(part.folder, part.repo)))
     for upload in uploads:
         with explained(upload.repo):
             remotes.append(read_remote(api, upload.repo))
     pairs = list(zip(uploads, remotes, strict=True))
-    agree(api, config, pairs)
-    links = []
+    for upload, remote in pairs:  # all questions before anything is written to any of them
+        for question in list_questions(upload, remote, config.public):
+            ask(config.yes, question)
     for upload, remote in pairs:
         with explained(upload.repo):
             links.append(push_files(api, upload, remote, config.public, report))
@@ -170,27 +161,21 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     return links
 
 
-def show_plan(
-    config: PushConfig, files: "list[Published]", made: list[Made], report: Report
-) -> None:
+def show_plan(config: PushConfig, parts: list[Part], report: Report) -> None:
     """Report the adapter's card, then every file with its size and repository."""
-    from lora_grpo.deploy.hub_files import CARD, describe_file, list_folder
-
     kind = "public" if config.public else "private"
-    for card in (file for file in files if file.name == CARD):
-        report(f"--- {card.path}\n{card.read().decode(errors='replace')}---")
-    plans = [(config.repo, config.adapter_dir, files)]
-    for part in made:
-        found = list_folder(part.folder, part.repo) if part.folder.exists() else None
-        plans.append((part.repo, part.folder, found))
-    for repo, folder, listed in plans:
-        if listed is None:
-            report(f"{repo} ({kind}): {folder}, which the push makes first")
+    for part in parts:
+        if not part.folder.exists():
+            report(f"{part.repo} ({kind}): {part.folder}, which the push makes first")
             continue
-        size = sum(file.size for file in listed) / 1e6
-        report(f"{repo} ({kind}): {len(listed)} files of {folder}, {size:.1f} MB")
-        for file in listed:
-            report(f"  {file.size:>13,}  {file.name}{describe_file(file)}")
+        files = list_files(part.folder, part.repo)
+        if part.make is None:
+            for card in (file for file in files if file.name == CARD):
+                report(f"--- {card.path}\n{card.read().decode(errors='replace')}---")
+        size = sum(file.size for file in files) / 1e6
+        report(f"{part.repo} ({kind}): {len(files)} files of {part.folder}, {size:.1f} MB")
+        for file in files:
+            report(f"  {file.size:>13,}  {file.name}{file.describe()}")
     report("dry run: nothing was sent, no question was asked")
 
 
@@ -204,30 +189,15 @@ def make_client() -> "HfApi":
     return HfApi(library_name="lora-grpo")
 
 
-def agree(api: "HfApi", config: PushConfig, pairs: "list[tuple[Upload, Remote]]") -> None:
-    """Ask all questions, about every repository, before anything is written to one.
+def ask(yes: bool, question: str) -> None:
+    """Ask on the terminal, unless --yes was given.
 
     Raises:
-        PushRefused: a question was answered with no, or there is no terminal to ask on.
-    """
-    from lora_grpo.deploy.hub_remote import explained, list_questions
-
-    for upload, remote in pairs:
-        with explained(upload.repo):
-            questions = list_questions(api, upload, remote, config.public)
-        for question in questions:
-            if not ask(config.yes, question):
-                raise PushRefused(f"the answer to '{question}?' was no: nothing was pushed")
-
-
-def ask(yes: bool, question: str) -> bool:
-    """Ask on the terminal; without one, refuse unless --yes was given.
-
-    Raises:
-        PushRefused: there is no terminal.
+        PushRefused: the answer was no, or there is no terminal.
     """
     if yes:
-        return True
+        return
     if not sys.stdin.isatty():
         raise PushRefused(f"it would {question}, and there is no terminal to ask: add --yes")
-    return input(f"{question}? [y/N] ").strip().lower() in ("y", "yes")
+    if input(f"{question}? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise PushRefused(f"the answer to '{question}?' was no: nothing was pushed")

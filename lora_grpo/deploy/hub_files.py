@@ -1,4 +1,4 @@
-"""Which files of a folder are published: an allow-list, without paths of this machine in them.
+"""Which files of a folder are published, without paths of this machine in them.
 
 A folder goes in; names with content and hashes, as the Hub lists them, come out. Paths in texts are
 cut to their last part; a file of another kind that holds one is refused.
@@ -7,17 +7,16 @@ cut to their last part; a file of another kind that holds one is refused.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
+from lora_grpo.machine.files import read_json
 from lora_grpo.machine.terminal import FailedError
-from lora_grpo.policy.adapter import EVAL_ITEMS, TRAIN_CONFIG
+from lora_grpo.policy.adapter import CONFIG, EVAL_ITEMS, TRAIN_CONFIG
 from lora_grpo.policy.base import public_name
-from lora_grpo.results.card import hub_place
+from lora_grpo.results.card import CARD, hub_place
 
 
 class PushError(FailedError):
@@ -58,7 +57,8 @@ RECORDS = (
     "merge_report.json",
     "export_report.json",
 )
-CARD = "README.md"
+# Prompts, in which a leading "/" is no path: Qwen3 reads "/no_think".
+PROMPTS = ("system_prompt", "example")
 # Tokens may look like paths.
 TOKENS = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TEXTS = (".json", ".jsonl", ".md", ".txt", ".html", ".jinja")
@@ -71,14 +71,10 @@ OWN_DATA = {
     "system_prompt.txt": "system prompt",
     CARD: "sample questions and completions",
 }
-# Two parts or more: `/no_think` is none.
 NAME = r"[^\s/\\\"'`<>|:*?()\[\],;]+"
-PATH = re.compile(
-    rf"(?<![\w/.~<])(?:(?:file://|~)?(?:/(?!/){NAME}){{2,}}|[A-Za-z]:(?:[/\\]{NAME}){{2,}})"
-)
+# Any machine's path, of two parts or more.
+PATH = re.compile(rf"(?<![\w/.~<])(?:file://|~)?/(?!/){NAME}(?:/{NAME})+")
 SYSTEM = ("bin", "dev", "etc", "lib", "opt", "proc", "sbin", "sys", "usr")
-# Prompts, in which a leading "/" is no path: Qwen3 reads "/no_think".
-PROMPTS = ("system_prompt", "example")
 BLOCK, LONGEST_PATH = 1 << 20, 4096
 
 
@@ -91,62 +87,53 @@ class Published:
     data: bytes | None
     size: int
     sha256: str
-    blob_id: str
 
     def read(self) -> bytes:
         """Return the content as it will be published."""
         return self.path.read_bytes() if self.data is None else self.data
 
+    def describe(self) -> str:
+        """Return which of a user's own data the file holds, and what was changed in it."""
+        notes = []
+        if self.name in OWN_DATA and (
+            self.name != CARD or self.path.with_name(EVAL_ITEMS).is_file()
+        ):
+            notes.append(f"your own: {OWN_DATA[self.name]}")
+        if self.data is not None:
+            notes.append("without local paths")
+        return f"  ({'; '.join(notes)})" if notes else ""
 
-def describe_file(file: Published) -> str:
-    """Return which of a user's own data a file holds, and what was changed in it."""
-    sampled = file.name != CARD or file.path.with_name(EVAL_ITEMS).is_file()
-    notes = [f"your own: {OWN_DATA[file.name]}"] if file.name in OWN_DATA and sampled else []
-    notes += ["without local paths"] if file.data is not None else []
-    return f"  ({'; '.join(notes)})" if notes else ""
 
+def list_files(folder: Path, repo: str) -> list[Published]:
+    """Return what is published of a folder: of an adapter directory the files on a list, and no
+    checkpoint or other step's weights; of a merged or exported one all but hidden files.
 
-def list_adapter(folder: Path, repo: str) -> list[Published]:
-    """Return what is published of an adapter directory; no checkpoint, no other step's weights."""
-    names = [name for name in ADAPTER_FILES if (folder / name).is_file()]
-    names += sorted(path.name for path in folder.glob("LICENSE*"))
+    Raises:
+        ValueError: a file that is no text holds a path of this machine.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if (folder / CONFIG).is_file():
+        licences = [name for name in names if name.startswith("LICENSE")]
+        names = [*(name for name in ADAPTER_FILES if name in names), *licences]
     secrets = find_paths(folder)
-    return [publish(folder / name, secrets, repo) for name in names]
-
-
-def list_folder(folder: Path, repo: str) -> list[Published]:
-    """Return what is published of a merged or exported folder: all but hidden files."""
-    paths, secrets = sorted(path for path in folder.iterdir() if path.is_file()), find_paths(folder)
-    return [publish(path, secrets, repo) for path in paths if not path.name.startswith(".")]
+    return [publish(folder / name, secrets, repo) for name in names if not name.startswith(".")]
 
 
 def publish(path: Path, secrets: list[str], repo: str) -> Published:
     """Return a file as it will be published; `secrets` are paths that it may not hold, `repo` is
-    what its card's code then loads.
-
-    Raises:
-        ValueError: it is no text, and holds one.
-    """
-    data = clean_file(path, secrets)
-    if path.name == CARD:
-        text = path.read_bytes() if data is None else data
-        place = hub_place(path.parent.resolve().name)
-        named = text.replace(json.dumps(place, ensure_ascii=False).encode(), f'"{repo}"'.encode())
-        data = named if named != text else data
-    sha256, blob = hashlib.sha256(), hashlib.sha1(usedforsecurity=False)
-    size = path.stat().st_size if data is None else len(data)
-    blob.update(f"blob {size}\0".encode())
-    end = b""
+    what its card's code then loads."""
+    data = clean_file(path, secrets, repo)
+    digest, size, end = hashlib.sha256(), 0, b""
     for block in read_blocks(path) if data is None else [data]:
-        sha256.update(block)
-        blob.update(block)
+        digest.update(block)
+        size += len(block)
         if found := [text for text in secrets if text.encode() in end + block]:
             raise ValueError(
                 f"{path} holds {found[0]}, a path of this machine: write the file without it, or "
                 "move it away"
             )
         end = block[-LONGEST_PATH:]
-    return Published(path.name, path, data, size, sha256.hexdigest(), blob.hexdigest())
+    return Published(path.name, path, data, size, digest.hexdigest())
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
@@ -157,102 +144,61 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
 def find_paths(folder: Path) -> list[str]:
     """Return the paths of this machine that a folder's files may hold, the longest first: its own,
-    the working and the home folder, those in its records, and the folders that these lie in."""
-    found = {folder.resolve(), folder.absolute(), Path.cwd(), Path.home()}
-    texts: list[str] = []
-    for path in (folder / name for name in RECORDS):
-        if path.is_file():
-            with suppress(ValueError):
-                map_strings(json.loads(path.read_bytes()), lambda text: texts.append(text) or text)
-    found |= {Path(text) for text in texts if is_local_path(text)}
-    folders = {parent for path in found for parent in (path, *path.parents)}
-    private = {str(path) for path in folders if path.is_absolute() and is_private(path)}
-    return sorted(private, key=len, reverse=True)
+    the working and the home folder, those in its records, and the folders that these lie in, each
+    also as JSON writes it."""
+    texts = {str(folder.resolve()), str(folder.absolute()), str(Path.cwd()), str(Path.home())}
+    for record in (folder / name for name in RECORDS):
+        if record.is_file():
+            texts |= set(list_strings(read_json(record)))
+    paths = {Path(text) for text in texts if text.startswith(("/", "~/", "../"))}
+    paths |= {parent for path in paths if path.is_absolute() for parent in path.parents}
+    private = {str(path) for path in paths if is_private(path)}
+    written = {json.dumps(path, ensure_ascii=ascii)[1:-1] for path in private for ascii in (0, 1)}
+    return sorted(private | written, key=len, reverse=True)
 
 
 def is_private(path: Path) -> bool:
     """Return whether a path says something about one machine: `/usr/lib` and `/tmp` do not."""
-    return len(path.parts) > 2 and path.parts[1] not in SYSTEM
+    return not path.is_absolute() or (len(path.parts) > 2 and path.parts[1] not in SYSTEM)
 
 
-def map_strings(value: Any, change: Callable[[str], str], whole: bool = False) -> Any:
-    """Return a JSON value with its strings changed, except prompts unless it is the `whole`."""
+def list_strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a JSON value, except prompts."""
     if isinstance(value, dict):
-        return {
-            key: entry if key in PROMPTS and not whole else map_strings(entry, change, whole)
-            for key, entry in value.items()
-        }
+        value = [entry for key, entry in value.items() if key not in PROMPTS]
     if isinstance(value, list):
-        return [map_strings(entry, change, whole) for entry in value]
-    return change(value) if isinstance(value, str) else value
+        for entry in value:
+            yield from list_strings(entry)
+    elif isinstance(value, str):
+        yield value
 
 
-def clean_file(path: Path, secrets: list[str]) -> bytes | None:
+def clean_file(path: Path, secrets: list[str], repo: str) -> bytes | None:
     """Return a text file's bytes with each path of this machine shortened to its last part, or None
-    where it holds none."""
+    where it is published as it is."""
     if path.suffix not in TEXTS or path.name in TOKENS:
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
     except UnicodeDecodeError:
         return None
-    if path.suffix == ".json":
-        cleaned = clean_json(text, secrets, path.name in RECORDS)
-    elif path.suffix == ".jsonl":
-        cleaned = "\n".join(clean_json(line, secrets) for line in text.split("\n"))
-    else:
-        foreign = path.name == CARD and not (path.parent / TRAIN_CONFIG).is_file()
-        cleaned = clean_text(clean_metadata(text) if foreign else text, secrets, foreign)
+    # A card that this project did not write may name paths of another machine.
+    is_foreign = path.name == CARD and not path.with_name(TRAIN_CONFIG).is_file()
+    known = "|".join(map(re.escape, secrets))
+    cleaned = clean_metadata(text) if is_foreign else text
+    cleaned = re.sub(rf"(?:{known})(?:/{NAME})*", last_part, cleaned)
+    cleaned = PATH.sub(last_part, cleaned) if is_foreign else cleaned
+    if path.name == CARD:
+        place = json.dumps(hub_place(path.parent.resolve().name), ensure_ascii=False)
+        cleaned = cleaned.replace(place, f'"{repo}"')
     return None if cleaned == text else cleaned.encode()
 
 
-def clean_json(text: str, secrets: list[str], is_record: bool = False) -> str:
-    """Return JSON with its strings cleaned; in a record each value that is one path is shortened,
-    also one of another machine."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return clean_text(text, secrets)
-    cleaned = map_strings(value, shorten) if is_record else value
-    cleaned = map_strings(cleaned, lambda part: clean_text(part, secrets), whole=True)
-    if cleaned == value:
-        return text
-    indent, end = (2, "\n") if "\n" in text.strip() else (None, "")
-    return json.dumps(cleaned, indent=indent, ensure_ascii=False) + end
-
-
-def shorten(text: str) -> str:
-    return last_part(text) if "\n" not in text and is_local_path(text) else text
-
-
-def clean_text(text: str, secrets: list[str], foreign: bool = False) -> str:
-    """Return text with its paths shortened: those of this machine, in a `foreign` card all."""
-    if known := "|".join(map(re.escape, secrets)):
-        text = re.sub(rf"(?:{known})(?:[/\\]{NAME})*", lambda found: last_part(found[0]), text)
-    return PATH.sub(
-        lambda found: (
-            last_part(found[0])
-            if foreign or is_here(found[0].removeprefix("file://"))
-            else found[0]
-        ),
-        text,
-    )
-
-
-@cache
-def is_here(text: str) -> bool:
-    """Return whether a path, or the private folder that it lies in, is on this machine."""
-    path = Path(text).expanduser()
-    try:
-        return any(is_private(place) and place.exists() for place in (path, path.parent))
-    except OSError:  # too long a name
-        return False
-
-
-def last_part(path: str) -> str:
+def last_part(found: re.Match[str]) -> str:
     """Return a path's last part, or the Hub id that a snapshot's folder stands for."""
-    published = public_name(Path(path))
-    return PurePath(path.replace("\\", "/")).name if published == str(Path(path)) else published
+    path = Path(found[0])
+    published = public_name(path)
+    return path.name if published == str(path) else published
 
 
 def clean_metadata(card: str) -> str:
@@ -267,24 +213,11 @@ def clean_metadata(card: str) -> str:
         return card
     if not isinstance(metadata, dict):
         return card
-    kept = {key: drop_paths(value) for key, value in metadata.items()}
-    kept = {key: value for key, value in kept.items() if value not in (None, [])}
-    if kept == metadata:
-        return card
+    kept = {}
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            value = [entry for entry in value if not PATH.search(str(entry).rpartition(":")[2])]
+        if value and not PATH.search(str(value)):
+            kept[key] = value
     header = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    return f"---\n{header}---\n{card[found.end() :]}"
-
-
-def drop_paths(value: Any) -> Any:
-    if isinstance(value, list):
-        return [entry for entry in map(drop_paths, value) if entry is not None]
-    holds_path = isinstance(value, str) and (
-        is_local_path(value) or PATH.search(value.rpartition(":")[2])
-    )
-    return None if holds_path else value
-
-
-def is_local_path(text: str) -> bool:
-    """Return whether a text is a path of this machine: absolute, from the home folder, or one that
-    leads out of the working folder."""
-    return text.startswith(("/", "~/", "../", "./")) or text[1:3] == ":\\"
+    return card if kept == metadata else f"---\n{header}---\n{card[found.end() :]}"

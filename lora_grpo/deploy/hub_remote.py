@@ -1,37 +1,28 @@
-"""One repository on the Hub: made, compared with what it should hold, committed to, and read back.
+"""One repository on the Hub: made, compared with what it should hold, committed to, and listed
+again.
 
-A manifest in the repository remembers what the last push wrote, so that a file that came from
-somewhere else is not replaced without asking.
+A file whose last commit is not a push's came from somewhere else, and is not replaced without
+asking.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-    constants,
-    is_offline_mode,
-    set_client_factory,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, is_offline_mode, set_client_factory
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from lora_grpo.deploy.hub_files import Published, PushError, PushRefused
 from lora_grpo.machine.terminal import chain
 
-HUB = "huggingface.co"
-MANIFEST = "push_manifest.json"
+SIGNATURE = "with lora-grpo"  # ends the message of each commit
 TOKENS = "https://huggingface.co/settings/tokens"
 AGAIN = "run the same command again, files that arrived are not sent twice"
 QUOTA_WORDS = ("quota", "storage limit", "storage space", "exceeded your")
@@ -41,13 +32,10 @@ STATUS = {
     401: "the Hub does not know the token: make a new one ({tokens}), then `hf auth login`",
     403: "the token may not write to {repo} ({said}): use one with write access to it ({tokens}), "
     "or another --repo",
-    404: "{repo} does not exist, or the token may not see it: check --repo and the token",
-    409: "{repo} is taken or was changed meanwhile ({said}): look at it, and {again}",
     412: "{repo} was changed by somebody else during the push: {again}",
     429: "the Hub accepts no more requests for now: try {when}, {again}",
 }
-# Seconds, for one step of a request; huggingface_hub sets none for most.
-TIMEOUT = {"connect": 15.0, "read": 60.0, "write": 60.0, "pool": 60.0}
+TIMEOUT = 60.0  # seconds without a byte; huggingface_hub sets none for most requests
 Report = Callable[[str], None]
 
 
@@ -69,19 +57,16 @@ def explain_status(error: HfHubHTTPError, repo: str) -> str:
     """Return a sentence for what the Hub answered."""
     status, said = error.response.status_code, (error.server_message or "").strip()
     wait = error.response.headers.get("Retry-After")
-    kind = status
     if status in QUOTA or any(word in said.lower() for word in QUOTA_WORDS):
-        kind = 402
-    elif status == 401 and isinstance(error, RepositoryNotFoundError):
-        kind = 403
-    failed = f"the Hub failed ({status}): {AGAIN}"
-    refused = f"the Hub refused ({status} {said}): check --repo"
-    if kind not in STATUS:
-        return failed if status >= 500 else refused
-    when = f"in {wait} seconds" if wait else "later"
-    return STATUS[kind].format(
-        repo=repo, said=said or status, tokens=TOKENS, again=AGAIN, when=when
-    )
+        status = 402
+    if status in STATUS:
+        when = f"in {wait} seconds" if wait else "later"
+        return STATUS[status].format(
+            repo=repo, said=said or status, tokens=TOKENS, again=AGAIN, when=when
+        )
+    if status >= 500:
+        return f"the Hub failed ({status}): {AGAIN}"
+    return f"the Hub refused {repo} ({status} {said}): check --repo"
 
 
 @contextmanager
@@ -103,13 +88,7 @@ def connect(api: HfApi) -> None:
     """
     if is_offline_mode():
         raise PushError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-    set_client_factory(
-        lambda: httpx.Client(follow_redirects=True, event_hooks={"request": [set_limit]})
-    )
-    host = httpx.URL(api.endpoint).host
-    if host != HUB and not host.endswith("." + HUB):
-        # Such a server may not speak Xet, which huggingface_hub does not ask before it tries.
-        constants.HF_HUB_DISABLE_XET = True
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=TIMEOUT))
     found = api.whoami()
     token = found.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -119,19 +98,12 @@ def connect(api: HfApi) -> None:
         )
 
 
-def set_limit(request: httpx.Request) -> None:
-    asked = request.extensions.get("timeout", {})
-    known = {name: seconds for name, seconds in asked.items() if seconds is not None}
-    request.extensions["timeout"] = {**TIMEOUT, **known}
-
-
 @dataclass(frozen=True)
 class Upload:
-    """A repository and the files that it should hold; `checked` is downloaded again whole."""
+    """A repository and the files that it should hold."""
 
     repo: str
     files: list[Published]
-    checked: str
 
 
 @dataclass(frozen=True)
@@ -146,19 +118,19 @@ class Remote:
 def read_remote(api: HfApi, repo: str) -> Remote:
     """Return what a repository holds now."""
     try:
-        info = api.repo_info(repo)
+        info = api.repo_info(repo, timeout=TIMEOUT)
     except RepositoryNotFoundError:
         return Remote(None, True, {})
     return Remote(info.sha, info.private, list_remote(api, repo, info.sha))
 
 
 def list_remote(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
-    """Return the files of a repository at a commit, by name."""
-    found = api.list_repo_tree(repo, recursive=True, revision=revision)
+    """Return the files of a repository at a commit, by name, with the last commit of each."""
+    found = api.list_repo_tree(repo, recursive=True, expand=True, revision=revision)
     return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
 
 
-def list_questions(api: HfApi, upload: Upload, remote: Remote, public: bool) -> list[str]:
+def list_questions(upload: Upload, remote: Remote, public: bool) -> list[str]:
     """Return what the user must agree to before the push writes anything.
 
     Raises:
@@ -173,43 +145,37 @@ def list_questions(api: HfApi, upload: Upload, remote: Remote, public: bool) -> 
     if remote.private and public:
         kind = "new" if remote.head is None else "private"
         questions.append(f"make the {kind} repository {upload.repo} public")
-    if foreign := find_foreign(api, upload, remote):
+    replaced = [
+        file.name for file in list_changed(upload, remote.files) if file.name in remote.files
+    ]
+    foreign = [name for name in replaced if not is_pushed(remote.files[name])]
+    if foreign:
         questions.append(f"replace {', '.join(foreign)} in {upload.repo}, not written by a push")
     return questions
 
 
-def find_foreign(api: HfApi, upload: Upload, remote: Remote) -> list[str]:
-    """Return the files to be replaced that no earlier push wrote as they are now."""
-    replaced = [file.name for file in list_changed(upload, remote) if file.name in remote.files]
-    if not replaced:
-        return []
-    known = MANIFEST in remote.files
-    written = json.loads(fetch(api, upload.repo, MANIFEST, remote.head)) if known else {}
-    return [
-        name for name in replaced if content_hash(remote.files[name]) not in written.get(name, ())
-    ]
+def is_pushed(remote: RepoFile) -> bool:
+    """Return whether a push wrote a file as it is."""
+    return remote.last_commit is not None and remote.last_commit.title.endswith(SIGNATURE)
 
 
-def list_changed(upload: Upload, remote: Remote) -> list[Published]:
-    return [file for file in upload.files if not is_same(remote.files.get(file.name), file)]
+def list_changed(upload: Upload, held: dict[str, RepoFile]) -> list[Published]:
+    """Return the files that the Hub does not list with exactly their content."""
+    return [file for file in upload.files if not is_same(held.get(file.name), file)]
 
 
 def is_same(remote: RepoFile | None, file: Published) -> bool:
-    """Return whether the Hub lists exactly this content."""
-    return (
-        remote is not None
-        and remote.size == file.size
-        and content_hash(remote) == (file.sha256 if remote.lfs else file.blob_id)
-    )
-
-
-def content_hash(remote: RepoFile) -> str:
-    """Return SHA-256 for a file in LFS, git's own hash for any other."""
-    return remote.lfs.sha256 if remote.lfs else remote.blob_id
+    if remote is None or remote.size != file.size:
+        return False
+    # SHA-256 for a file in LFS, git's own hash for any other, which is small.
+    if remote.lfs:
+        return remote.lfs.sha256 == file.sha256
+    return remote.blob_id == git_hash(file.read())
 
 
 def push_files(api: HfApi, upload: Upload, remote: Remote, public: bool, report: Report) -> str:
-    """Send what changed, read it back, and return the link; only then is it made public.
+    """Send what changed, compare the Hub's listing with the files, and return the link; only then
+    is it made public.
 
     Raises:
         PushError: the Hub does not hold what was sent.
@@ -217,19 +183,19 @@ def push_files(api: HfApi, upload: Upload, remote: Remote, public: bool, report:
     """
     if remote.head is None:
         remote = make_repository(api, upload.repo, report)
-    changed = list_changed(upload, remote)
-    head = commit(api, upload, remote, changed, report) if changed else remote.head
-    verify(api, upload, head)
     count = f"{len(upload.files)} files"
-    report(
-        f"{upload.repo}: {len(changed)} of {count} sent, all read back and compared"
-        if changed
-        else f"{upload.repo}: nothing to send, it holds all {count} already"
-    )
+    if changed := list_changed(upload, remote.files):
+        held = list_remote(api, upload.repo, commit(api, upload.repo, remote, changed, report))
+        if wrong := [file.name for file in list_changed(upload, held)]:
+            raise PushError(
+                f"{upload.repo} does not hold what was sent, {', '.join(wrong)} differs or is "
+                "missing: push again"
+            )
+        report(f"{upload.repo}: {len(changed)} of {count} sent, all compared with its listing")
+    else:
+        report(f"{upload.repo}: nothing to send, it holds all {count} already")
     if public and remote.private:
         api.update_repo_settings(upload.repo, private=False)
-        if api.repo_info(upload.repo).private:
-            raise PushError(f"{upload.repo} holds all files, but the Hub keeps it private: {AGAIN}")
         report(f"made {upload.repo} public")
     return f"{api.endpoint}/{upload.repo}"
 
@@ -251,59 +217,14 @@ def make_repository(api: HfApi, repo: str, report: Report) -> Remote:
     return remote
 
 
-def commit(
-    api: HfApi, upload: Upload, remote: Remote, changed: list[Published], report: Report
-) -> str:
-    """Send what changed and the manifest in one commit, and return the commit."""
-    size = sum(file.size for file in changed)
-    report(f"sending {len(changed)} files to {upload.repo}, {size / 1e6:.1f} MB")
-    manifest = {file.name: [file.blob_id, file.sha256] for file in upload.files}
+def commit(api: HfApi, repo: str, remote: Remote, files: list[Published], report: Report) -> str:
+    """Send files in one commit on top of what was seen of the repository, and return its id."""
+    report(f"sending {len(files)} files to {repo}, {sum(file.size for file in files) / 1e6:.1f} MB")
     operations = [
         CommitOperationAdd(file.name, str(file.path) if file.data is None else file.data)
-        for file in changed
+        for file in files
     ]
-    operations.append(
-        CommitOperationAdd(MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    )
-    verb = "Update" if any(file.name in remote.files for file in changed) else "Upload"
-    message = f"{verb} {len(changed)} files with lora-grpo"
+    message = f"Upload {len(files)} files {SIGNATURE}"
     return api.create_commit(
-        upload.repo, operations, commit_message=message, parent_commit=remote.head
+        repo, operations, commit_message=message, parent_commit=remote.head
     ).oid
-
-
-def verify(api: HfApi, upload: Upload, revision: str) -> None:
-    """Compare the listing at the commit with the files, and download one of them whole.
-
-    Raises:
-        PushError: something is missing or different.
-    """
-    held = list_remote(api, upload.repo, revision)
-    faults = [
-        f"{file.name} {'differs' if file.name in held else 'is missing'}"
-        for file in upload.files
-        if not is_same(held.get(file.name), file)
-    ]
-    expected = next(file for file in upload.files if file.name == upload.checked)
-    if not faults and fetch(api, upload.repo, upload.checked, revision) != expected.read():
-        faults.append(f"{upload.checked} comes back different")
-    if faults:
-        raise PushError(
-            f"{upload.repo} does not hold what was sent ({'; '.join(faults[:5])}): push again"
-        )
-
-
-def fetch(api: HfApi, repo: str, name: str, revision: str) -> bytes:
-    """Return a file as the Hub serves it, past any cache.
-
-    Raises:
-        PushError: it is not there.
-    """
-    with TemporaryDirectory() as folder:
-        try:
-            path = api.hf_hub_download(
-                repo, name, revision=revision, local_dir=folder, force_download=True
-            )
-        except EntryNotFoundError as error:
-            raise PushError(f"{repo} does not hold {name} after the push: push again") from error
-        return Path(path).read_bytes()

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import TOKEN, Fault, Handler, Hub, serve_hub
@@ -75,16 +76,6 @@ def test_a_push_arrives_whole_and_private(hub: Hub, adapter: Path) -> None:
     assert TOKEN not in "".join(said)
 
 
-def test_no_path_of_this_machine_is_published(hub: Hub, adapter: Path) -> None:
-    push(hub, adapter)
-    files = hub.repositories[REPO].commits[-1]
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base.startswith("/") and base.encode() not in b"".join(files.values())
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == Path(base).name
-    assert json.loads(files["eval.json"]) == {"dataset": "data.jsonl"}
-    assert files["tokenizer.json"] == (adapter / "tokenizer.json").read_bytes()
-
-
 def test_no_byte_that_is_sent_holds_a_path(hub: Hub, tmp_path: Path) -> None:
     """An adapter trained elsewhere, with PEFT's own card, and everything that is made of it."""
     place = tmp_path / "my models"
@@ -130,21 +121,18 @@ def test_a_file_that_is_no_text_and_holds_a_path_is_refused(hub: Hub, adapter: P
     assert not hub.repositories
 
 
-def test_a_second_push_changes_nothing(hub: Hub, adapter: Path) -> None:
+def test_only_what_changed_is_sent_and_without_asking_where_a_push_wrote_it(
+    hub: Hub, adapter: Path
+) -> None:
     push(hub, adapter)
     uploads = hub.count("PUT /lfs/")
     said = push(hub, adapter)
-    assert len(hub.repositories[REPO].commits) == 2
-    assert hub.count("PUT /lfs/") == uploads
     assert "nothing to send" in said[0] and said[-1].startswith("done")
-
-
-def test_what_changed_is_sent_without_asking_where_a_push_wrote_it(hub: Hub, adapter: Path) -> None:
-    push(hub, adapter)
+    assert len(hub.repositories[REPO].commits) == 2
     (adapter / "README.md").write_text("another card\n")
     said = push(hub, adapter)
     assert hub.repositories[REPO].commits[-1]["README.md"] == b"another card\n"
-    assert any("1 of" in line for line in said)
+    assert any("1 of" in line for line in said) and hub.count("PUT /lfs/") == uploads
 
 
 def test_a_file_of_somebody_else_is_replaced_only_when_agreed(hub: Hub, adapter: Path) -> None:
@@ -179,7 +167,7 @@ def test_a_private_repository_becomes_public_only_when_agreed(hub: Hub, adapter:
 
 FAULTS = {
     "server error before anything": ("GET whoami", Fault(500), r"the Hub failed \(500\)"),
-    "name taken": ("POST repos/create", Fault(409, "You already created"), "is taken or was"),
+    "name taken": ("POST repos/create", Fault(409, "You already created"), r"me/run \(409 You"),
     "not my namespace": ("POST repos/create", Fault(403, "no rights"), "may not write to me/run"),
     "too many requests": (
         "POST preupload",
@@ -198,7 +186,6 @@ FAULTS = {
     "changed by somebody else": ("POST /commit/", Fault(412, "not the head"), "somebody else"),
     "cut at the commit": ("POST /commit/", Fault(cut=True), "the connection broke off"),
     "server error at the listing": ("GET /tree/", Fault(503), r"the Hub failed \(503\)"),
-    "server error when read back": ("GET /resolve/", Fault(500), "run the same command again"),
 }
 
 
@@ -240,8 +227,11 @@ def flip(files: dict[str, bytes]) -> None:
 
 
 SPOILED = {
-    "a bit is flipped": (flip, r"adapter_model\.safetensors differs"),
-    "a file is missing": (lambda files: files.pop("tokenizer.json"), r"tokenizer\.json is missing"),
+    "a bit is flipped": (flip, r"adapter_model\.safetensors differs or"),
+    "a file is missing": (
+        lambda files: files.pop("tokenizer.json"),
+        r"tokenizer\.json differs or is missing",
+    ),
     "a small file is another": (
         lambda files: files.update({"README.md": b"x"}),
         r"README\.md differs",
@@ -256,24 +246,6 @@ def test_what_the_hub_lost_is_noticed(name: str, hub: Hub, adapter: Path) -> Non
     with pytest.raises(PushError, match=sentence):
         said += push(hub, adapter)
     assert not said
-
-
-def test_a_config_that_comes_back_different_is_noticed(
-    hub: Hub, adapter: Path, monkeypatch
-) -> None:
-    """The listing is right, what is served is not."""
-    resolve = Handler.resolve
-
-    def serve_another(self: Handler, repo: str, revision: str, name: str) -> None:
-        held = self.hub.repositories[repo]
-        files = held.commits[-1]
-        held.commits[-1] = {**files, name: files[name].replace(b"LORA", b"LARO")}
-        resolve(self, repo, held.head, name)
-        held.commits[-1] = files
-
-    monkeypatch.setattr(Handler, "resolve", serve_another)
-    with pytest.raises(PushError, match=r"adapter_config\.json comes back different"):
-        push(hub, adapter)
 
 
 def test_a_wrong_token(hub: Hub, adapter: Path) -> None:
@@ -320,7 +292,8 @@ def test_a_no_leaves_the_repository_private(
     push(hub, adapter)
     held = hub.repositories[REPO]
     held.commits.append({**held.commits[-1], "README.md": b"edited on the website"})
-    monkeypatch.setattr("lora_grpo.deploy.hub.ask", lambda yes, question: "public" in question)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: "y" if "public" in question else "n")
     with pytest.raises(PushRefused, match=r"replace README\.md.*was no"):
         push(hub, adapter, public=True)
     assert held.private
@@ -354,12 +327,12 @@ def test_a_system_prompt_is_no_path(hub: Hub, adapter: Path) -> None:
     assert sent["system_prompt"] == "/no_think" and sent["dataset"] == "data.jsonl"
 
 
-@pytest.mark.parametrize("page", ["whoami", "tree"])
+@pytest.mark.parametrize("page", ["api/models/me/run", "preupload"])
 def test_a_silent_hub_is_left(
     page: str, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes the request and never answers; huggingface_hub alone would wait for ever."""
-    monkeypatch.setitem(hub_remote.TIMEOUT, "read", 0.3)
+    monkeypatch.setattr(hub_remote, "TIMEOUT", 0.3)
     silence, route = threading.Event(), Handler.route
 
     def say_nothing(self: Handler, path: str) -> None:
@@ -385,7 +358,7 @@ def test_ctrl_c_in_the_middle_of_a_file(hub: Hub, adapter: Path, tmp_path: Path)
             time.sleep(1)
         route(self, path)
 
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Handler, "route", hold)
         process = subprocess.Popen(
@@ -417,7 +390,7 @@ def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
 
 
 def test_the_script_pushes(hub: Hub, adapter: Path, tmp_path: Path) -> None:
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     done = run(adapter, "--repo", REPO, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"done: {hub.url}/{REPO}"

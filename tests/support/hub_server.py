@@ -22,6 +22,7 @@ SMALL = 4096
 class Repository:
     private: bool
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{".gitattributes": b"*\n"}])
+    titles: dict[int, str] = field(default_factory=dict)  # of commits that were pushed
     lfs: set[str] = field(default_factory=set)  # names that are stored as LFS
 
     @property
@@ -30,6 +31,13 @@ class Repository:
 
     def sha(self, index: int) -> str:
         return hashlib.sha1(f"{id(self)} {index}".encode()).hexdigest()
+
+    def last_commit(self, name: str) -> dict[str, str]:
+        index = len(self.commits) - 1
+        while index and self.commits[index - 1].get(name) == self.commits[index][name]:
+            index -= 1
+        title = self.titles.get(index, "Edit on the website")
+        return {"id": self.sha(index), "title": title, "date": "2026-01-01T00:00:00.000Z"}
 
     def at(self, revision: str) -> dict[str, bytes]:
         shas = {self.sha(index): files for index, files in enumerate(self.commits)}
@@ -144,8 +152,6 @@ class Handler(BaseHTTPRequestHandler):
             self.store(path.rpartition("/")[2])
         elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self.batch(found[1])
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self.resolve(*found.groups())
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([^/]+)(?:/([^/]+))?)?", path):
             self.repository(*found.groups())
         else:
@@ -185,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def entry(self, held: Repository, name: str, data: bytes) -> dict:
         found = {"type": "file", "path": name, "size": len(data), "oid": blob_id(data)}
+        found |= {"lastCommit": held.last_commit(name)}
         if name in held.lfs:
             oid = hashlib.sha256(data).hexdigest()
             found |= {"lfs": {"oid": oid, "size": len(data), "pointerSize": 134}}
@@ -232,17 +239,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.spoil is not None:
             self.hub.spoil(files)
         held.commits.append(files)
+        held.titles[len(held.commits) - 1] = header["value"]["summary"]
         url = f"{self.hub.url}/{repo}/commit/{held.head}"
         self.reply(200, {"success": True, "commitOid": held.head, "commitUrl": url})
-
-    def resolve(self, repo: str, revision: str, name: str) -> None:
-        held = self.hub.repositories.get(repo)
-        data = held.at(revision).get(name) if held else None
-        if data is None:
-            self.refuse(404, "Entry not found", "EntryNotFound")
-            return
-        headers = {"X-Repo-Commit": held.head, "ETag": f'"{blob_id(data)}"'}
-        self.reply(200, data, headers)
 
 
 @contextmanager
