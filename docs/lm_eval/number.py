@@ -11,66 +11,22 @@ from fractions import Fraction
 from typing import NamedTuple
 
 LONGEST = 100
-# A line a unit of measure, with its other spellings.
+# Each unit of measure with its other spellings.
 UNITS = """
 percent % pct percentage
-mm millimeter millimetre 毫米
-cm centimeter centimetre 厘米
-m meter metre 米
-km kilometer kilometre 公里 千米
-inch inches
-foot feet ft
-yard yd
-mile mi
-mg milligram
-g gram 克
-kg kilogram kilo 千克 公斤
-ton tonne
-ounce oz
-pound lb £ gbp 英镑
-ml milliliter millilitre 毫升
-l liter litre 升
-cup
-pint
-quart
-gallon gal
-tablespoon tbsp
-teaspoon tsp
-s second sec 秒
-minute min 分钟
-h hour hr 小时
-day 天
-week wk 周
-month
-year yr 年
-mph
-kph kmh kmph
-degree deg ° 度
-celsius °c
-fahrenheit °f
-radian rad
-dollar $ usd us$ 美元
-cent ¢ 美分
-euro € eur 欧元
-yen jpy 日元 円
-yuan cny rmb 元 块 人民币
-rupee ₹ rs inr
-N newton
-J joule
-kj kilojoule
-W watt
-kw kilowatt
-kwh
-V volt
-hz hertz
-byte
-kb kilobyte
-mb megabyte
-gb gigabyte
-am
-pm
+mm millimeter millimetre 毫米; cm centimeter centimetre 厘米; m meter metre 米
+km kilometer kilometre 公里 千米; inch inches; foot feet ft; yard yd; mile mi
+mg milligram; g gram 克; kg kilogram kilo 千克 公斤; ton tonne; ounce oz; pound lb £ gbp 英镑
+ml milliliter millilitre 毫升; l liter litre 升; cup; pint; quart; gallon gal
+tablespoon tbsp; teaspoon tsp
+s second sec 秒; minute min 分钟; h hour hr 小时; day 天; week wk 周; month; year yr 年; am; pm
+mph; kph kmh kmph; degree deg ° 度; celsius °c; fahrenheit °f; radian rad
+dollar $ usd us$ 美元; cent ¢ 美分; euro € eur 欧元; yen jpy 日元 円
+yuan cny rmb 元 块 人民币; rupee ₹ rs inr
+N newton; J joule; kj kilojoule; W watt; kw kilowatt; kwh; V volt; hz hertz
+byte; kb kilobyte; mb megabyte; gb gigabyte
 """
-NAMES = {word: line.split()[0] for line in UNITS.splitlines() for word in line.split()}
+NAMES = {word: unit.split()[0] for unit in re.split("[;\n]", UNITS) for word in unit.split()}
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 SCALES |= {"lakh": 5, "crore": 7}  # powers of ten; a dozen is none
 NUMBER_WORDS = """

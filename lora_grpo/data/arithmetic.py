@@ -16,17 +16,15 @@ NAMES = ("Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Eva")
 ITEMS = ("apples", "pens", "books", "coins", "cards", "shells", "stamps", "beads")
 LARGEST = 250
 
-Step = tuple[str, str, str]
-
 
 @dataclass(frozen=True)
 class Template:
-    """A problem with holes: `numbers` gives each hole's range, `steps` the solution (`1` is the
-    first step's result)."""
+    """A problem with holes: `numbers` gives each hole's range, `steps` the solution, such as `a+b`
+    (`1` is the first step's result)."""
 
     text: str
     numbers: dict[str, tuple[int, int]]
-    steps: tuple[Step, ...]
+    steps: tuple[str, ...]
 
 
 ADD, GROUPS, EACH = (3, 60), (2, 9), (2, 12)
@@ -34,55 +32,51 @@ TEMPLATES = (
     Template(
         "{name} has {a} {item} and buys {b} more. How many {item} does {name} have now?",
         {"a": ADD, "b": ADD},
-        (("a", "+", "b"),),
+        ("a+b",),
     ),
     Template(
         "{name} has {a} {item} and gives {b} of them to {other}. How many {item} are left?",
         {"a": ADD, "b": ADD},
-        (("a", "-", "b"),),
+        ("a-b",),
     ),
     Template(
         "There are {a} boxes with {b} {item} in each. How many {item} are there in all?",
         {"a": GROUPS, "b": EACH},
-        (("a", "*", "b"),),
+        ("a*b",),
     ),
     Template(
         "{name} has {a} {item}, finds {b} more and then loses {c}. How many {item} are left?",
         {"a": ADD, "b": ADD, "c": ADD},
-        (("a", "+", "b"), ("1", "-", "c")),
+        ("a+b", "1-c"),
     ),
     Template(
         "{name} buys {a} packs of {b} {item} and uses {c} of them. How many {item} are left?",
         {"a": GROUPS, "b": EACH, "c": ADD},
-        (("a", "*", "b"), ("1", "-", "c")),
+        ("a*b", "1-c"),
     ),
     Template(
-        (
-            "{name} has {a} {item}. {other} has {b} more than {name}. How many {item} do they have "
-            "together?"
-        ),
+        "{name} has {a} {item}. {other} has {b} more than {name}. How many {item} do they have "
+        "together?",
         {"a": ADD, "b": ADD},
-        (("a", "+", "b"), ("a", "+", "1")),
+        ("a+b", "a+1"),
     ),
     Template(
-        (
-            "{name} has {a} {item} and gets {b} more. They are shared by {c} friends. How many "
-            "{item} does each get?"
-        ),
+        "{name} has {a} {item} and gets {b} more. They are shared by {c} friends. How many "
+        "{item} does each get?",
         {"a": ADD, "b": ADD, "c": GROUPS},
-        (("a", "+", "b"), ("1", "/", "c")),
+        ("a+b", "1/c"),
     ),
     Template(
         "{name} sells {a} {item} for {b} dollars each and {c} cakes for {d} dollars each. "
         "How many dollars does {name} get?",
         {"a": GROUPS, "b": EACH, "c": GROUPS, "d": EACH},
-        (("a", "*", "b"), ("c", "*", "d"), ("1", "+", "2")),
+        ("a*b", "c*d", "1+2"),
     ),
     Template(
         "{name} earns {a} dollars a day for {b} days, is given {c} dollars and spends {d} dollars. "
         "How many dollars are left?",
         {"a": EACH, "b": GROUPS, "c": ADD, "d": ADD},
-        (("a", "*", "b"), ("1", "+", "c"), ("2", "-", "d")),
+        ("a*b", "1+c", "2-d"),
     ),
 )
 
@@ -91,7 +85,7 @@ TEMPLATES = (
 BAGS = Template(
     "{name} puts {a} {item} into bags of {b}. How many bags does {name} fill?",
     {"a": (4, 108), "b": GROUPS},
-    (("a", "/", "b"),),
+    ("a/b",),
 )
 PRETRAINING_TEMPLATES = (*TEMPLATES[:3], BAGS, *TEMPLATES[3:])
 

@@ -161,15 +161,17 @@ def number_as_text(number: Number) -> str:
     return format(number, "f") if isinstance(number, Decimal) else str(number)
 
 
-def role_of(turn: Row) -> str:
-    return str(turn.get("role", turn.get("from"))).lower()
-
-
 def last_turn(chat: list[Row], roles: Sequence[str]) -> list[str]:
     """Return what the last turn of these roles says."""
-    turns = [turn for turn in chat if role_of(turn) in roles]
-    keys = [key for key in TEXT_KEYS if turns and key in turns[-1]]
-    return read_texts(turns[-1][keys[0]], roles) if keys else []
+    for turn in reversed(chat):
+        if role_of(turn) in roles:
+            text = next((turn[key] for key in TEXT_KEYS if key in turn), None)
+            return read_texts(text, roles)
+    return []
+
+
+def role_of(turn: Row) -> str:
+    return str(turn.get("role", turn.get("from"))).lower()
 
 
 def read_texts(value: Any, roles: Sequence[str]) -> list[str]:
@@ -200,26 +202,24 @@ def read_fields(
     Raises:
         ValueError: a row holds something else, or half a character.
     """
-    return [
-        [text for column in columns for text in read_field(row, number, column, roles)]
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def read_field(row: Row, number: int, column: str, roles: Sequence[str]) -> list[str]:
-    try:
-        texts = read_texts(get(row, column), roles)
-    except TypeError as error:
-        raise ValueError(
-            f"row {number}: {column} must be text, a number or chat messages, got a {error}: name "
-            "another column by --question-column or --answer-column"
-        ) from None
-    if any(map(HALF_CHARACTER.search, texts)):
-        raise ValueError(
-            f"row {number}: {column} holds half a character (an escape such as \\ud83d alone): "
-            "mend it"
-        )
-    return texts
+    fields: list[list[str]] = []
+    for number, row in enumerate(rows, start=1):
+        fields.append([])
+        for column in columns:
+            try:
+                texts = read_texts(get(row, column), roles)
+            except TypeError as error:
+                raise ValueError(
+                    f"row {number}: {column} must be text, a number or chat messages, got a "
+                    f"{error}: name another column by --question-column or --answer-column"
+                ) from None
+            if any(map(HALF_CHARACTER.search, texts)):
+                raise ValueError(
+                    f"row {number}: {column} holds half a character (an escape such as \\ud83d "
+                    "alone): mend it"
+                )
+            fields[-1] += texts
+    return fields
 
 
 def describe_chats(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:

@@ -12,67 +12,23 @@ from fractions import Fraction
 LONGEST_NUMBER = 100
 NOUN = "a noun"  # the unit of `5 apples`: any word that measures nothing
 
-# Each unit of measure with its other spellings; a plural `s` is free. Two that are not on one line
-# are never equal, not even `100 cm` and `1 m`: nothing is converted.
+# Each unit of measure with its other spellings; a plural `s` is free. Two that are parted by
+# `;` or a line are never equal, not even `100 cm` and `1 m`: nothing is converted.
 UNITS = """
 percent % pct percentage
-mm millimeter millimetre 毫米
-cm centimeter centimetre 厘米
-m meter metre 米
-km kilometer kilometre 公里 千米
-inch inches
-foot feet ft
-yard yd
-mile mi
-mg milligram
-g gram 克
-kg kilogram kilo 千克 公斤
-ton tonne
-ounce oz
-pound lb £ gbp 英镑
-ml milliliter millilitre 毫升
-l liter litre 升
-cup
-pint
-quart
-gallon gal
-tablespoon tbsp
-teaspoon tsp
-s second sec 秒
-minute min 分钟
-h hour hr 小时
-day 天
-week wk 周
-month
-year yr 年
-mph
-kph kmh kmph
-degree deg ° 度
-celsius °c
-fahrenheit °f
-radian rad
-dollar $ usd us$ 美元
-cent ¢ 美分
-euro € eur 欧元
-yen jpy 日元 円
-yuan cny rmb 元 块 人民币
-rupee ₹ rs inr
-N newton
-J joule
-kj kilojoule
-W watt
-kw kilowatt
-kwh
-V volt
-hz hertz
-byte
-kb kilobyte
-mb megabyte
-gb gigabyte
-am
-pm
+mm millimeter millimetre 毫米; cm centimeter centimetre 厘米; m meter metre 米
+km kilometer kilometre 公里 千米; inch inches; foot feet ft; yard yd; mile mi
+mg milligram; g gram 克; kg kilogram kilo 千克 公斤; ton tonne; ounce oz; pound lb £ gbp 英镑
+ml milliliter millilitre 毫升; l liter litre 升; cup; pint; quart; gallon gal
+tablespoon tbsp; teaspoon tsp
+s second sec 秒; minute min 分钟; h hour hr 小时; day 天; week wk 周; month; year yr 年; am; pm
+mph; kph kmh kmph; degree deg ° 度; celsius °c; fahrenheit °f; radian rad
+dollar $ usd us$ 美元; cent ¢ 美分; euro € eur 欧元; yen jpy 日元 円
+yuan cny rmb 元 块 人民币; rupee ₹ rs inr
+N newton; J joule; kj kilojoule; W watt; kw kilowatt; kwh; V volt; hz hertz
+byte; kb kilobyte; mb megabyte; gb gigabyte
 """
-CANONICAL = {word: line.split()[0] for line in UNITS.split("\n") for word in line.split()}
+CANONICAL = {word: unit.split()[0] for unit in re.split("[;\n]", UNITS) for word in unit.split()}
 SPEEDS = {"mph": ("mile", "h"), "kph": ("km", "h")}
 SQUARES, SQUARED = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}, {"squared": 2, "cubed": 3}
 PER = {"per", "each", "every", "a", "an"}
@@ -81,14 +37,13 @@ PER = {"per", "each", "every", "a", "an"}
 # a number in words further on (`72 or seventy-three`), leave no number to read.
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 SCALES |= {"trillion": 10**12, "dozen": 12, "lakh": 10**5, "crore": 10**7}
-NUMBER_WORDS = {
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
-    *("nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
-    *("half", "halve", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth"),
-    *("hundredth", "thousandth", "grand", "k", "mil", "mn", "mln", "bn", "bln", "tn"),
-    *("factorial", *SCALES),
-}
+NUMBER_WORDS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety half
+    halve third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth grand k mil mn
+    mln bn bln tn factorial
+"""
+NUMBER_WORDS = {*NUMBER_WORDS.split(), *SCALES}
 NUMERALS = frozenset("〇零一二三四五六七八九十百千万亿两半")
 
 # `[0-9]` and not `\d`, which takes the digits of every script. The lookahead refuses `1,2345`.
@@ -97,13 +52,11 @@ OTHER_THOUSANDS = (
     "[1-9][0-9]{0,2}(?:(?:[ ][0-9]{3})+|(?:'[0-9]{3})+|(?:_[0-9]{3})+)(?![0-9])"
     "|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}(?![0-9])"
 )
-FRACTION = rf"{WHOLE}[ ]?/[ ]?[0-9]+"
 POWER_OF_TEN = r"10\^[-+]?[0-9]{1,3}"
-CURRENCY_CODES = "USD|EUR|GBP|INR|CNY|RMB|JPY|Rs"
 NUMBER = re.compile(
     rf"""
     (?P<sign>[-+]|(?:minus|negative)[ ])?
-    (?P<currency>(?:US)?[$\u00a2-\u00a5\u20a0-\u20cf][ ]?|(?:{CURRENCY_CODES})\.?[ ])?
+    (?P<currency>(?:US)?[$\u00a2-\u00a5\u20a0-\u20cf][ ]?|(?:USD|EUR|GBP|INR|CNY|RMB|JPY|Rs)\.?[ ])?
     (?P<inner_sign>[-+])?
     (?: (?P<european>[1-9][0-9]{{0,2}}(?:\.[0-9]{{3}})+,[0-9]+)
       | (?:(?P<mixed>{WHOLE})[ ])? (?P<top>{WHOLE})[ ]?/[ ]?(?P<bottom>[0-9]+)

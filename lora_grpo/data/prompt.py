@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.task import NUMBER_TASK, Task
 
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
 # Qwen3's template would have the model think before the reasoning that the prompt asks for; others
 # have no such setting and ignore it.
 TEMPLATE_SETTINGS = {"enable_thinking": False}
-SYSTEM_PROBE, QUESTION_PROBE, ANSWER_PROBE = "systemprobe", "questionprobe", "answerprobe"
 # A block that the template opens and closes itself, as Qwen3's does to leave the thinking out.
 CLOSED_BLOCK = re.compile(r"<(\w+)>.*?</\1>\s*", re.DOTALL)
 
 Message = dict[str, str]
+SYSTEM_PROBE: Message = {"role": "system", "content": "systemprobe"}
+QUESTION_PROBE: Message = {"role": "user", "content": "questionprobe"}
+ANSWER_PROBE: Message = {"role": "assistant", "content": "answerprobe"}
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,17 @@ def has_system_role(tokenizer: "PreTrainedTokenizerBase") -> bool:
     Raises:
         ValueError: the template is broken, or leaves the question out.
     """
-    system, user = probe_turn("system", SYSTEM_PROBE), probe_turn("user", QUESTION_PROBE)
-    text = try_to_render(tokenizer, [system, user])
-    if isinstance(text, str) and SYSTEM_PROBE in text and QUESTION_PROBE in text:
+    question = QUESTION_PROBE["content"]
+    text = try_to_render(tokenizer, [SYSTEM_PROBE, QUESTION_PROBE])
+    if SYSTEM_PROBE["content"] in text and question in text:
         return True
-    text = try_to_render(tokenizer, [user])
-    if isinstance(text, str) and QUESTION_PROBE in text:
-        return False
-    reason = "it leaves the question out" if isinstance(text, str) else describe_error(text)
+    try:
+        if question in render(tokenizer, [QUESTION_PROBE], to_continue=False):
+            return False
+        reason = "it leaves the question out"
+    except (TemplateError, TypeError) as error:
+        line = getattr(error, "lineno", None)
+        reason = f"{error}, line {line}" if line else str(error)
     raise ValueError(
         f"the chat template of {tokenizer.name_or_path} cannot be used ({reason}): mend its "
         "chat_template.jinja, or use a model whose template works"
@@ -132,15 +139,13 @@ def find_prefill(tokenizer: "PreTrainedTokenizerBase") -> str:
     That is what the generation prompt adds to the header of an assistant turn that was answered
     earlier, as a decoded completion would show it. A block that is closed already is no part of it.
     """
-    user, answer = probe_turn("user", QUESTION_PROBE), probe_turn("assistant", ANSWER_PROBE)
-    prompt = try_to_render(tokenizer, [user], to_continue=True)
-    answered = try_to_render(tokenizer, [user, answer, user])
-    if not (isinstance(prompt, str) and isinstance(answered, str) and ANSWER_PROBE in answered):
-        return ""
-    header = answered.partition(QUESTION_PROBE)[2].partition(ANSWER_PROBE)[0]
+    question, answer = QUESTION_PROBE["content"], ANSWER_PROBE["content"]
+    prompt = try_to_render(tokenizer, [QUESTION_PROBE], to_continue=True)
+    answered = try_to_render(tokenizer, [QUESTION_PROBE, ANSWER_PROBE, QUESTION_PROBE])
+    header, found, _ = answered.partition(question)[2].partition(answer)
     header = CLOSED_BLOCK.sub("", header).rstrip()
-    opening = prompt.rpartition(QUESTION_PROBE)[2]
-    if not opening.startswith(header):
+    opening = prompt.rpartition(question)[2]
+    if not found or not opening.startswith(header):
         return ""
     added = CLOSED_BLOCK.sub("", opening.removeprefix(header))
     for token in tokenizer.all_special_tokens:
@@ -152,34 +157,21 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """Return the special token that the chat template writes after an assistant's turn, if any."""
     if not isinstance(tokenizer.chat_template, str):
         return None
-    turns = [probe_turn("user", QUESTION_PROBE), probe_turn("assistant", ANSWER_PROBE)]
-    text = try_to_render(tokenizer, turns)
-    if not isinstance(text, str):
-        return None
-    after = tokenizer.encode(text.rpartition(ANSWER_PROBE)[2], add_special_tokens=False)
+    text = try_to_render(tokenizer, [QUESTION_PROBE, ANSWER_PROBE])
+    end = text.rpartition(ANSWER_PROBE["content"])[2]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return next((token for token in after if token in special), None)
-
-
-def probe_turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+    tokens = tokenizer.encode(end, add_special_tokens=False)
+    return next((token for token in tokens if token in special), None)
 
 
 def try_to_render(
     tokenizer: "PreTrainedTokenizerBase", messages: list[Message], to_continue: bool = False
-) -> "str | Exception":
-    """Return the rendered text, or the error that the chat template raised."""
-    from jinja2 import TemplateError
-
+) -> str:
+    """Return the rendered text, nothing where the chat template raises an error."""
     try:
         return render(tokenizer, messages, to_continue)
-    except (TemplateError, TypeError) as error:
-        return error
-
-
-def describe_error(error: Exception) -> str:
-    line = getattr(error, "lineno", None)
-    return f"{error}, line {line}" if line else str(error)
+    except (TemplateError, TypeError):
+        return ""
 
 
 def keep_settings(template: str) -> str:

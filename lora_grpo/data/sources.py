@@ -35,10 +35,14 @@ def split_in(part: str) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
-def list_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
-    """Return a folder's data files by configuration (a subfolder) and split, as a clone of a Hub
-    dataset has them. Where no name speaks of a split, all are `train`."""
-    found: dict[str, dict[str, list[Path]]] = {}
+def list_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the data files by split of a folder, as a clone of a Hub dataset has them: of its one
+    configuration (a subfolder), or of its own. Where no name speaks of a split, all are `train`.
+
+    Raises:
+        ValueError: several configurations, and none is the default.
+    """
+    configs: dict[str, dict[str, list[Path]]] = {}
     unnamed: list[Path] = []
     for path in sorted(path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
         parts = path.relative_to(folder).parts
@@ -52,17 +56,7 @@ def list_files(folder: Path) -> dict[str, dict[str, list[Path]]]:
             unnamed.append(path)
             continue
         config = "/".join(part for part in parts[:-1] if part != "data" and not split_in(part))
-        found.setdefault(config, {}).setdefault(split, []).append(path)
-    return found or ({"": {"train": unnamed}} if unnamed else {})
-
-
-def choose_config(folder: Path) -> dict[str, list[Path]]:
-    """Return the files by split of a folder's one configuration, or of its own where it has files.
-
-    Raises:
-        ValueError: several configurations, and none is the default.
-    """
-    configs = list_files(folder)
+        configs.setdefault(config, {}).setdefault(split, []).append(path)
     for name in ("", "default"):
         if name in configs:
             return configs[name]
@@ -71,7 +65,7 @@ def choose_config(folder: Path) -> dict[str, list[Path]]:
             f"{folder} holds the configurations {', '.join(configs)}: give the path of one, such "
             f"as {folder / next(iter(configs))}"
         )
-    return next(iter(configs.values()), {})
+    return next(iter(configs.values()), {"train": unnamed} if unnamed else {})
 
 
 def find_in_folder(folder: Path, split: str) -> list[Path]:
@@ -80,22 +74,21 @@ def find_in_folder(folder: Path, split: str) -> list[Path]:
     Raises:
         FileNotFoundError: there is none, more than one, or a shard is missing.
     """
-    splits = choose_config(folder)
+    splits = list_files(folder)
     by_name: dict[str, list[Path]] = {}
     for path in splits.get(split, []):
         by_name.setdefault(re.sub(r"\d+", "0", str(path)), []).append(path)
     groups = list(by_name.values())
-    if len(groups) > 1:  # `train.jsonl` before `train_small.jsonl`
-        exact = [files for files in groups if re.split(r"[-.]", files[0].name)[0] == split]
-        groups = exact if len(exact) == 1 else groups
-    if len(groups) != 1:
+    # `train.jsonl` before `train_small.jsonl`
+    exact = [files for files in groups if re.split(r"[-.]", files[0].name)[0] == split]
+    if len(exact or groups) != 1:
         files = sorted({path for paths in splits.values() for path in paths})
         found = ", ".join(str(path.relative_to(folder)) for path in files) or "no data files"
         raise FileNotFoundError(
             f"{folder} must hold one {split} file ({', '.join(READERS)}) or its shards, found "
             f"{found}: add it, or give the path of a file"
         )
-    [files] = groups
+    [files] = exact or groups
     shard = SHARD.search(files[0].name)
     if shard and int(shard[1]) != len(files):
         raise FileNotFoundError(
@@ -105,9 +98,9 @@ def find_in_folder(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def is_saved(folder: Path) -> bool:
+def is_saved(path: Path) -> bool:
     """Return whether `datasets` wrote a folder by `save_to_disk`."""
-    return any((folder / name).is_file() for name in SAVED)
+    return any((path / name).is_file() for name in SAVED)
 
 
 @functools.lru_cache(maxsize=2)
@@ -192,7 +185,7 @@ def list_splits(dataset: str) -> list[str]:
         return list(load_hub(dataset))
     if path.is_file():
         return []
-    return list(load_saved(path) if is_saved(path) else choose_config(path))
+    return list(load_saved(path) if is_saved(path) else list_files(path))
 
 
 def resolve_split(dataset: str, wanted: str) -> str:

@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -58,27 +58,19 @@ def is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(
-            isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from"))
-            for turn in value
-        )
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
     )
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return what a file holds, unpacked."""
+def read_text(path: Path) -> str:
+    """Return a text file, unpacked, in UTF-8, or in UTF-16 where it begins with a byte order mark,
+    as spreadsheets write it."""
     packed = endings(path)[1]
     try:
         with COMPRESSED.get(packed, open)(path, "rb") as file:
-            return file.read()
+            data = file.read()
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is no readable {packed} file ({error}): write it again") from None
-
-
-def read_text(path: Path) -> str:
-    """Return a text file in UTF-8, or in UTF-16 where it begins with a byte order mark, as
-    spreadsheets write it."""
-    data = read_bytes(path)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if wide else "utf-8-sig")
@@ -89,12 +81,6 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def broken_line(text: str, error: json.JSONDecodeError) -> int:
-    """Return the line to mend: a missing delimiter belongs to what stands before it."""
-    before = text[: error.pos]
-    return (before.rstrip() if "delimiter" in error.msg else before).count("\n") + 1
-
-
 def read_json(path: Path, split: str) -> Table:
     """Read JSON values one after another, such as one per line, or one that holds all rows."""
     text, decoder, values = read_text(path), json.JSONDecoder(), []
@@ -103,9 +89,12 @@ def read_json(path: Path, split: str) -> Table:
         try:
             value, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
+            before = text[: error.pos]
+            if "delimiter" in error.msg:  # it is missing after what stands before it
+                before = before.rstrip()
+            line = before.count("\n") + 1
             raise ValueError(
-                f"{path}, line {broken_line(text, error)}: broken JSON ({error.msg}): mend that "
-                "line"
+                f"{path}, line {line}: broken JSON ({error.msg}): mend that line"
             ) from None
         values.append(value)
         start = SPACE.match(text, end).end()
@@ -126,10 +115,8 @@ def find_rows(path: Path, value: Any, split: str) -> Table:
         ValueError: several keys hold rows, and none has the split's or a usual name.
     """
     value = as_list(value)
-    if isinstance(value, list):
-        return Table(value)
     if not isinstance(value, dict):
-        return Table([value])
+        return Table(value if isinstance(value, list) else [value])
     columns = {key: as_list(item) for key, item in value.items()}
     rows = columns_to_rows(columns)
     if rows is not None:
@@ -137,12 +124,12 @@ def find_rows(path: Path, value: Any, split: str) -> Table:
     holders = [key for key, item in columns.items() if holds_rows(item)]
     if not holders:
         return Table([value])
-    usual = [key for key in (split, *ROW_KEYS) if key in holders]
-    if not usual and len(holders) > 1:
+    key = next((key for key in (split, *ROW_KEYS) if key in holders), None)
+    if key is None and len(holders) > 1:
         raise ValueError(
             f"{path} holds rows under {', '.join(holders)}: keep one of them, or call it data"
         )
-    key = (usual or holders)[0]
+    key = key or holders[0]
     found = find_rows(path, value[key], split)
     return Table(found.rows, (f"rows are read from its key {key}", *found.notes))
 
@@ -150,15 +137,16 @@ def find_rows(path: Path, value: Any, split: str) -> Table:
 def columns_to_rows(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the rows of an object whose values are lists of one length, or that has pandas' keys
     `columns` and `data`; None of another one."""
-    lists = [column for column in columns.values() if isinstance(column, list)]
     names, data = columns.get("columns"), columns.get("data")
     if isinstance(names, list) and isinstance(data, list):
         return [dict(zip(names, row, strict=False)) for row in data if isinstance(row, list)]
-    plain = [column for column in lists if not all(isinstance(item, dict) for item in column)]
-    if len(lists) < len(columns) or len({len(column) for column in lists}) != 1 or not plain:
+    lists = [column for column in columns.values() if isinstance(column, list)]
+    if len(lists) < len(columns) or len({len(column) for column in lists}) != 1:
         return None
-    if any(map(is_chat, lists)) and max(map(len, lists)) == 1:  # the fields of one row
-        return None
+    if all(isinstance(item, dict) for column in lists for item in column):
+        return None  # rows under each key
+    if len(lists[0]) == 1 and any(map(is_chat, lists)):
+        return None  # the fields of one row
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
@@ -181,52 +169,40 @@ def fit(text: str, separator: str) -> tuple[bool, float, int]:
     return widths[0] > 1, widths.count(widths[0]) / len(widths), widths[0]
 
 
-def read_header(path: Path, record: list[str]) -> list[str]:
-    """Return the column names without blanks around them.
-
-    Raises:
-        ValueError: a name stands there twice.
-    """
-    names = [name.strip() for name in record]
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path} has two columns named {twice}: rename one")
-    return names
-
-
 def read_csv(path: Path, split: str) -> Table:
     """Read a text table whose first line names the columns; the separator is the one that divides
-    header and rows alike."""
+    header and rows alike.
+
+    Raises:
+        ValueError: broken text, a row wider than the header, or two columns of one name.
+    """
     text = read_text(path)
     if text[:4].lower() == "sep=":  # Excel's own first line
         separator = text[4:5]
         text = text.partition("\n")[2]
     else:
         separator = max(SEPARATORS, key=lambda candidate: fit(text, candidate))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = []
     try:
-        header = read_header(path, next(reader, []))
-        rows = list(csv_rows(path, reader, header, separator))
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        twice = [name for name in names if name and names.count(name) > 1]
+        if twice:
+            raise ValueError(f"{path} has two columns named {twice[0]}: rename one")
+        for row in reader:
+            if any(map(str.strip, row.pop(None, ()))):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: more fields than the {len(names)} columns "
+                    f"(separated by {separator!r}): quote a text that holds the separator, such as "
+                    "a comma"
+                )
+            row.pop("", None)
+            rows.append(row)
     except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {reader.line_num}: broken CSV ({error}): mend that line"
-        ) from None
+        line = reader.reader.line_num
+        raise ValueError(f"{path}, line {line}: broken CSV ({error}): mend that line") from None
     usual = separator in (",", "\t")
     return Table(rows, () if usual else (f"columns are separated by {separator!r}",))
-
-
-def csv_rows(
-    path: Path, reader: Any, header: list[str], separator: str
-) -> Iterator[dict[str, str | None]]:
-    for record in filter(None, reader):
-        if any(text.strip() for text in record[len(header) :]):
-            raise ValueError(
-                f"{path}, line {reader.line_num}: more fields than the {len(header)} columns "
-                f"(separated by {separator!r}): quote a text that holds the separator, such as a "
-                "comma"
-            )
-        record += [None] * (len(header) - len(record))
-        yield {name: text for name, text in zip(header, record, strict=False) if name}
 
 
 def replace_float32(kind: "DataType", by: "DataType") -> "DataType":
@@ -281,18 +257,12 @@ def read_binary(path: Path, split: str) -> Table:
         raise ValueError(f"{path} is no readable {kind} file ({error}): write it again") from None
 
 
-READERS: dict[str, Callable[[Path, str], Table]] = {
-    ".jsonl": read_json,
-    ".ndjson": read_json,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".txt": read_csv,
-    ".parquet": read_binary,
-    ".arrow": read_binary,
-    ".feather": read_binary,
-}
 BINARY = (".parquet", ".arrow", ".feather")
+READERS: dict[str, Callable[[Path, str], Table]] = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), read_json),
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_csv),
+    **dict.fromkeys(BINARY, read_binary),
+}
 
 
 def read_file(path: Path, split: str = "train") -> Table:
