@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.machine.terminal import FailedError
-from lora_grpo.merge.command import free_name, say
+from lora_grpo.merge.command import failure_report, say
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def export_model(config: ExportConfig, say: Callable[[str], None] = say) -> Expo
         exported = write_formats(config, source, staged, say)
         report = build_report(config, source, exported)
         if failures := list_failures(exported):
-            path = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
+            path = failure_report(config.target)
             write_json(path, report)
             raise ExportProofError(
                 f"an export is not the merged model, it failed: {'; '.join(failures)}. Nothing "

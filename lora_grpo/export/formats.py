@@ -12,7 +12,7 @@ from lora_grpo.merge.command import (
     MergeConfig,
     MergeProofError,
     MergeResult,
-    free_name,
+    failure_report,
     merge_adapter,
 )
 from lora_grpo.merge.write import TOKENIZER_FILES
@@ -82,7 +82,7 @@ def merge_for(config: "ExportConfig", source: Source, merged: Path, say: Say) ->
         return merge_adapter(replace(settings, num_prompts=config.num_prompts), say, source.plan)
     except MergeProofError as error:
         said = merged.with_name(f"{merged.name}.failed.json")
-        kept = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
+        kept = failure_report(config.target)
         shutil.copyfile(said, kept)
         raise MergeProofError(str(error).replace(str(said), str(kept))) from error
 

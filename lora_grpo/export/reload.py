@@ -47,6 +47,8 @@ def prove_folder(
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
+        # Before it computes, as bitsandbytes then repacks them on a CPU with AVX512-BF16.
+        weights = check_weights(source.merged, model, compare)
         logits = list(collect_logits(model.eval(), reference.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         check = Check("reload", False, f"{type(error).__name__}: {error}")
@@ -54,7 +56,7 @@ def prove_folder(
     distance = describe_distance(reference.logits, logits)
     checks = (
         check_reload(loading),
-        check_weights(source.merged, model, compare),
+        weights,
         check_settings(folder, expected),
         check_kl(distance, largest_kl),
         *check_folder(source.merged, folder, model),

@@ -35,7 +35,7 @@ def build_report(
     """Return `export_report.json`: each format's checks, figures and commands."""
     return {
         "source": config.name,
-        "adapter_sha256": hash_weights(source.plan.adapter_dir) if source.plan else None,
+        "adapter_sha256": hash_weights(source.plan.record.folder) if source.plan else None,
         "passed": not list_failures(exported),
         "formats": {
             name: {

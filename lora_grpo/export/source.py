@@ -9,9 +9,8 @@ from lora_grpo.data.prompt import PromptStyle
 from lora_grpo.machine.files import read_json
 from lora_grpo.machine.folders import MERGED_FILE, check_kind
 from lora_grpo.machine.terminal import join
-from lora_grpo.merge.deltas import CONFIG
 from lora_grpo.merge.inputs import MergePlan, plan_merge, read_base, read_style
-from lora_grpo.policy.adapter import ADAPTERS, has_tokenizer, read_record
+from lora_grpo.policy.adapter import ADAPTERS, CONFIG, has_tokenizer, read_record
 from lora_grpo.proof.checks import Check
 
 if TYPE_CHECKING:

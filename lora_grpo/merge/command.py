@@ -5,8 +5,7 @@ that `--help` and a wrong flag answer at once.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,16 +118,14 @@ def merge_adapter(
     )
     report(f"proof: {kind} ({reason})")
     with staged_directory(config.target) as staged:
-        with show_progress(plan.nbytes) as advance:
-            write_weights(plan, staged, advance)
+        write_weights(plan, staged)
         write_side_files(plan, staged)
         proof = prove_merge(plan, staged, config.num_prompts, report, kind)
         found = build_report(plan, proof, kind, reason, time.perf_counter() - started)
         for warning in found["warnings"]:
             report(f"warning: {warning}")
         settle(config, staged, proof, found)
-    reference = proof.distances.reference if proof.distances else None
-    return MergeResult(config.target, found, reference)
+    return MergeResult(config.target, found, proof.reference)
 
 
 def settle(config: MergeConfig, staged: Path, proof: "MergeProof", found: dict[str, Any]) -> None:
@@ -139,7 +136,7 @@ def settle(config: MergeConfig, staged: Path, proof: "MergeProof", found: dict[s
     from lora_grpo.results.card import write_model_card
 
     if proof.failed:
-        path = free_name(config.target.with_name(f"{config.target.name}.failed.json"))
+        path = failure_report(config.target)
         write_json(path, found)
         reasons = "; ".join(f"{check.name} ({check.detail})" for check in proof.failed)
         raise MergeProofError(
@@ -151,22 +148,10 @@ def settle(config: MergeConfig, staged: Path, proof: "MergeProof", found: dict[s
     write_model_card(staged, config.adapter_dir, note)
 
 
-def free_name(path: Path) -> Path:
-    """Return the path, numbered if a file of an earlier failure has it."""
-    taken = (path, *(path.with_suffix(f".{number}.json") for number in range(2, 1000)))
-    return next(candidate for candidate in taken if not candidate.exists())
-
-
-@contextmanager
-def show_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function to tell of written bytes: a bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("merging", total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+def failure_report(target: Path) -> Path:
+    """Return the file that says how the proof of a folder failed, numbered after earlier ones."""
+    path, number = target.with_name(f"{target.name}.failed.json"), 1
+    while path.exists():
+        number += 1
+        path = target.with_name(f"{target.name}.failed.{number}.json")
+    return path

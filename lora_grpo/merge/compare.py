@@ -1,19 +1,17 @@
 """Every tensor of a merged folder, read back and compared with base + delta, one at a time.
 
-The writer is not asked: safetensors reads both files, and PEFT computes the deltas on a model that
-has no weights but the adapter's. Memory stays near that of the largest tensor.
+The writer is not asked: PEFT computes the deltas, on a model that has no weights but the adapter's.
+Memory stays near that of the largest tensor.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from lora_grpo.merge.inputs import MergePlan
-from lora_grpo.merge.tensors import BLOCK_ELEMENTS, DTYPES, Slot
-from lora_grpo.merge.write import dequantize
+from lora_grpo.merge.tensors import BLOCK_ELEMENTS, read_header, read_tensor
+from lora_grpo.merge.write import load_weight
 from lora_grpo.proof.checks import Check
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Adding in another order moves a float32 sum by a few units in its last place.
-FLOAT32_SLACK = 2.0**-18
+DELTA_SLACK, SUM_SLACK = 2.0**-18, 2.0**-23
 
 
 def load_skeleton(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
@@ -43,7 +41,8 @@ def load_deltas(plan: MergePlan) -> "PeftModel":
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(plan.adapter_dir))
+    folder = str(plan.record.folder)
+    config = LoraConfig.from_pretrained(folder)
     config.init_lora_weights = False
     config.base_model_name_or_path = None  # PEFT warns where it is not the folder's path
     model = get_peft_model(load_skeleton(plan.base_folder)[0], config)
@@ -51,92 +50,67 @@ def load_deltas(plan: MergePlan) -> "PeftModel":
         if isinstance(layer, LoraLayer):
             layer.lora_A.to_empty(device="cpu")
             layer.lora_B.to_empty(device="cpu")
-    weights = load_peft_weights(str(plan.adapter_dir), device="cpu")
+    weights = load_peft_weights(folder, device="cpu")
     lora = {name: values for name, values in weights.items() if ".lora_" in name}
     set_peft_model_state_dict(model, lora)
     return model.eval()
 
 
-def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return how far rounding to `dtype` moves each float32 value at most: half the spacing."""
-    unit = torch.tensor(torch.finfo(dtype).eps / 4).expand_as(values)
-    spacing = torch.ldexp(unit, torch.frexp(values).exponent) * (values != 0)
-    return spacing.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2)
-
-
-@dataclass
-class Kept:
-    """How much of the adapter's change is in the merged weights: 1 is all, 0 is nothing.
-
-    The projection of (merged - base) on the delta, over all tensors. A change below half an ulp is
-    rounded away, and then the merged model is the base, however exact the merge was.
-    """
-
-    along: float = 0.0
-    whole: float = 0.0
-
-    def add(self, change: torch.Tensor, delta: torch.Tensor) -> None:
-        self.along += (change.double() * delta.double()).sum().item()
-        self.whole += delta.double().square().sum().item()
-
-    @property
-    def share(self) -> float:
-        return self.along / self.whole if self.whole else 0.0
-
-
+@torch.no_grad()
 def check_tensors(plan: MergePlan, folder: Path, quantized: frozenset[str]) -> tuple[Check, float]:
-    """Compare every stored value with base + delta, to half an ulp of the stored type.
+    """Compare every stored value with base + delta, as the stored type rounds it.
 
-    Returns the check, and the share of the adapter's change that rounding left (see `Kept`).
+    Returns the check, and how much of the adapter's change is in the merged weights: 1 is all, 0 is
+    nothing. A change below half an ulp is rounded away, and then the merged model is the base,
+    however exact the merge was.
     """
-    model, kept = load_deltas(plan), Kept()
+    model, along, whole = load_deltas(plan), 0.0, 0.0
     files = {path.name for path in folder.glob("*.safetensors")}
     faults = [f"{name} does not belong there" for name in sorted(files - plan.layout.keys())]
     for file_name, slots in plan.layout.items():
-        with safe_open(folder / file_name, "pt") as merged:
-            found = set(merged.keys())
-        expected = {slot.name for slot in slots}
-        faults += [f"{name} does not belong there" for name in sorted(found - expected)]
-        faults += [f"{name} is missing" for name in sorted(expected - found)]
-        for slot in (slot for slot in slots if slot.name in found):
-            faults += compare_tensor(
-                plan, slot, folder / file_name, model, slot.name in quantized, kept
-            )
+        stored = read_header(folder / file_name)
+        extra = stored.keys() - {slot.name for slot in slots}
+        faults += [f"{name} does not belong there" for name in sorted(extra)]
+        for slot in slots:
+            found = stored.get(slot.name)
+            if found is None:
+                faults.append(f"{slot.name} is missing")
+                continue
+            if (found.dtype, found.shape) != (slot.dtype, slot.shape):
+                faults.append(f"{slot.name} is {list(found.shape)} in {found.dtype}")
+                continue
+            base = load_weight(plan, slot.name, slot.name in quantized)
+            delta = torch.zeros(()).expand(slot.shape)
+            if slot.name in plan.deltas:
+                layer = model.get_base_model().get_submodule(plan.deltas[slot.name].module)
+                delta = layer.get_delta_weight(model.active_adapter)
+            fault, projected, size = compare_values(read_tensor(found), base, delta)
+            faults += [f"{slot.name}: {fault}"] if fault else []
+            along, whole = along + projected, whole + size
     count = f"{len(plan.tensors)} tensors, {len(plan.deltas)} of them adapted"
     detail = "; ".join(faults[:3]) or f"{count}: all within half an ulp"
-    return Check("tensors", not faults, detail), kept.share
+    return Check("tensors", not faults, detail), along / whole if whole else 0.0
 
 
-@torch.no_grad()
-def compare_tensor(
-    plan: MergePlan, slot: Slot, path: Path, model: "PeftModel", is_quantized: bool, kept: Kept
-) -> list[str]:
-    """Return what is wrong with one stored tensor, nothing where it is right."""
-    stored = plan.tensors[slot.name]
-    # Opened for one tensor only: the pages of a memory map count as the process's memory.
-    with safe_open(path, "pt") as after, safe_open(stored.path, "pt") as before:
-        merged, weight = after.get_tensor(slot.name), before.get_tensor(slot.name)
-    if merged.shape != weight.shape or merged.dtype != DTYPES[slot.dtype]:
-        return [f"{slot.name} is {list(merged.shape)} in {merged.dtype}"]
-    if not slot.is_float:
-        return [] if merged.equal(weight) else [f"{slot.name} differs"]
-    if is_quantized:
-        weight = dequantize(weight, plan.four_bit)
-    delta = torch.zeros(())
-    if slot.name in plan.deltas:
-        layer = model.get_base_model().get_submodule(plan.deltas[slot.name].module)
-        delta = layer.get_delta_weight(model.active_adapter).flatten()
-    slack, count, worst = FLOAT32_SLACK * delta.abs().max().item(), 0, 0.0
-    for start in range(0, merged.numel(), BLOCK_ELEMENTS):
-        block = slice(start, start + BLOCK_ELEMENTS)
-        found, base = (tensor.flatten()[block].float() for tensor in (merged, weight))
-        added = delta[block] if delta.ndim else delta
-        expected = base + added
-        error = (found - expected).abs()
-        wrong = error[~(error <= half_ulp(expected, merged.dtype) + slack)]
-        count, worst = count + len(wrong), max([worst, *wrong.sort().values[-1:].tolist()])
-        if delta.ndim:
-            kept.add(found - base, added)
-    if not count:
-        return []
-    return [f"{slot.name}: {count} of {merged.numel()} values off by up to {worst:.3g}"]
+def compare_values(
+    merged: torch.Tensor, base: torch.Tensor, delta: torch.Tensor
+) -> tuple[str | None, float, float]:
+    """Return what is wrong with a merged tensor, None where nothing is, the scalar product of its
+    change and the delta, and the delta's square."""
+    if not merged.is_floating_point():
+        return (None if merged.equal(base) else "differs"), 0.0, 0.0
+    slack = DELTA_SLACK * delta.abs().max() if delta.numel() else 0.0
+    wrong = worst = along = whole = 0.0
+    blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (merged, base, delta))
+    for found, before, added in zip(*blocks, strict=True):
+        exact = before.float() + added
+        # Rounding keeps the order: what lies between two values is rounded between theirs.
+        room = slack + SUM_SLACK * exact.abs()
+        low, high = (exact - room).to(merged.dtype), (exact + room).to(merged.dtype)
+        errors = (found.float() - exact).abs()[~((low <= found) & (found <= high))]
+        if len(errors):
+            wrong, worst = wrong + len(errors), max(worst, errors.max().item())
+        along += ((found.float() - before.float()).double() * added.double()).sum().item()
+        whole += added.double().square().sum().item()
+    fault = f"{wrong:.0f} of {merged.numel()} values off by up to {worst:.3g}" if wrong else None
+    return fault, along, whole

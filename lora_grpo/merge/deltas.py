@@ -2,7 +2,7 @@
 
 PEFT's file format and formula: scaling * B @ A with scaling = alpha / r, or alpha / sqrt(r) for
 rank-stabilised LoRA (arXiv 2312.03732), r and alpha by module where the config holds patterns.
-Whatever is more than that is refused by name, with the way to merge it where there is one.
+Whatever is more than that is refused by name.
 """
 
 import math
@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from lora_grpo.merge.tensors import StoredTensor, read_header, read_tensor
-from lora_grpo.policy.adapter import check_adapter
-from lora_grpo.policy.base import read_config
+from lora_grpo.policy.adapter import CONFIG, WEIGHTS, check_adapter
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 COPY_KEY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
@@ -36,14 +34,10 @@ NOT_A_PLAIN_DELTA = (
     "trainable_token_indices",
     "modules_to_save",
 )
-# What PEFT 0.21 was seen to merge (merged, saved and loaded again, on random models); LoRA on
-# embeddings that are tied it loses, logits are off by 3 to 8.
-KEPT_BY_PEFT = ("use_dora", "target_parameters", "trainable_token_indices", "modules_to_save")
-USE_PEFT = "PEFT's merge_and_unload merges it"
-LEAVE_IT = "use the adapter as it is, with chat.py and evaluate.py"
-TIED = (
-    "no merge keeps it, because the base ties its embeddings and LoRA changed one of the two: "
-    f"{LEAVE_IT}, or train without embed_tokens and lm_head"
+# PEFT's own merge loses LoRA on embeddings that are tied, so that it is named with a condition.
+OTHERWISE = (
+    "use the adapter as it is, with chat.py and evaluate.py, or try PEFT's merge_and_unload and "
+    "compare the logits of what it saved"
 )
 
 
@@ -83,48 +77,22 @@ def check_adapter_dir(directory: Path) -> Path:
     return check_adapter(directory, "merge_adapter.py")
 
 
-def find_way(adapter_dir: Path, base: Path) -> str:
-    """Return how else an adapter can be merged that is not plain LoRA on linear layers."""
-    keys = read_header(adapter_dir / WEIGHTS)
-    adapted = [key for key in keys if is_embedding(key.partition(".lora_")[0]) and ".lora_" in key]
-    if adapted and ties_embeddings(base):
-        return TIED
-    copies = {key: COPY_KEY.fullmatch(key) for key in keys}
-    rows = {keys[key].shape[0] for key, found in copies.items() if found and is_embedding(found[1])}
-    if not rows:
-        return USE_PEFT
-    vocab_size = read_config(base).get_text_config().vocab_size
-    for count in rows - {vocab_size}:
-        return (
-            f"call resize_token_embeddings({count}) on the base, which has {vocab_size} rows, and "
-            f"put the adapter on that: then {USE_PEFT}"
-        )
-    return USE_PEFT
-
-
-def ties_embeddings(base: Path) -> bool:
-    """Return whether a model's output layer is its embedding table; many configs do not say."""
-    return bool(read_config(base).get_text_config().tie_word_embeddings)
-
-
-def refuse_unmergeable(adapter: dict[str, Any], way: str = USE_PEFT) -> None:
-    """Raise a ValueError unless a config says: plain LoRA on linear layers of an untouched base.
-
-    `way` says how else the adapter can be merged.
-    """
+def refuse_unmergeable(adapter: dict[str, Any]) -> None:
+    """Raise a ValueError unless a config says: plain LoRA on linear layers of an untouched base."""
     if adapter.get("peft_type") != "LORA":
         raise ValueError(
             f"{CONFIG} says peft_type {adapter.get('peft_type')}: only LORA can be merged"
         )
     if adapter.get("bias", "none") != "none":
         raise ValueError(
-            f"{CONFIG} says bias {adapter['bias']!r}: trained biases are not merged here; {way}"
+            f"{CONFIG} says bias {adapter['bias']!r}: trained biases are not merged here; "
+            f"{OTHERWISE}"
         )
     for name in NOT_A_PLAIN_DELTA:
         if adapter.get(name):
             raise ValueError(
                 f"{CONFIG} says {name} {adapter[name]!r}: only plain LoRA on linear layers is "
-                f"merged here; {way if name in KEPT_BY_PEFT else LEAVE_IT}"
+                f"merged here; {OTHERWISE}"
             )
     start = adapter.get("init_lora_weights")
     if isinstance(start, str) and ALTERS_THE_BASE.fullmatch(start.lower()):
@@ -135,10 +103,7 @@ def refuse_unmergeable(adapter: dict[str, Any], way: str = USE_PEFT) -> None:
 
 
 def read_deltas(
-    adapter_dir: Path,
-    adapter: dict[str, Any],
-    base: dict[str, StoredTensor] | None = None,
-    way: str = USE_PEFT,
+    adapter_dir: Path, adapter: dict[str, Any], base: dict[str, StoredTensor]
 ) -> dict[str, Delta]:
     """Return the adapter's deltas by the name of the base tensor.
 
@@ -152,25 +117,14 @@ def read_deltas(
         found = LORA_KEY.fullmatch(key)
         if found is not None:
             sides.setdefault(found["module"], {})[found["side"]] = tensor
-        elif not is_copy(key, tensor, base or {}):
+        elif not is_copy(key, tensor, base):
             raise ValueError(
                 f"the adapter holds {key}, which is no LoRA matrix of a linear layer: trained "
-                f"embeddings, biases and whole modules are not merged here; {way}"
+                f"embeddings, biases and whole modules are not merged here; {OTHERWISE}"
             )
     return {
         f"{module}.weight": build_delta(module, pair, adapter) for module, pair in sides.items()
     }
-
-
-def find_original(key: str, base: dict[str, StoredTensor]) -> StoredTensor | None:
-    """Return the base's tensor under an adapter's key; of a tied pair the base stores one."""
-    found = COPY_KEY.fullmatch(key)
-    if found is None:
-        return None
-    names = [found["module"]]
-    if is_embedding(names[0]):
-        names += [n for n in (name.removesuffix(".weight") for name in base) if is_embedding(n)]
-    return next((base[f"{name}.weight"] for name in names if f"{name}.weight" in base), None)
 
 
 def is_embedding(module: str) -> bool:
@@ -178,7 +132,14 @@ def is_embedding(module: str) -> bool:
 
 
 def is_copy(key: str, tensor: StoredTensor, base: dict[str, StoredTensor]) -> bool:
-    original = find_original(key, base)
+    """Return whether an adapter's tensor is the base's own; of a tied pair the base stores one."""
+    found = COPY_KEY.fullmatch(key)
+    if found is None:
+        return False
+    names = [f"{found['module']}.weight"]
+    if is_embedding(found["module"]):
+        names += [name for name in base if is_embedding(name.removesuffix(".weight"))]
+    original = next((base[name] for name in names if name in base), None)
     if original is None or original.shape != tensor.shape:
         return False
     return read_tensor(tensor).float().equal(read_tensor(original).float())
@@ -202,27 +163,24 @@ def build_delta(module: str, pair: dict[str, StoredTensor], adapter: dict[str, A
 
 
 def match_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that the module's name ends with, as PEFT does."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    """Return the value of the first pattern that the module's name ends with."""
+    from peft.utils.other import get_pattern_key
+
+    return (patterns or {}).get(get_pattern_key(patterns or {}, module), default)
 
 
 def check_learned(adapter_dir: Path, deltas: dict[str, Delta]) -> None:
     """Raise a ValueError if an adapter holds a value that is no number, or changes nothing."""
     learned = False
     for delta in deltas.values():
-        nonzero = []
-        for stored in (delta.a, delta.b):
-            values = read_tensor(stored)
+        sides = [(stored, read_tensor(stored)) for stored in (delta.a, delta.b)]
+        for stored, values in sides:
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"{stored.name} in {adapter_dir} holds values that are not finite: the run "
                     "diverged, use an earlier checkpoint"
                 )
-            nonzero.append(bool(values.any()))
-        learned = learned or all(nonzero)
+        learned = learned or all(values.any() for _, values in sides)
     if not learned:
         raise ValueError(
             f"{adapter_dir} changes nothing (lora_B is zero everywhere): nothing was learned, so "

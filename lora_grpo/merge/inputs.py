@@ -7,27 +7,26 @@ the bytes for its hash.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from lora_grpo.data.prompt import PromptStyle
 from lora_grpo.machine.files import read_json
 from lora_grpo.merge.deltas import (
-    CONFIG,
-    LEAVE_IT,
     Delta,
     check_adapter_dir,
     check_learned,
-    find_way,
     is_embedding,
     read_deltas,
     refuse_unmergeable,
-    ties_embeddings,
 )
 from lora_grpo.merge.tensors import DTYPES, Slot, StoredTensor, read_header
-from lora_grpo.policy.adapter import TRAIN_CONFIG, RunRecord, hash_weights, read_record
-from lora_grpo.policy.base import choose_placement, read_tokenizer
+from lora_grpo.policy.adapter import CONFIG, TRAIN_CONFIG, RunRecord, hash_weights, read_record
+from lora_grpo.policy.base import choose_placement, quantization, read_config, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = 64 << 20
@@ -36,18 +35,11 @@ Base = Literal["original", "dequantized"]
 
 
 @dataclass(frozen=True)
-class FourBit:
-    """How the policy's base was quantised while it was trained (NF4)."""
-
-    double_quant: bool
-    dtype: str
-
-
-@dataclass(frozen=True)
 class MergePlan:
-    """All that the merge and its proof need; `four_bit` is None for a run on the base as it is."""
+    """All that the merge and its proof need; `four_bit` says how the policy's base was quantised
+    while it was trained, None for a run on the base as it is."""
 
-    adapter_dir: Path
+    record: RunRecord
     base: Base
     base_name: str
     base_folder: Path
@@ -56,7 +48,7 @@ class MergePlan:
     tensors: dict[str, StoredTensor]
     deltas: dict[str, Delta]
     dtype: Dtype
-    four_bit: FourBit | None
+    four_bit: "BitsAndBytesConfig | None"
     style: PromptStyle
     warning: str | None
 
@@ -86,8 +78,7 @@ def plan_merge(
     """
     check_adapter_dir(adapter_dir)
     record, adapter = read_record(adapter_dir), read_json(adapter_dir / CONFIG)
-    way = find_way(adapter_dir, record.find_base(model, weights=False))
-    refuse_unmergeable(adapter, way)
+    refuse_unmergeable(adapter)
     four_bit = read_four_bit(record)
     if base == "dequantized" and four_bit is None:
         raise ValueError(
@@ -96,14 +87,14 @@ def plan_merge(
         )
     base_folder, base_name = record.find_base(model), model or record.base
     tensors = read_base(base_folder)
-    deltas = read_deltas(adapter_dir, adapter, tensors, way)
+    deltas = read_deltas(adapter_dir, adapter, tensors)
     check_learned(adapter_dir, deltas)
     check_fit(deltas, tensors, base_folder)
     sha256 = hash_weights(base_folder)
     warning = compare_hash(record.base_sha256, sha256, base_folder, named=bool(model))
     tokenizer_folder = record.tokenizer_folder(base_folder)
     return MergePlan(
-        adapter_dir=adapter_dir,
+        record=record,
         base=base,
         base_name=base_name,
         base_folder=base_folder,
@@ -118,16 +109,15 @@ def plan_merge(
     )
 
 
-def read_four_bit(record: RunRecord) -> FourBit | None:
+def read_four_bit(record: RunRecord) -> "BitsAndBytesConfig | None":
     """Return how a run's base was quantised, None where it was not."""
-    if not record.load_in_4bit:
-        return None
-    if record.quant_type != "nf4":
+    if record.load_in_4bit and record.quant_type != "nf4":
         raise ValueError(
             f"{record.records / TRAIN_CONFIG} says bnb_4bit_quant_type {record.quant_type!r}: only "
             "nf4 is known"
         )
-    return FourBit(record.double_quant, record.dtype or choose_placement().dtype)
+    dtype = record.dtype or choose_placement().dtype
+    return quantization(record.load_in_4bit, record.double_quant, dtype)
 
 
 def read_style(record: RunRecord, tokenizer_folder: Path) -> PromptStyle:
@@ -157,12 +147,14 @@ def read_base(folder: Path) -> dict[str, StoredTensor]:
 
 def check_fit(deltas: dict[str, Delta], tensors: dict[str, StoredTensor], folder: Path) -> None:
     """Raise a ValueError for an adapter of another base, or one that would untie embeddings."""
+    # The loaded config has the default where config.json does not say.
+    tied = read_config(folder).get_text_config().tie_word_embeddings
     for name, delta in deltas.items():
-        if is_embedding(delta.module) and ties_embeddings(folder):
+        if tied and is_embedding(delta.module):
             raise ValueError(
                 f"the adapter changes {delta.module}, but the base {folder} ties its embeddings: "
-                f"the two cannot change apart; {LEAVE_IT}, or train on the linear layers of the "
-                "blocks alone"
+                "the two cannot change apart; use the adapter as it is, with chat.py and "
+                "evaluate.py, or train on the linear layers of the blocks alone"
             )
         if name not in tensors:
             raise ValueError(

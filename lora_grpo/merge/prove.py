@@ -19,8 +19,7 @@ from lora_grpo.machine.hardware import available_memory
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.compare import check_tensors, load_skeleton
 from lora_grpo.merge.inputs import MergePlan
-from lora_grpo.merge.tensors import BLOCK_ELEMENTS, read_tensor
-from lora_grpo.merge.write import build_config, dequantize, find_quantized, load_weight
+from lora_grpo.merge.write import build_config, find_quantized, load_weight
 from lora_grpo.policy.base import (
     choose_placement,
     load_adapter,
@@ -75,23 +74,24 @@ class Distances:
 
     The merged model (None if it cannot be loaded), the policy's own weights rounded, the bare base.
     Where the policy was trained in 4-bit, also the merged model from that policy; this has no
-    bound. `reference` is what was seen of the merged model, for exports to be compared with.
+    bound.
     """
 
     merged: Distance | None
     rounding_noise: Distance
     bare_base: Distance
     from_4bit_policy: Distance | None
-    reference: Reference | None
 
 
 @dataclass(frozen=True)
 class MergeProof:
-    """The checks and figures; `kept` is the share of the adapter's change that rounding left."""
+    """The checks and figures; `kept` is the share of the adapter's change that rounding left, and
+    `reference` what was seen of the merged model, for exports to be compared with."""
 
     checks: tuple[Check, ...]
     kept: float
     distances: Distances | None
+    reference: Reference | None
 
     @property
     def failed(self) -> list[Check]:
@@ -107,25 +107,27 @@ def prove_merge(
 ) -> MergeProof:
     """Check a merged folder against its plan, with at most one model in memory at a time."""
     tokenizer = read_tokenizer(plan.tokenizer_folder)
-    prompts = render_prompts(plan.adapter_dir, plan.style, tokenizer, num_prompts)
-    quantized, distances = find_quantized(plan), None
+    prompts = render_prompts(plan.record.records, plan.style, tokenizer, num_prompts)
+    quantized = find_quantized(plan)
     with quiet_transformers():
         report("proving: every tensor, read back, against base + delta")
         tensors, kept = check_tensors(plan, folder, quantized)
-        checks = [
+        checks = (
             tensors,
             check_config(plan, folder),
             check_generation_config(folder),
             check_tokenizer(folder, tokenizer, prompts),
-        ]
-        if kind == "logits":
-            distances, found = compare_logits(plan, folder, tokenizer, prompts, quantized, report)
-            checks += found
+        )
+        if plan.base == "dequantized":
+            checks += (check_dequantized(plan, quantized),)
+        distances = reference = None
+        if kind == "tensors":
+            _, found = check_structure(plan, tokenizer, lambda: load_skeleton(folder))
         else:
-            checks += check_structure(plan, tokenizer, lambda: load_skeleton(folder))[1]
-            if plan.base == "dequantized":
-                checks.append(check_dequantized(plan, quantized, load_4bit_base(plan)))
-    return MergeProof(tuple(checks), kept, distances)
+            found, distances, reference = compare_logits(
+                plan, folder, tokenizer, prompts, quantized, report
+            )
+    return MergeProof((*checks, *found), kept, distances, reference)
 
 
 def check_structure(
@@ -172,7 +174,7 @@ def compare_logits(
     prompts: list[str],
     quantized: frozenset[str],
     report: Callable[[str], None],
-) -> tuple[Distances, list[Check]]:
+) -> tuple[list[Check], Distances, Reference | None]:
     """Run base + adapter, its rounded weights and the merged folder on the same sequences."""
     report("proving: the logits of base + adapter in float32")
     policy = load_policy(plan, quantized)
@@ -180,27 +182,24 @@ def compare_logits(
     logits = list(collect_logits(policy, sequences))
     with policy.disable_adapter():
         bare_base = measure_distance(logits, collect_logits(policy, sequences))
-    round_weights(policy, plan)
-    noise = measure_distance(logits, collect_logits(policy, sequences))
-    del policy
+    rounded = round_weights(policy.merge_and_unload(), getattr(torch, plan.dtype))
+    noise = measure_distance(logits, collect_logits(rounded, sequences))
+    del policy, rounded
     release_memory()
     report("proving: the logits of the merged folder, reloaded")
     found, checks = check_structure(plan, tokenizer, lambda: load_whole(folder), sequences)
     release_memory()
     if found is None:
-        return Distances(None, noise, bare_base, None, None), checks
+        return checks, Distances(None, noise, bare_base, None), None
     merged, drift = measure_distance(logits, found), None
     checks += check_distance(merged, noise, ROUNDING_FACTOR, ROUNDING_FACTOR)
     if plan.four_bit is not None:
         report("measuring the drift from the 4-bit policy")
-        base = load_4bit_base(plan)
-        if plan.base == "dequantized":
-            checks.append(check_dequantized(plan, quantized, base))
-        trained = load_adapter(base, plan.adapter_dir).eval()
+        trained = load_adapter(load_4bit_base(plan), plan.record.folder).eval()
         drift = measure_distance(collect_logits(trained, sequences), found)
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     reference = Reference(prompts, ids, sequences, found)
-    return Distances(merged, noise, bare_base, drift, reference), checks
+    return checks, Distances(merged, noise, bare_base, drift), reference
 
 
 def load_policy(plan: MergePlan, quantized: frozenset[str]) -> "PeftModel":
@@ -208,8 +207,8 @@ def load_policy(plan: MergePlan, quantized: frozenset[str]) -> "PeftModel":
     base = load_whole(plan.base_folder)[0]
     with torch.no_grad():
         for name in quantized:
-            base.get_parameter(name).copy_(load_weight(plan.tensors[name], plan.four_bit))
-    return load_adapter(base, plan.adapter_dir).eval()
+            base.get_parameter(name).copy_(load_weight(plan, name, is_quantized=True))
+    return load_adapter(base, plan.record.folder).eval()
 
 
 def load_whole(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
@@ -222,47 +221,33 @@ def load_whole(folder: Path) -> tuple["PreTrainedModel", dict[str, Any]]:
 
 def load_4bit_base(plan: MergePlan) -> "PreTrainedModel":
     """Load the base as the policy was trained on it."""
-    placement = choose_placement(plan.four_bit.dtype)
-    return load_base(plan.base_folder, placement, True, plan.four_bit.double_quant)
+    placement = choose_placement(plan.record.dtype)
+    return load_base(plan.base_folder, placement, True, plan.record.double_quant)
 
 
 @torch.no_grad()
-def round_weights(model: "PeftModel", plan: MergePlan) -> None:
-    """Move the policy's weights, adapter included, to what the merged type holds of them, for good.
+def round_weights(model: "PreTrainedModel", dtype: torch.dtype) -> "PreTrainedModel":
+    """Move a float32 model's weights to what a 16-bit type holds of them, and return it.
 
     The loss is no random noise: of changes below half an ulp nothing is left, and those of a
     trained adapter point one way.
     """
-    base, dtype = model.get_base_model(), getattr(torch, plan.dtype)
-    for name in (slot.name for slots in plan.layout.values() for slot in slots if slot.is_float):
-        delta = None
-        if name in plan.deltas:
-            layer = base.get_submodule(plan.deltas[name].module)
-            weight, delta = layer.base_layer.weight, layer.get_delta_weight(model.active_adapter)
-        else:
-            try:
-                weight = base.get_parameter(name)
-            except AttributeError:  # such as a tied tensor's second name
-                continue
-        exact = weight if delta is None else weight + delta
-        blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (exact, weight.view(-1)))
-        for wanted, target in zip(*blocks, strict=True):
-            target.add_(wanted.to(dtype).float() - wanted)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return model
 
 
-def check_dequantized(plan: MergePlan, quantized: frozenset[str], base: "PreTrainedModel") -> Check:
+def check_dequantized(plan: MergePlan, quantized: frozenset[str]) -> Check:
     """Compare the weights that were merged into with those of the model as 4-bit loading has it."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    layers = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, Linear4bit)}
+    modules = load_4bit_base(plan).named_modules()
+    layers = {f"{name}.weight": m.weight for name, m in modules if isinstance(m, Linear4bit)}
     faults = [f"{name} is quantised in one of the two only" for name in layers.keys() ^ quantized]
     for name in layers.keys() & quantized:
-        weight = layers[name].weight
-        loaded = dequantize_4bit(weight.data, weight.quant_state).float().cpu()
-        if not loaded.equal(dequantize(read_tensor(plan.tensors[name]), plan.four_bit)):
+        loaded = dequantize_4bit(layers[name].data, layers[name].quant_state).float().cpu()
+        if not loaded.equal(load_weight(plan, name, is_quantized=True)):
             faults.append(f"{name} differs")
-    detail = (
-        "; ".join(faults[:3]) or f"{len(layers)} weights equal the 4-bit model's to the last bit"
-    )
-    return Check("dequantized_base", not faults, detail)
+    count = f"{len(layers)} weights equal the 4-bit model's to the last bit"
+    return Check("dequantized_base", not faults, "; ".join(faults[:3]) or count)

@@ -5,7 +5,7 @@ A plan and its proof go in; JSON values and text come out.
 
 import math
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,11 @@ def build_report(
     `kind` is the proof that was run and `reason` why that one; without the logits proof the
     distances are None.
     """
-    distances = asdict(replace(proof.distances, reference=None)) if proof.distances else {}
+    distances = asdict(proof.distances) if proof.distances else {}
     warnings = [plan.warning, warn_of_rounding(plan, proof)]
     return {
-        "adapter": plan.adapter_dir.resolve().name,
-        "adapter_sha256": hash_weights(plan.adapter_dir),
+        "adapter": plan.record.folder.resolve().name,
+        "adapter_sha256": hash_weights(plan.record.folder),
         "base": plan.base_name,
         "base_sha256": plan.base_sha256,
         "merged_into": plan.base,

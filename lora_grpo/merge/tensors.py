@@ -1,17 +1,17 @@
-"""Read and write safetensors files a piece at a time, so that memory does not grow with the file.
+"""Safetensors files tensor by tensor, so that memory does not grow with the file.
 
-A header goes in, or a layout; tensors come out, or a file. Plain reads at offsets, since the pages
-of a memory map count as the process's memory. The format: 8 bytes little-endian header length, a
-JSON header padded with spaces, raw data.
+The library reads; it has no way to write a file in parts, so that is done here. The format: 8 bytes
+little-endian header length, a JSON header padded with spaces, raw data.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,7 +33,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Slot:
-    """What a header says of a tensor, before it has a place."""
+    """What a header says of a tensor."""
 
     name: str
     dtype: str
@@ -54,10 +54,9 @@ class Slot:
 
 @dataclass(frozen=True)
 class StoredTensor(Slot):
-    """A tensor in a file: `offset` counts from the file's first byte."""
+    """A tensor in a file."""
 
     path: Path
-    offset: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -67,61 +66,29 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         ValueError: the file is cut short, is no safetensors file, or holds a type not known here.
     """
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = [place_tensor(path, 8 + length, name, said) for name, said in header.items()]
-        if tensors and max(end_of(tensor) for tensor in tensors) != path.stat().st_size:
-            raise ValueError("its size is not what its header says")
-    except (ValueError, KeyError, AttributeError) as error:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.offset_keys()}
+            tensors = [
+                StoredTensor(name, part.get_dtype(), tuple(part.get_shape()), path)
+                for name, part in parts.items()
+            ]
+    except SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file ({error}): fetch it again"
         ) from error
-    return {tensor.name: tensor for tensor in sorted(tensors, key=lambda tensor: tensor.offset)}
-
-
-def place_tensor(path: Path, data_start: int, name: str, said: dict) -> StoredTensor:
-    if said["dtype"] not in DTYPES:
-        raise ValueError(f"{name} has type {said['dtype']}, known are {', '.join(DTYPES)}")
-    begin, end = said["data_offsets"]
-    tensor = StoredTensor(name, said["dtype"], tuple(said["shape"]), path, data_start + begin)
-    if tensor.nbytes != end - begin:
-        raise ValueError(f"{name} takes {end - begin} bytes, its shape needs {tensor.nbytes}")
-    return tensor
-
-
-def end_of(tensor: StoredTensor) -> int:
-    return tensor.offset + tensor.nbytes
-
-
-def read_blocks(tensor: StoredTensor, elements: int = BLOCK_ELEMENTS) -> Iterator[torch.Tensor]:
-    """Yield the tensor's elements in order, flat, in chunks of at most `elements`."""
-    dtype = DTYPES[tensor.dtype]
-    with tensor.path.open("rb", buffering=0) as file:
-        file.seek(tensor.offset)
-        for start in range(0, tensor.numel, elements):
-            block = bytearray(min(elements, tensor.numel - start) * dtype.itemsize)
-            fill(file, block, tensor)
-            yield torch.frombuffer(block, dtype=dtype)
-
-
-def fill(file, block: bytearray, tensor: StoredTensor) -> None:
-    view, filled = memoryview(block), 0
-    while filled < len(block):
-        count = file.readinto(view[filled:])
-        if not count:
-            raise ValueError(f"{tensor.path} ends inside {tensor.name}: fetch it again")
-        filled += count
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{path} holds {tensor.name} in {tensor.dtype}, known are {', '.join(DTYPES)}"
+            )
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def read_tensor(tensor: StoredTensor) -> torch.Tensor:
-    """Return one whole tensor."""
-    if not tensor.numel:
-        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    return next(read_blocks(tensor, tensor.numel)).view(tensor.shape)
+    """Return one whole tensor, whose pages are let go with it."""
+    # Opened for one tensor only: the pages of a memory map count as the process's memory.
+    with safe_open(tensor.path, "pt") as file:
+        return file.get_tensor(tensor.name)
 
 
 def build_header(layout: Iterable[Slot]) -> bytes:

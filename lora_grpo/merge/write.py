@@ -1,38 +1,23 @@
-"""A plan becomes safetensors files, tensor by tensor: read, add the delta in float32, cast, append.
-
-Only weights that are adapted or were quantised are held whole; everything else passes through in
-blocks, so that memory stays near the largest linear layer, whatever the size of the model.
+"""A plan becomes a model folder, its weights tensor by tensor: read, add the delta in float32,
+cast, append. Memory stays near the largest tensor, whatever the size of the model.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_grpo.machine.files import read_json
-from lora_grpo.merge.inputs import INDEX_FILE, FourBit, MergePlan
-from lora_grpo.merge.tensors import (
-    DTYPES,
-    Slot,
-    StoredTensor,
-    read_blocks,
-    read_tensor,
-    write_safetensors,
-)
-from lora_grpo.policy.base import (
-    choose_placement,
-    merge_end_ids,
-    quantization,
-    read_config,
-    read_tokenizer,
-)
+from lora_grpo.machine.files import read_json, write_json
+from lora_grpo.merge.inputs import INDEX_FILE, MergePlan
+from lora_grpo.merge.tensors import BLOCK_ELEMENTS, DTYPES, Slot, read_tensor, write_safetensors
+from lora_grpo.policy.adapter import EVAL, EVAL_ITEMS, METRICS, TRAIN_CONFIG
+from lora_grpo.policy.base import choose_placement, merge_end_ids, read_config, read_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,8 +30,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-# What the run recorded goes with the weights, so that prompt, chat and card are known from them.
-RECORDS = ("train_config.json", "eval.json", "eval_items.jsonl", "metrics.jsonl")
 SAMPLING_ONLY = (
     "temperature",
     "top_k",
@@ -61,21 +44,17 @@ SAMPLING_ONLY = (
 
 def write_side_files(plan: MergePlan, folder: Path) -> None:
     """Write everything but the weights."""
-    for name in TOKENIZER_FILES:
-        if (plan.tokenizer_folder / name).is_file():
-            shutil.copyfile(plan.tokenizer_folder / name, folder / name)
-    for name in RECORDS:
-        if (plan.adapter_dir / name).is_file():
-            shutil.copyfile(plan.adapter_dir / name, folder / name)
-    for licence in plan.base_folder.glob("LICENSE*"):
-        shutil.copyfile(licence, folder / licence.name)
+    copied = [plan.tokenizer_folder / name for name in TOKENIZER_FILES]
+    # What the run recorded goes with the weights, so that prompt, chat and card are known from
+    # them; the figures of `last` and of a checkpoint are not the run's.
+    copied.append(plan.record.records / TRAIN_CONFIG)
+    copied += [plan.record.folder / name for name in (EVAL, EVAL_ITEMS, METRICS)]
+    copied += plan.base_folder.glob("LICENSE*")
+    for path in filter(Path.is_file, copied):
+        shutil.copyfile(path, folder / path.name)
     write_json(folder / "config.json", build_config(plan))
     tokenizer = read_tokenizer(plan.tokenizer_folder)
     write_json(folder / "generation_config.json", build_generation_config(plan, tokenizer))
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def build_config(plan: MergePlan) -> dict[str, Any]:
@@ -95,10 +74,8 @@ def build_generation_config(
     """
     from transformers import GenerationConfig
 
-    config, path = (
-        read_json(plan.base_folder / "config.json"),
-        plan.base_folder / "generation_config.json",
-    )
+    config = read_json(plan.base_folder / "config.json")
+    path = plan.base_folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         if generation.get(name) is None and config.get(name) is not None:
@@ -124,48 +101,47 @@ def build_generation_config(
     return generation
 
 
-def write_weights(plan: MergePlan, folder: Path, advance: Callable[[int], None]) -> None:
-    """Write the merged tensors under the base's file names; `advance` hears of bytes as written.
+def write_weights(plan: MergePlan, folder: Path) -> None:
+    """Write the merged tensors under the base's file names, with a progress bar on a terminal.
 
     Raises:
         ValueError: a merged value is not finite or does not fit the 16-bit type.
     """
-    quantized = find_quantized(plan)
+    from rich.console import Console
+    from rich.progress import Progress
 
-    def produce(slot: Slot) -> Iterator[torch.Tensor]:
-        for block in merge_blocks(plan, slot, slot.name in quantized):
-            yield block
-            advance(block.numel() * block.element_size())
+    quantized, console = find_quantized(plan), Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("merging", total=plan.nbytes)
 
-    for file_name, slots in plan.layout.items():
-        write_safetensors(folder / file_name, slots, produce)
+        def produce(slot: Slot) -> Iterator[torch.Tensor]:
+            yield from merge_tensor(plan, slot, slot.name in quantized)
+            progress.advance(task, slot.nbytes)
+
+        for file_name, slots in plan.layout.items():
+            write_safetensors(folder / file_name, slots, produce)
     if (plan.base_folder / INDEX_FILE).is_file():
         index = read_json(plan.base_folder / INDEX_FILE)
         index.setdefault("metadata", {})["total_size"] = plan.nbytes
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX_FILE, index)
 
 
-def merge_blocks(plan: MergePlan, slot: Slot, is_quantized: bool) -> Iterator[torch.Tensor]:
+def merge_tensor(plan: MergePlan, slot: Slot, is_quantized: bool) -> Iterator[torch.Tensor]:
     """Yield one merged tensor, flat and in blocks."""
-    stored, dtype = plan.tensors[slot.name], DTYPES[slot.dtype]
-    if slot.name in plan.deltas or is_quantized:
-        weight = load_weight(stored, plan.four_bit if is_quantized else None)
-        if slot.name in plan.deltas:
-            weight += plan.deltas[slot.name].compute()
-        yield cast(weight, dtype, slot.name)
-    elif slot.is_float:
-        yield from (cast(block, dtype, slot.name) for block in read_blocks(stored))
-    else:
-        yield from read_blocks(stored)
+    weight, dtype = load_weight(plan, slot.name, is_quantized), DTYPES[slot.dtype]
+    if slot.name in plan.deltas:
+        weight = weight.float() + plan.deltas[slot.name].compute()
+    for block in weight.flatten().split(BLOCK_ELEMENTS):
+        yield cast(block, dtype, slot.name) if slot.is_float else block
 
 
-def load_weight(stored: StoredTensor, four_bit: FourBit | None) -> torch.Tensor:
-    """Return a base weight in float32, as the 4-bit policy saw it if `four_bit` says how."""
-    weight = read_tensor(stored)
-    return weight.float() if four_bit is None else dequantize(weight, four_bit)
+def load_weight(plan: MergePlan, name: str, is_quantized: bool) -> torch.Tensor:
+    """Return a weight that is merged into: the base's own, or what the 4-bit policy saw of it."""
+    weight = read_tensor(plan.tensors[name])
+    return dequantize(weight, plan.four_bit) if is_quantized else weight
 
 
-def dequantize(weight: torch.Tensor, four_bit: FourBit) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, four_bit: "BitsAndBytesConfig") -> torch.Tensor:
     """Return a weight after NF4 and back, in float32, as transformers with bitsandbytes loads it.
 
     It is cast to the compute type before it is quantised, and on the GPU if there is one, as the
@@ -174,9 +150,9 @@ def dequantize(weight: torch.Tensor, four_bit: FourBit) -> torch.Tensor:
     import bitsandbytes
 
     quantized = bitsandbytes.nn.Params4bit(
-        weight.to(getattr(torch, four_bit.dtype)),
+        weight.to(four_bit.bnb_4bit_compute_dtype),
         requires_grad=False,
-        compress_statistics=four_bit.double_quant,
+        compress_statistics=four_bit.bnb_4bit_use_double_quant,
         quant_type="nf4",
     ).to(choose_placement().device)
     values = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state)
@@ -195,8 +171,7 @@ def find_quantized(plan: MergePlan) -> frozenset[str]:
         model = AutoModelForCausalLM.from_config(
             read_config(plan.base_folder), trust_remote_code=False
         )
-    settings = quantization(True, plan.four_bit.double_quant, plan.four_bit.dtype)
-    AutoHfQuantizer.from_config(settings).preprocess_model(model=model, device_map=None)
+    AutoHfQuantizer.from_config(plan.four_bit).preprocess_model(model=model, device_map=None)
     return frozenset(
         f"{name}.weight"
         for name, module in model.named_modules()

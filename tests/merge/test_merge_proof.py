@@ -161,8 +161,8 @@ def test_a_greedy_choice_may_flip_only_within_the_logit_bound():
 
 
 def test_a_failed_proof_leaves_a_report_and_no_folder(tmp_path, monkeypatch):
-    def write_and_damage(plan, folder, advance):
-        write_weights(plan, folder, advance)
+    def write_and_damage(plan, folder):
+        write_weights(plan, folder)
         change_tensor(folder, Q_PROJ, lambda t: t * 1.01)
 
     monkeypatch.setattr("lora_grpo.merge.write.write_weights", write_and_damage)

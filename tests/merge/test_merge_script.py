@@ -23,7 +23,7 @@ from lora_grpo.merge.write import write_weights
 for folder in map(Path, sys.argv[1:]):
     plan = plan_merge(folder / "adapter")
     (folder / "out").mkdir()
-    write_weights(plan, folder / "out", lambda nbytes: None)
+    write_weights(plan, folder / "out")
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(len(plan.deltas), int(peak[1]) // 1024)
 """

@@ -94,7 +94,7 @@ def merge_only(adapter: Path, folder: Path, **knobs):
     """Merge without the proof; return the plan."""
     plan = plan_merge(adapter, **knobs)
     folder.mkdir()
-    write_weights(plan, folder, lambda nbytes: None)
+    write_weights(plan, folder)
     write_side_files(plan, folder)
     return plan
 

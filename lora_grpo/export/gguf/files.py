@@ -24,7 +24,8 @@ from lora_grpo.export.gguf.write import (
 from lora_grpo.export.report import SYSTEM_PROMPT
 from lora_grpo.export.source import ExportedFormat, Say, Source
 from lora_grpo.machine.files import read_json
-from lora_grpo.merge.deltas import CONFIG, Delta
+from lora_grpo.merge.deltas import Delta
+from lora_grpo.policy.adapter import CONFIG
 from lora_grpo.policy.base import declared_end_ids, read_config, read_tokenizer
 from lora_grpo.proof.checks import Check
 from lora_grpo.proof.reference import Reference
@@ -114,7 +115,7 @@ def write_gguf_adapter(
     from lora_grpo.export.gguf.llamacpp import is_installed
 
     deltas, config = source.plan.deltas, read_config(source.plan.base_folder)
-    alpha = read_json(source.plan.adapter_dir / CONFIG)["lora_alpha"]
+    alpha = read_json(source.plan.record.folder / CONFIG)["lora_alpha"]
     path = folder / f"{plain_name(source.name)}-lora-F32.gguf"
     write_adapter(path, config, deltas, alpha, source.name)
     say(f"proving {path.name}")
@@ -163,7 +164,7 @@ def run_on_base(
     base = path.with_name(".base.gguf")
     make_file(base, replace(source, merged=source.plan.base_folder), "bf16")
     plain = load_base(source.plan.base_folder, Placement("cpu", "float32"), load_in_4bit=False)
-    policy = load_adapter(plain, source.plan.adapter_dir).eval()
+    policy = load_adapter(plain, source.plan.record.folder).eval()
     expected: list[torch.Tensor] = list(collect_logits(policy, reference.sequences))
     try:
         return prove_in_llamacpp(base, source.merged, reference, expected, "bf16", lora=path)
