@@ -28,34 +28,16 @@ class PushRefused(ValueError):
 
 
 ADAPTER_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "train_config.json",
-    "metrics.jsonl",
-    "validation.jsonl",
-    "completions.jsonl",
-    "eval.json",
-    "eval_items.jsonl",
-    "README.md",
-    "curves.png",
-    "report.html",
+    *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "train_config.json", "metrics.jsonl"),
+    *("validation.jsonl", "completions.jsonl", "eval.json", "eval_items.jsonl", CARD),
+    *("curves.png", "report.html"),
 )
 # Where a run or a tool writes down paths; a tokenizer's "/" is none.
 RECORDS = (
-    "adapter_config.json",
-    "config.json",
-    "train_config.json",
-    "eval.json",
-    "merge_report.json",
-    "export_report.json",
+    *("adapter_config.json", "config.json", "train_config.json", "eval.json"),
+    *("merge_report.json", "export_report.json"),
 )
 # Prompts, in which a leading "/" is no path: Qwen3 reads "/no_think".
 PROMPTS = ("system_prompt", "example")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.machine.files import read_jsonl
-from lora_grpo.machine.folders import MODEL_FILE, check_kind
-from lora_grpo.policy.adapter import ADAPTERS, CONFIG, EVAL_ITEMS, RunRecord, read_record
+from lora_grpo.machine.folders import MODEL_FILE
+from lora_grpo.policy.adapter import CONFIG, EVAL_ITEMS, RunRecord, check_adapter, read_record
 from lora_grpo.policy.base import check_architecture, fit_padding, load_tokenizer
 
 if TYPE_CHECKING:
@@ -72,22 +72,11 @@ def find_source(
         FileNotFoundError, ValueError: it holds neither an adapter nor a whole model, it is a
         checkpoint, or its base cannot be found.
     """
-    from lora_grpo.merge.deltas import check_adapter_dir
-
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist: give an adapter directory such as adapters/<run>, or a "
-            "merged model such as merged/<run>"
-        )
-    has_config = (folder / MODEL_FILE).is_file()
-    wanted = "an adapter directory or a merged model"
-    kinds = (*ADAPTERS, "merged", "model", *(["export"] if has_config else []))
-    check_kind(folder, script, wanted, kinds)
-    if has_config and not (folder / CONFIG).is_file():
+    if (folder / MODEL_FILE).is_file() and not (folder / CONFIG).is_file():
         check_whole_model(folder, model)
         record, weights, base = read_record(folder), folder, None
     else:
-        record = read_record(check_adapter_dir(folder))
+        record = read_record(check_adapter(folder, script))
         weights, base = record.find_base(model), model or record.base
     tokenizer_folder = record.tokenizer_folder(weights)
     tokenizer = load_tokenizer(tokenizer_folder)

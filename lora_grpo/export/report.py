@@ -126,8 +126,7 @@ def write_reports(
 
 def write_export_card(folder: Path, source: "Source", name: str, one: "ExportedFormat") -> None:
     """Write the README.md of one format's folder."""
-    from lora_grpo.results.card import CardNote, write_model_card
-    from lora_grpo.results.markdown import escape, fence
+    from lora_grpo.results.card import CardNote, escape, fence, write_model_card
 
     report = {"formats": {name: {"figures": one.figures}}}
     checks = [f"- {escape(check.name)}: {escape(check.detail)}" for check in one.checks]

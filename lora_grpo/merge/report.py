@@ -118,8 +118,7 @@ INTO = {
 
 def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -> "CardNote":
     """Return what a merge adds to the card of the model in `folder`, bound for a folder `name`."""
-    from lora_grpo.results.card import CardNote
-    from lora_grpo.results.markdown import code
+    from lora_grpo.results.card import CardNote, code
     from lora_grpo.results.records import read_records
 
     found = read_records(records, folder)
@@ -141,7 +140,7 @@ def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -
 
 def describe_proof(report: dict[str, Any]) -> str:
     """Return the distances and the checks in Markdown."""
-    from lora_grpo.results.markdown import escape
+    from lora_grpo.results.card import escape
 
     checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
     done = "Every tensor was read back and compared with base + delta in float32."

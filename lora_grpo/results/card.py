@@ -6,6 +6,7 @@ leaves out what is not, and names local files by the last part of their path.
 
 import hashlib
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ from lora_grpo.grpo.batch import had_signal
 from lora_grpo.machine.files import write_text
 from lora_grpo.policy.vllm import RANKS, allowed_rank
 from lora_grpo.results.curves import CURVES, write_curves
-from lora_grpo.results.markdown import code, escape, fence
 from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
 from lora_grpo.results.records import Records, lora_rank, read_records, short_name
 from lora_grpo.results.reproduce import has_local_paths, list_settings, reproduce
@@ -25,6 +25,7 @@ from lora_grpo.results.reproduce import has_local_paths, list_settings, reproduc
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
+SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#])")
 HUB_OWNER = "OWNER"  # a push fills in who owns the repository
 EMBEDDED_IN_SHELL = (
     "\"$(python -c 'from lora_grpo import EMBEDDED_FOLDER; print(EMBEDDED_FOLDER)')\""
@@ -152,3 +153,26 @@ def list_weights(folder: Path) -> list[tuple[str, str, str]]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def escape(text: str) -> str:
+    """Return the text on one line, its Markdown and HTML characters taken literally."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def longest_ticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def code(text: str) -> str:
+    """Return the text on one line as inline code."""
+    text = " ".join(text.split())
+    ticks = "`" * (longest_ticks(text) + 1)
+    space = " " if "`" in text else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def fence(text: str, language: str = "text") -> str:
+    """Return the text as a block of code, fenced by more backticks than it holds in a row."""
+    ticks = "`" * max(3, longest_ticks(text) + 1)
+    return f"{ticks}{language}\n{text}\n{ticks}"

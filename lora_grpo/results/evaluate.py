@@ -16,7 +16,14 @@ from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.backend import check_4bit, choose_backend, claim
 from lora_grpo.machine.files import check_room, read_json, read_jsonl, write_json, write_jsonl
 from lora_grpo.machine.hardware import find_gpu
-from lora_grpo.policy.adapter import CONFIG, RunRecord, check_adapter, read_record
+from lora_grpo.policy.adapter import (
+    CONFIG,
+    EVAL,
+    EVAL_ITEMS,
+    RunRecord,
+    check_adapter,
+    read_record,
+)
 from lora_grpo.policy.base import (
     Placement,
     choose_placement,
@@ -113,25 +120,22 @@ def held_out_problems(
     Raises:
         FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
     """
-    saved, kept = record.trained, record.records / "eval_items.jsonl"
-    if config.dataset is None and kept.is_file():
-        report = read_json(record.records / "eval.json")
-        problems = [
-            Problem(row["index"] + 1, row["question"], row["answer"]) for row in read_jsonl(kept)
-        ]
+    saved, rows = record.trained, read_jsonl(record.records / EVAL_ITEMS)
+    if config.dataset is None and rows:
+        report = read_json(record.records / EVAL)
+        problems = [Problem(row["index"] + 1, row["question"], row["answer"]) for row in rows]
         return problems[: config.num_items], report["dataset"], report["split"], []
     dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
-    trained_on = dataset in (saved.get("eval_dataset"), saved.get("dataset"))
-    known = saved if trained_on else {}
+    known = saved if dataset in (saved.get("eval_dataset"), saved.get("dataset")) else {}
     separator = config.decimal_separator
+    if separator == "auto":
+        separator = known.get("decimal_separator", "auto")
     reading = read_problems(
         dataset,
         "test",
         config.question_column or known.get("question_column"),
         config.answer_column or known.get("answer_column"),
-        decimal_separator=known.get("decimal_separator", "auto")
-        if separator == "auto"
-        else separator,
+        decimal_separator=separator,
     )
     sieve = Sieve(strict=False)
     problems = keep_usable(sieve, reading.split, reading, build_rewards())
@@ -206,7 +210,7 @@ def evaluate(
     claim(choice)
     asked = prepare(config)
     check_4bit(choice, gpu, asked.load_in_4bit)
-    placement, total = choose_placement(), len(asked.problems)
+    placement = choose_placement()
     engine = evaluation_engine(config, asked, placement) if choice.rollout == "vllm" else None
     with open_policy(
         asked.folder,
@@ -217,23 +221,25 @@ def evaluate(
         config.batch_size,
         engine,
     ) as policy:
-        settings = (policy, asked.tokenizer, asked.problems, asked.style)
-        settings += (asked.max_completion_length,)
-        models = {"base": evaluate_model(*settings, progress("base", total))}
-        if config.adapter_dir is not None:
-            policy.use_adapter(config.adapter_dir)
-            models["adapter"] = evaluate_model(*settings, progress("adapter", total))
+        models = {}
+        for name in ("base", "adapter") if config.adapter_dir else ("base",):
+            if name == "adapter":
+                policy.use_adapter(config.adapter_dir)
+            models[name] = evaluate_model(
+                policy,
+                asked.tokenizer,
+                asked.problems,
+                asked.style,
+                asked.max_completion_length,
+                progress(name, len(asked.problems)),
+            )
     report = build_evaluation(asked.dataset, asked.split, models)
     if asked.notes:
         report["notes"] = asked.notes
     if config.output is not None:
         items = config.output.with_name(config.output.stem + "_items.jsonl")
         write_jsonl(items, build_eval_items(asked.problems, models))
-        try:
-            write_json(config.output, report)
-        except BaseException:
-            items.unlink(missing_ok=True)
-            raise
+        write_json(config.output, report)
     return report
 
 

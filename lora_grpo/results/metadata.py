@@ -50,13 +50,10 @@ def build_metadata(records: Records, kind: Kind, library_name: str, name: str) -
 
 
 def write_yaml(metadata: "ModelCardData") -> str:
-    """Return the metadata as YAML that reads back as it is."""
+    """Return the metadata as YAML that reads back as it is: what is not ASCII escaped, because
+    PyYAML leaves Unicode's rarer line breaks bare and reads others."""
     import yaml
 
-    text = metadata.to_yaml()
-    # PyYAML leaves Unicode's rarer line breaks bare and reads others; escaped they are safe.
-    if yaml.safe_load(text) == metadata.to_dict():
-        return text
     return yaml.dump(metadata.to_dict(), sort_keys=False).strip()
 
 

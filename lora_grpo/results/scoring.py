@@ -41,10 +41,9 @@ def judge(problem: Problem, completion: Completion, task: Task = NUMBER_TASK) ->
     )
 
 
-def wilson_interval(successes: int, total: int, z: float = Z95) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion (Wilson 1927), 95 % unless `z` says
-    otherwise."""
-    share = successes / total
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927)."""
+    share, z = successes / total, Z95
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total

@@ -125,28 +125,20 @@ def test_the_model_index_is_what_was_measured(run: Path) -> None:
     assert data["widget"][0]["output"]["text"] == RIGHT
 
 
-def test_the_text_states_protocol_and_pairs(run: Path) -> None:
+def test_the_text_states_protocol_pairs_and_the_chosen_step(run: Path) -> None:
     record_steps(run)
+    row = {"step": 2, "num_items": 40, "strict_accuracy": 0.5, "format_rate": 1.0}
+    write_jsonl(run / "validation.jsonl", [row | {"step": 1}, row | {"ci95": [0.352, 0.648]}])
     text = card_of(run).text
     for said in (
         "2 problems of `arithmetic` (test)",
-        "greedy decoding, one sample per problem, the training prompt",
-        "Wilson",
+        "greedy decoding, one sample per problem",
         "p = 1. That is no evidence of a difference. The adapter solves 1 that the base does not",
-        "step 2 of 40, the best on 256 validation problems",
-        "no other task, language, prompt or way of sampling is on record",
+        "by +50.0 points and lenient by +0.0",
+        "step 2 of 40, the best on 40 validation problems: strict accuracy 50.0 %",
+        "35.2 % to 64.8 %, the highest of 2",
     ):
         assert said in text, said
-
-
-def test_the_chosen_step_is_said_with_its_interval_or_that_nothing_was_learnt(run: Path) -> None:
-    record_steps(run)
-    row = {"step": 2, "num_items": 40, "strict_accuracy": 0.5, "format_rate": 1.0}
-    rows = [row | {"step": 1}, row | {"ci95": [0.352, 0.648]}]
-    (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = card_of(run).text
-    assert "step 2 of 40, the best on 40 validation problems: strict accuracy 50.0 %" in text
-    assert "35.2 % to 64.8 %, the highest of 2" in text
     metrics = read_jsonl(run / "metrics.jsonl")
     write_jsonl(run / "metrics.jsonl", [row | {"frac_reward_zero_std": 1.0} for row in metrics])
     text = card_of(run).text
@@ -158,15 +150,6 @@ def test_dynamic_sampling_is_said_where_it_was_on(run: Path) -> None:
     assert said not in card_of(run).text
     record_run(run, dynamic_sampling=True)
     assert said in card_of(run).text
-
-
-def test_a_gain_by_format_is_called_that(run: Path) -> None:
-    assert "by +50.0 points and lenient by +0.0: most of the gain" in card_of(run).text
-
-
-def test_weights_are_hashed(run: Path) -> None:
-    digest = hashlib.sha256((run / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert f"`{digest}`" in card_of(run).text
 
 
 def test_the_same_records_give_the_same_bytes(run: Path) -> None:
@@ -431,14 +414,3 @@ def test_no_text_breaks_the_card(run: Path, prompt: str, completion: str, datase
     assert written[0] == prompt.replace("\r\n", "\n") + "\n"
     assert written[2] == completion.replace("\r\n", "\n") + "\n"
     assert f'"content": {json.dumps(prompt, ensure_ascii=False)}' in code_in(card, "python")[0]
-
-
-def test_what_writes_cards_imports_nothing_heavy() -> None:
-    code = """
-import sys
-for heavy in ("matplotlib", "torch", "transformers", "peft", "huggingface_hub"):
-    sys.modules[heavy] = None
-import lora_grpo.results.card
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

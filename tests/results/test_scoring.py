@@ -15,15 +15,6 @@ from lora_grpo.results.scoring import (
     wilson_interval,
 )
 
-FIGURES = [
-    "strict_accuracy",
-    "lenient_accuracy",
-    "format_rate",
-    "truncated_rate",
-    "mean_completion_tokens",
-    "ci95",
-]
-
 
 def tagged(answer: str, reasoning: str = "48/2=24\n48+24=72") -> str:
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
@@ -32,9 +23,6 @@ def tagged(answer: str, reasoning: str = "48/2=24\n48+24=72") -> str:
 def make_item(strict: bool, **changed) -> Item:
     plain = {"lenient": strict, "format": True, "truncated": False, "tokens": 10}
     return Item(completion="", strict=strict, **{**plain, **changed})
-
-
-# One completion
 
 
 @pytest.mark.parametrize(
@@ -56,13 +44,8 @@ def make_item(strict: bool, **changed) -> Item:
 def test_strict_reads_the_tags_and_lenient_the_last_number(
     text: str, strict: bool, lenient: bool, well_formed: bool
 ) -> None:
-    item = judge(Problem(1, "How many?", "72"), Completion(text, 17, False))
-    assert item == Item(text, strict, lenient, well_formed, False, 17)
-
-
-def test_the_length_and_a_cut_end_are_passed_on() -> None:
-    item = judge(Problem(1, "q", "1"), Completion("cut", 512, True))
-    assert (item.truncated, item.tokens) == (True, 512)
+    item = judge(Problem(1, "How many?", "72"), Completion(text, 17, True))
+    assert item == Item(text, strict, lenient, well_formed, truncated=True, tokens=17)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +63,6 @@ def test_a_completion_ends_with_its_first_end_of_turn(
     assert cut_at_end(ids, [2, 3]) == (kept, truncated)
 
 
-# Wilson's interval
-
-
 @pytest.mark.parametrize(
     ("successes", "total", "low", "high"),
     [  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I
@@ -96,27 +76,6 @@ def test_the_interval_is_the_published_one(
     successes: int, total: int, low: float, high: float
 ) -> None:
     assert wilson_interval(successes, total) == pytest.approx((low, high), abs=5e-5)
-
-
-def test_the_interval_holds_the_shares_that_the_score_test_accepts() -> None:
-    """The definition (Wilson 1927), tried on a grid: |p - share| <= z sqrt(p (1 - p) / n)."""
-    for successes, total in ((0, 7), (3, 10), (37, 64), (512, 512)):
-        share, z = successes / total, 1.959964
-        accepted = [
-            p / 20_000
-            for p in range(20_001)
-            if abs(p / 20_000 - share) <= z * (p / 20_000 * (1 - p / 20_000) / total) ** 0.5 + 1e-12
-        ]
-        expected = (min(accepted), max(accepted))
-        assert wilson_interval(successes, total) == pytest.approx(expected, abs=1e-4)
-
-
-def test_another_z_gives_another_level() -> None:
-    narrow, wide = wilson_interval(30, 60, z=1.0), wilson_interval(30, 60)
-    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
-
-
-# McNemar's test
 
 
 def sign_test(gained: int, lost: int) -> float:
@@ -134,23 +93,10 @@ def test_mcnemar_counts_every_toss_at_least_as_uneven(gained: int, lost: int) ->
     assert mcnemar_p(after, before) == mcnemar_p(before, after)
 
 
-def test_mcnemar_by_hand() -> None:
-    """10 gained, 2 lost: 2 (1 + 12 + 66) / 4096."""
-    assert mcnemar_p([False] * 10 + [True] * 2, [True] * 10 + [False] * 2) == 158 / 4096
-
-
 def test_mcnemar_of_many_items_is_tiny_and_no_overflow() -> None:
     assert mcnemar_p([False] * 1319, [True] * 1319) < 1e-300
     assert 0 < mcnemar_p([False] * 500, [True] * 500) < 1e-100
     assert mcnemar_p([True, False] * 1000, [False, True] * 1000) == 1.0
-
-
-def test_mcnemar_needs_the_same_items() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        mcnemar_p([True], [True, False])
-
-
-# The files
 
 
 def test_a_summary_has_design_s_names_and_each_its_own_share() -> None:
@@ -160,34 +106,30 @@ def test_a_summary_has_design_s_names_and_each_its_own_share() -> None:
         make_item(False, tokens=30, lenient=True, format=False),
         make_item(False, tokens=64, truncated=True, format=False),
     ]
-    summary = summarise(items)
-    assert list(summary) == FIGURES
-    assert summary["strict_accuracy"] == 0.5
-    assert summary["lenient_accuracy"] == 0.75
-    assert summary["format_rate"] == 0.25
-    assert summary["truncated_rate"] == 0.25
-    assert summary["mean_completion_tokens"] == 31.0
-    assert summary["ci95"] == list(wilson_interval(2, 4))
+    assert summarise(items) == {
+        "strict_accuracy": 0.5,
+        "lenient_accuracy": 0.75,
+        "format_rate": 0.25,
+        "truncated_rate": 0.25,
+        "mean_completion_tokens": 31.0,
+        "ci95": list(wilson_interval(2, 4)),
+    }
 
 
-def test_the_report_has_design_s_names() -> None:
+def test_the_report_has_design_s_names_and_a_paired_test_of_two_models() -> None:
     base = [make_item(False)] * 6 + [make_item(True)]
     adapter = [make_item(True)] * 7
     report = build_evaluation("openai/gsm8k:main", "test", {"base": base, "adapter": adapter})
-    assert list(report) == ["dataset", "split", "num_items", "base", "adapter", "mcnemar_p"]
-    assert (report["dataset"], report["split"], report["num_items"]) == (
-        "openai/gsm8k:main",
-        "test",
-        7,
-    )
-    assert report["base"] == summarise(base) and report["adapter"] == summarise(adapter)
-    assert report["mcnemar_p"] == 2 / 64
-    assert json.loads(json.dumps(report)) == report
-
-
-def test_a_report_of_one_model_has_no_paired_test() -> None:
-    report = build_evaluation("arithmetic", "test", {"base": [make_item(True)]})
-    assert list(report) == ["dataset", "split", "num_items", "base"]
+    assert json.loads(json.dumps(report)) == {
+        "dataset": "openai/gsm8k:main",
+        "split": "test",
+        "num_items": 7,
+        "base": summarise(base),
+        "adapter": summarise(adapter),
+        "mcnemar_p": 2 / 64,
+    }
+    alone = build_evaluation("arithmetic", "test", {"base": base})
+    assert list(alone) == ["dataset", "split", "num_items", "base"]
 
 
 def test_each_problem_gets_a_row_with_design_s_names() -> None:
@@ -197,9 +139,6 @@ def test_each_problem_gets_a_row_with_design_s_names() -> None:
         "adapter": [make_item(True, tokens=3), make_item(False, tokens=4)],
     }
     rows = build_eval_items(problems, models)
-    assert [list(row) for row in rows] == [
-        ["index", "question", "answer", "base", "adapter"],
-    ] * 2
     assert [(row["index"], row["question"], row["answer"]) for row in rows] == [
         (0, "q0", "1"),
         (1, "q1", "2"),
@@ -207,4 +146,5 @@ def test_each_problem_gets_a_row_with_design_s_names() -> None:
     for name, items in models.items():
         assert [Item(**row[name]) for row in rows] == items
     names = ["completion", "strict", "lenient", "format", "truncated", "tokens"]
+    assert list(rows[0]) == ["index", "question", "answer", "base", "adapter"]
     assert list(rows[0]["adapter"]) == names
