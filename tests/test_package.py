@@ -77,17 +77,6 @@ def test_the_wheel_trains_outside_a_checkout(installed: Path, tmp_path: Path) ->
     assert helped.returncode == 0 and "--output-dir" in helped.stdout, helped.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "merge"])
-def test_a_command_has_its_scripts_help(installed: Path, command: str, tmp_path: Path) -> None:
-    script = [sys.executable, ROOT / "scripts" / SCRIPTS[command]]
-    texts = [
-        run([*start, "--help"], tmp_path).stdout
-        for start in ([installed / "lora-grpo", command], script)
-    ]
-    without_usage = [re.sub(r"usage: .*?(?=\[-h])", "", text) for text in texts]
-    assert without_usage[0] == without_usage[1] and "--" in texts[0]
-
-
 def test_a_lack_of_packages_is_one_line_without_a_path_of_the_package(
     installed: Path, tmp_path: Path
 ) -> None:

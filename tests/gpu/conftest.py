@@ -7,6 +7,7 @@ must come before trl, and a process holds one vLLM engine.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(__file__).parent not in item.path.parents:
-            continue
-        needs = [need for marker in item.iter_markers("needs") for need in marker.args]
-        reason = next(filter(None, map(gpu_machine.lacks, ("gpu", *needs))), None)
-        if reason:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if Path(__file__).parent in item.path.parents:
+            needs = [need for marker in item.iter_markers("needs") for need in marker.args]
+            reason = next(filter(None, map(gpu_machine.lacks, ("gpu", *needs))), None)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -42,8 +42,4 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def figure(out: Path) -> Callable[..., None]:
     """Keep a figure: `figure(name, value, unit)`."""
-
-    def keep(name: str, value: object, unit: str = "") -> None:
-        gpu_machine.keep_figure(out, name, value, unit)
-
-    return keep
+    return partial(gpu_machine.keep_figure, out)

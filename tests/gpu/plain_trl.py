@@ -8,7 +8,6 @@ adapter and the part of metrics.jsonl that a comparison needs.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,10 @@ VLLM_SHARE = 0.3  # TRL's default
 
 
 class Clock(TrainerCallback):
-    """Times a step between the two points that the recorder takes, and writes it down."""
+    """Times each step between the two points that train_lora.py takes, and writes it down."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.started = self.seconds = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.started = time.perf_counter()
@@ -41,30 +39,11 @@ class Clock(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any
     ) -> None:
-        if "loss" not in logs:
-            return
-        row = {
-            "step": state.global_step,
-            "seconds": self.seconds,
-            "completion_length": logs["completions/mean_length"],
-            "loss": logs["loss"],
-            "grad_norm": logs["grad_norm"],
-        }
-        append_jsonl(self.run_dir / "metrics.jsonl", [row])
-
-
-def vllm_settings(plan: Plan) -> dict[str, Any]:
-    """Return what TRL is told about vLLM, nothing where it generates by itself."""
-    if plan.config.rollout != "vllm":
-        return {}
-    return {
-        "use_vllm": True,
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": VLLM_SHARE,
-        "vllm_max_model_length": (
-            plan.config.max_prompt_length + plan.config.max_completion_length
-        ),
-    }
+        if "loss" in logs:
+            row = {"step": state.global_step, "seconds": self.seconds}
+            row["completion_length"] = logs["completions/mean_length"]
+            row |= {name: logs[name] for name in ("loss", "grad_norm")}
+            append_jsonl(self.run_dir / "metrics.jsonl", [row])
 
 
 def settings(plan: Plan) -> "GRPOConfig":
@@ -73,7 +52,11 @@ def settings(plan: Plan) -> "GRPOConfig":
 
     from lora_grpo.data.prompt import TEMPLATE_SETTINGS
 
-    config, placement = plan.config, plan.placement
+    config, placement, vllm = plan.config, plan.placement, {}
+    if config.rollout == "vllm":
+        longest = config.max_prompt_length + config.max_completion_length
+        vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": longest}
+        vllm |= {"vllm_gpu_memory_utilization": VLLM_SHARE}
     return GRPOConfig(
         output_dir=str(plan.run_dir),
         max_steps=plan.steps,
@@ -93,11 +76,11 @@ def settings(plan: Plan) -> "GRPOConfig":
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **vllm_settings(plan),
+        **vllm,
     )
 
 
-def main() -> int:
+def main() -> None:
     plan = make_plan(parse_train_config()[0])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from trl import GRPOTrainer
@@ -120,8 +103,7 @@ def main() -> int:
     )
     trainer.train()
     trainer.save_model(str(plan.run_dir))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,6 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
 SHAPE = {
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -25,26 +28,20 @@ SHAPE = {
 }
 
 
-def main() -> int:
-    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "tokenizer.json").is_file():
-        print(__doc__, file=sys.stderr)
-        return 2
-    source, folder = map(Path, sys.argv[1:])
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def main(source: Path, folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     model.generation_config.eos_token_id = [151645, 151643]
     model.generation_config.pad_token_id = 151643
     model.save_pretrained(folder)
-    for path in source.glob("*"):
-        if path.name.startswith(("tokenizer", "chat_template", "vocab", "merges")):
+    for name in ("tokenizer*", "chat_template*", "vocab*", "merges*"):
+        for path in source.glob(name):
             shutil.copy(path, folder)
     print(folder)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "tokenizer.json").is_file():
+        sys.exit(__doc__)
+    main(*map(Path, sys.argv[1:]))

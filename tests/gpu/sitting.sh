@@ -4,24 +4,23 @@
 #     tests/gpu/sitting.sh [--site DIR] MODELS_DIR [GSM8K_DIR] [OUT_DIR] [-- stage ...]
 #
 # DIR holds wheels that are already installed (PYTHONPATH), MODELS_DIR the model folders, GSM8K_DIR
-# train.jsonl and test.jsonl, OUT_DIR (./gpu-sitting) gets a log a stage, figures.jsonl and the runs.
+# train.jsonl and test.jsonl, OUT_DIR (./gpu-sitting) gets a log per stage, figures.jsonl and runs.
 # No network is used. PYTHON chooses the interpreter; STAGE_SECONDS is one limit for every stage,
 # GPU_REAL_SECONDS the time of the real model's run. A table comes last; exit status 0 if no stage
 # failed, 1 if one did, 2 for a wrong argument.
 set -u
 
-STAGES=(env generate float16 merge unsloth memory sync vllm speed real)
-declare -A LIMIT=([env]=600 [generate]=1200 [float16]=900 [merge]=600 [unsloth]=1500 [memory]=2400
-    [sync]=1200 [vllm]=1500 [speed]=3600 [real]=2400)
+STAGES=(env generate float16 unsloth memory sync vllm speed real)
+declare -A LIMIT=([env]=600 [generate]=1500 [float16]=1200 [unsloth]=2000 [memory]=2400
+    [sync]=1200 [vllm]=2000 [speed]=3600 [real]=2400)
 declare -A TESTS=(
     [env]="test_environment.py"
-    [generate]="test_training.py -k (generate)and(not(float16))and(not(merge))and(not(unsloth))and(not(same_files))"
-    [float16]="test_training.py -k (generate-float16)and(not(merge))and(not(same_files))"
-    [merge]="test_training.py -k (merge)and(not(vllm))"
-    [unsloth]="test_unsloth.py"
+    [generate]="test_training.py -k [generate]"
+    [float16]="test_training.py -k [generate-float16]"
+    [unsloth]="test_training.py -k [unsloth"
     [memory]="test_memory_cap.py"
     [sync]="test_vllm_sync.py"
-    [vllm]="test_training.py -k (vllm)or(same_files)"
+    [vllm]="test_training.py -k [vllm"
     [speed]="test_speed.py"
     [real]="test_real_run.py"
 )

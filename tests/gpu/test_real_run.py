@@ -5,24 +5,26 @@ result already; their pace says how many more fit, and the run is resumed to mak
 """
 
 import os
-import statistics
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
-from gpu_machine import ON_CPU, REAL, ROOT, dataset, lacks, model_folder, read_json, read_rows, run
-from trained_runs import clear_way, home, merge
+from gpu_machine import ON_CPU, REAL, SCRIPTS, dataset, lacks, model_folder, run
+from trained_runs import clear_way, merge
+
+from lora_grpo.machine.files import read_json, read_jsonl
 
 BUDGET = float(os.environ.get("GPU_REAL_SECONDS", "1500"))
 FIRST, ITEMS = 4, int(os.environ.get("GPU_REAL_ITEMS", "200"))
 MARGIN = 1.15
-TRAIN = ROOT / "scripts" / "train_lora.py"
+TRAIN = SCRIPTS / "train_lora.py"
 ON_A_CPU = (
     *("--max-prompt-length", 160, "--max-completion-length", 32, "--num-generations", 4),
     *("--per-device-train-batch-size", 8, "--gradient-accumulation-steps", 1),
 )
 RECIPE = (
-    *("--num-eval-items", ITEMS, "--num-validation-items", 0),
+    *("--num-eval-items", ITEMS, "--num-validation-items", 0, "--max-steps", FIRST),
     *("--save-steps", 10, "--log-completions-steps", 4),
     *(ON_A_CPU if ON_CPU else ("--preset", "qwen2.5-1.5b")),
 )
@@ -30,13 +32,12 @@ RECIPE = (
 
 def begin(out: Path, backend: str) -> Path:
     """Make the first steps by a backend, and return the adapter directory."""
-    name = f"real-{backend}"
-    directory = out / "adapters" / name
-    flags = ("--model", model_folder(REAL), "--dataset", dataset(), "--backend", backend)
-    flags += (*RECIPE, "--max-steps", FIRST, "--run-name", name)
+    directory = out / "adapters" / f"real-{backend}"
+    flags = ("--model", model_folder(REAL), "--dataset", dataset(), "--backend", backend, *RECIPE)
+    flags += ("--run-name", directory.name, "--adapters-dir", directory.parent)
     if not (directory / "eval.json").is_file():
         clear_way(directory)
-        run(out / "logs" / f"{name}-first.log", BUDGET, TRAIN, *flags, *home(out))
+        run(out / "logs" / f"{directory.name}-first.log", BUDGET, TRAIN, *flags)
     return directory
 
 
@@ -50,27 +51,26 @@ def begin_with_what_works(out: Path, figure) -> Path:
     return begin(out, "transformers")
 
 
-def steps_that_fit(directory: Path, spent: float, left: float) -> int:
+def steps_that_fit(directory: Path, spent: float) -> int:
     """Return the steps that a resumed run can end with: its start and evaluation take as long."""
-    seconds = [row["seconds"] for row in read_rows(directory / "metrics.jsonl")]
-    pace = statistics.median(seconds[1:]) * MARGIN
+    seconds = [row["seconds"] for row in read_jsonl(directory / "metrics.jsonl")]
     around = max(spent - sum(seconds), 0)
-    return FIRST + max(int((left - around) / pace), 0)
+    left = BUDGET - spent - around
+    return FIRST + max(int(left / (median(seconds[1:]) * MARGIN)), 0)
 
 
 @pytest.mark.needs(REAL)
 def test_accuracy_before_and_after(out, figure) -> None:
     started = time.monotonic()
     directory = begin_with_what_works(out, figure)
-    spent = time.monotonic() - started
-    steps = steps_that_fit(directory, spent, BUDGET - spent)
+    steps = steps_that_fit(directory, time.monotonic() - started)
     if steps > FIRST:
         log = out / "logs" / f"{directory.name}-rest.log"
         run(log, BUDGET, TRAIN, "--resume", directory, "--max-steps", steps)
-    report, rows = read_json(directory / "eval.json"), read_rows(directory / "metrics.jsonl")
+    report, rows = read_json(directory / "eval.json"), read_jsonl(directory / "metrics.jsonl")
     figure("real: run", directory.name)
     figure("real: steps", len(rows))
-    figure("real: median step", statistics.median(row["seconds"] for row in rows), "s")
+    figure("real: median step", median(row["seconds"] for row in rows), "s")
     for model in ("base", "adapter"):
         for name in ("strict_accuracy", "lenient_accuracy", "format_rate", "truncated_rate"):
             figure(f"real: {model}, {name}", report[model][name])

@@ -5,21 +5,23 @@ of a nat apart; a wrong adapter is apart by what the adapter moves, which is mea
 """
 
 import pytest
-from gpu_machine import HERE, SMALL, model_folder, read_json, run
+from gpu_machine import HERE, SMALL, model_folder, run
+
+from lora_grpo.machine.files import read_json
 
 MEAN, P99 = 0.03, 0.25  # nats
 SHARE_OF_ADAPTER = 0.2  # of what the adapter itself moves
 SECONDS = 800
+pytestmark = pytest.mark.needs("vllm")
 
 
 @pytest.fixture(scope="module", params=["default", "float16"])
 def found(request: pytest.FixtureRequest, out) -> dict:
     """What `sync_worker.py` saw; by default in bfloat16 where the GPU has it."""
     output = out / f"sync-{request.param}.json"
-    flags = () if request.param == "default" else ("--dtype", request.param)
-    model = model_folder(SMALL) or "tiny"
-    log = out / "logs" / f"sync-{request.param}.log"
-    run(log, SECONDS, HERE / "sync_worker.py", model, output, *flags)
+    dtype = () if request.param == "default" else (request.param,)
+    log, model = out / "logs" / f"sync-{request.param}.log", model_folder(SMALL) or "tiny"
+    run(log, SECONDS, HERE / "sync_worker.py", model, output, *dtype)
     return read_json(output)
 
 
@@ -27,7 +29,6 @@ def close(distance: dict[str, float]) -> bool:
     return distance["mean"] < MEAN and distance["p99"] < P99
 
 
-@pytest.mark.needs("vllm")
 def test_logprobs_after_a_sync_are_those_of_peft(found, figure) -> None:
     moves, off = found["adapter_moves"]["mean"], found["after_a_sync"]
     figure(f"sync, {found['dtype']}: vLLM from PEFT, mean", off["mean"], "nats")
@@ -36,27 +37,19 @@ def test_logprobs_after_a_sync_are_those_of_peft(found, figure) -> None:
     assert close(off) and off["mean"] < SHARE_OF_ADAPTER * moves
 
 
-@pytest.mark.needs("vllm")
 def test_the_base_alone_is_the_same_on_both_sides(found, figure) -> None:
     figure(f"sync, {found['dtype']}: bare base, mean", found["bare_base"]["mean"], "nats")
     assert close(found["bare_base"]), "the two 4-bit bases are not the same weights"
     assert close(found["bare_base_afterwards"])
 
 
-@pytest.mark.needs("vllm")
 def test_sleeping_and_waking_keep_the_adapter_right(found, figure) -> None:
     figure(f"sync, {found['dtype']}: same draw after naps", found["same_draw_after_naps"])
     assert close(found["after_naps"])
     assert found["after_naps"]["mean"] < SHARE_OF_ADAPTER * found["adapter_moves"]["mean"]
 
 
-@pytest.mark.needs("vllm")
-def test_every_one_of_ten_syncs_arrives(found) -> None:
+def test_ten_syncs_all_arrive_and_leave_every_base_weight_bit_for_bit_as_it_was(found) -> None:
     assert len(found["after_syncs"]) == 10
     assert all(close(distance) for distance in found["after_syncs"]), found["after_syncs"]
-
-
-@pytest.mark.needs("vllm")
-def test_ten_syncs_leave_every_base_weight_bit_for_bit_as_it_was(found) -> None:
-    for side in ("engine", "base"):
-        assert found[side]["before"] == found[side]["after"]
+    assert found["before"] == found["after"], "vLLM's base, PEFT's base"

@@ -1,13 +1,15 @@
-"""Short runs by `scripts/train_lora.py`, one a backend, rollout and type; each is made once.
+"""Short runs by `scripts/train_lora.py`, one per backend, rollout and type; each is made once.
 
-What a run must have left behind is checked in one place, so that every backend is held to it.
+What a run must have left behind is checked in one place, the same for every backend.
 """
 
 import math
 from pathlib import Path
 from typing import Any
 
-from gpu_machine import ON_CPU, ROOT, VARIED, read_json, read_rows, run, small_model
+from gpu_machine import ON_CPU, SCRIPTS, VARIED, run, small_model
+
+from lora_grpo.machine.files import read_json, read_jsonl
 
 STEPS, STEPS_IN_FLOAT16 = 3, 8  # a loss scale that is too large costs float16 its first updates
 RUN_SECONDS = 900
@@ -22,16 +24,14 @@ SMALL_RUN = (
     *("--num-eval-items", 16, "--num-validation-items", 8, "--log-completions-steps", 1),
     *("--learning-rate", 1e-4, "--load-in-4bit", "--reward", VARIED),
 )
-KINDS: dict[str, tuple[str, ...]] = {
-    "generate": ("--backend", "transformers", "--rollout", "generate"),
-    "generate-float16": (
-        *("--backend", "transformers", "--rollout", "generate", "--dtype", "float16"),
-    ),
-    "vllm": ("--backend", "transformers", "--rollout", "vllm"),
-    "vllm-float16": ("--backend", "transformers", "--rollout", "vllm", "--dtype", "float16"),
-    "unsloth-generate": ("--backend", "unsloth", "--rollout", "generate"),
-    "unsloth-vllm": ("--backend", "unsloth", "--rollout", "vllm"),
-}
+# Named for backend, rollout and type, where these are not transformers and bfloat16.
+KINDS = ("generate", "generate-float16", "vllm", "vllm-float16", "unsloth-generate", "unsloth-vllm")
+
+
+def backend_and_rollout(kind: str) -> tuple[str, str]:
+    """Return what a kind of run is named for."""
+    backend = "unsloth" if "unsloth" in kind else "transformers"
+    return backend, "vllm" if "vllm" in kind else "generate"
 
 
 def steps_of(kind: str) -> int:
@@ -51,25 +51,22 @@ def train(out: Path, kind: str) -> Path:
     directory = out / "adapters" / kind
     if not (directory / "eval.json").is_file():
         clear_way(directory)
-        flags = (*small_model(), *SMALL_RUN, *KINDS[kind], "--run-name", kind)
+        backend, rollout = backend_and_rollout(kind)
+        flags = (*small_model(), *SMALL_RUN, "--backend", backend, "--rollout", rollout)
+        flags += ("--dtype", "float16") if "float16" in kind else ()
         for name in ("--max-steps", "--eval-steps", "--save-steps"):
             flags += (name, steps_of(kind))
-        script = ROOT / "scripts" / "train_lora.py"
-        run(out / "logs" / f"train-{kind}.log", RUN_SECONDS, script, *flags, *home(out))
+        flags += ("--run-name", kind, "--adapters-dir", directory.parent)
+        run(out / "logs" / f"train-{kind}.log", RUN_SECONDS, SCRIPTS / "train_lora.py", *flags)
     return directory
 
 
-def home(out: Path) -> tuple[str, ...]:
-    return ("--adapters-dir", str(out / "adapters"))
-
-
 def merge(out: Path, directory: Path, name: str) -> dict[str, Any]:
-    """Merge an adapter into its base, with its proof, and return the proof's report."""
-    target = out / "merged" / name
+    """Merge an adapter into its base, compare their logits, and return the report."""
+    target, log = out / "merged" / name, out / "logs" / f"merge-{name}.log"
     if not target.exists():
-        script = ROOT / "scripts" / "merge_adapter.py"
-        log = out / "logs" / f"merge-{name}.log"
-        run(log, RUN_SECONDS, script, directory, "--output-dir", target, "--num-prompts", 4)
+        flags = ("--output-dir", target, "--num-prompts", 4, "--proof", "logits")
+        run(log, RUN_SECONDS, SCRIPTS / "merge_adapter.py", directory, *flags)
     return read_json(target / "merge_report.json")
 
 
@@ -77,17 +74,13 @@ def check_run(directory: Path, kind: str) -> list[dict[str, Any]]:
     """Check what a run left behind, whichever backend made it, and return its metrics."""
     left = {path.name for path in directory.iterdir() if path.is_file()}
     assert left == FILES, f"missing {FILES - left}, unexpected {left - FILES}"
-    rows, record = (
-        read_rows(directory / "metrics.jsonl"),
-        read_json(directory / "train_config.json"),
-    )
+    rows = read_jsonl(directory / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, steps_of(kind) + 1))
     assert all(math.isfinite(row["loss"]) for row in rows)
     moved = [row["grad_norm"] for row in rows if row["grad_norm"] is not None]
     assert moved and max(moved) > 0, "no step had a finite gradient above 0"
-    backend = "unsloth" if kind.startswith("unsloth") else "transformers"
-    rollout = "vllm" if "vllm" in kind else "generate"
-    assert (record["backend"], record["rollout"]) == (backend, rollout)
+    record = read_json(directory / "train_config.json")
+    assert (record["backend"], record["rollout"]) == backend_and_rollout(kind)
     assert record["load_in_4bit"] is True and record["bnb_4bit_quant_type"] == "nf4"
     if not ON_CPU:
         assert not record["device"].startswith("cpu")
