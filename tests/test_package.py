@@ -23,6 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FEW = ("--preset", "tiny", "--max-steps", 2, "--num-generations", 4)
 FEW += ("--per-device-train-batch-size", 8, "--num-eval-items", 4)
 FEW += ("--num-validation-items", 4, "--max-completion-length", 48)
+FEW += ("--gradient-accumulation-steps", 2)
 
 
 def run(command: list[object], home: Path, **more: str) -> subprocess.CompletedProcess[str]:
