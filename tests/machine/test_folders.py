@@ -10,7 +10,7 @@ from commands import FEW, run_here
 from lora_grpo.machine.folders import kind_of, run_of
 from lora_grpo.policy.adapter import check_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
-from lora_grpo.policy.checkpoints import check_run
+from lora_grpo.policy.checkpoints import BEST, IN_A_CHECKPOINT, check_run
 
 SMALL = (*FEW, "--run-name", "my run", "--eval-steps", 1)
 
@@ -92,25 +92,16 @@ def test_a_broken_adapter_is_named(home: Path, name: str) -> None:
         check_adapter(path.parent, "evaluate.py")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapter_model.safetensors",
-        "best_adapter.safetensors",
-        "optimizer.pt",
-        "scheduler.pt",
-        "rng_state.pth",
-        "trainer_state.json",
-    ],
-)
-def test_a_broken_checkpoint_is_named_with_the_one_before_it(home: Path, name: str) -> None:
+def test_a_broken_checkpoint_is_named_with_the_one_before_it(home: Path) -> None:
     run_dir = home / "adapters/my run"
-    check_run(run_dir)
-    cut(run_dir / "checkpoint-2" / name)
-    with pytest.raises(ValueError, match=rf"checkpoint-2/{name}.*remove .*-2 .*checkpoint-1$"):
+    for name in {*IN_A_CHECKPOINT, BEST} - {"adapter_config.json"}:
+        path = run_dir / "checkpoint-2" / name
+        whole = path.read_bytes()
         check_run(run_dir)
-    shutil.rmtree(run_dir / "checkpoint-2")
-    check_run(run_dir)
+        cut(path)
+        with pytest.raises(ValueError, match=rf"-2/{name}.*remove .*-2 .*checkpoint-1$"):
+            check_run(run_dir)
+        path.write_bytes(whole)
 
 
 def test_what_is_gone_of_a_run_is_named(home: Path) -> None:
