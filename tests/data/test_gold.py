@@ -17,6 +17,14 @@ SENTENCES = [f"Together Ann has {n} pens." for n in range(10)]
 @pytest.mark.parametrize(
     ("field", "gold"),
     [
+        ("48/2=24\n48+24=72\n#### 72", "72"),
+        ("#### 1 was wrong\n####  2 ", "2"),
+        (r"\boxed{1}, no, \boxed{ 2 }.", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{a{b}{c{d}}e} f}", "a{b}{c{d}}e"),
+        (r"\boxed{3} then #### 4", "4"),
+        (r"cut \boxed{3", r"cut \boxed{3"),
+        (" 12 ", "12"),
         (r"so $\boxed 5$", "5"),
         (r"so \boxed5.", "5"),
         (r"so \fbox{5}", "5"),

@@ -30,6 +30,7 @@ def write(path: Path, data: str | bytes) -> Path:
         json.dumps(ROWS),
         json.dumps(ROWS, indent=2),
         "\n".join(json.dumps(row, indent=1) for row in ROWS),  # as jq prints them
+        "\ufeff\n  \n" + LINES.replace("\n", "\r\n\r\n").strip(),
         json.dumps({"version": "1", "data": ROWS}),
         json.dumps({"train": ROWS, "test": ROWS[:1]}),
         json.dumps({"name": "x", "my_rows": ROWS}),
@@ -77,7 +78,7 @@ def test_one_row_is_one_row(tmp_path: Path, row: dict) -> None:
 @pytest.mark.parametrize(
     ("lines", "line"),
     [
-        (['{"a": 1}', '{"a": 2', '{"a": 3}'], 2),  # the comma is missed in line 3
+        (['{"a": 1}', "", '{"a": 2', '{"a": 3}'], 3),  # the comma is missed in line 4
         (['{"a": 1}', "{'a': 2}"], 2),
         (["[", '{"a": 1}', '{"a": 2}', "]"], 2),
         (["[", '{"a": 1},', "oops", "]"], 3),
@@ -113,9 +114,30 @@ def test_the_separator_is_the_one_that_all_rows_have(tmp_path: Path) -> None:
     assert sep.rows == [{"question": "a;b", "answer": "1"}]
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="two columns named answer"):
-        read_file(write(tmp_path / "a.csv", "question,answer, answer\nq,1,2\n"))
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        *[(f"a.{kind}", b"\xef\xbb\xbf\n", "is empty") for kind in ("jsonl", "json", "csv")],
+        *[("a.json", b"[]", "is empty"), ("a.csv", b"question,answer\n", "is empty")],
+        *[(f"a.{kind}", b'question,"\xe9"', "is not UTF-8 text") for kind in ("jsonl", "csv")],
+        ("a.json", b'{"train": []}', "is empty"),
+        ("a.json", b'{"left": [{"a": 1}], "right": [{"a": 1}]}', "rows under left, right"),
+        ("a.jsonl", b'{"a": 1}\n[1, 2]\n', r"row 2: .*\[1, 2\]"),
+        ("a.csv", b"question,answer, answer\nq,1,2\n", "two columns named answer"),
+        ("a.csv", b'q,a\n"two\nlines",3\n1,000 + 1?,1\n', "line 4: more fields than the 2 columns"),
+        ("a.csv", b"q,a\n" + b"x" * 200_000 + b",1\n", "line 2: broken CSV .field larger"),
+        ("a.csv", b'q,a\na,1\n"never closed,2\nb,3\n', "line 4: broken CSV .unexpected end"),
+        *[("a.parquet", data, "no readable Parquet file") for data in (b"no parquet at all", b"")],
+        ("a.xlsx", b"x", r"must end in \.jsonl.*\.xlsx: save a spreadsheet as CSV"),
+        ("a", b"x", "no ending"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}.*{message}") as caught:
+        read_file(write(tmp_path / name, data))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
