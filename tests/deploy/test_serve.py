@@ -163,7 +163,7 @@ def test_the_curl_line_survives_the_shell(adapter) -> None:
 
 def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) -> None:
     has(monkeypatch, *TRANSFORMERS_NEEDS)
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a server was started"))
+    monkeypatch.setattr(serve_module, "subprocess", None)  # to start a server would fail
     said: list[str] = []
     assert serve(ServeConfig(merged, dry_run=True, port=8123), said.append) == 0
     command, request = said
@@ -174,7 +174,7 @@ def test_a_dry_run_prints_both_commands_and_starts_nothing(merged, monkeypatch) 
 
 def test_a_port_in_use_is_refused_before_anything_starts(merged, monkeypatch) -> None:
     has(monkeypatch, *TRANSFORMERS_NEEDS)
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a server was started"))
+    monkeypatch.setattr(serve_module, "subprocess", None)  # to start a server would fail
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"--port {port} .*in use"):
