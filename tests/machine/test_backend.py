@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from commands import run_here
@@ -14,7 +14,6 @@ from doctor_machines import T4, put_nvidia_smi
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim, installed
 from lora_grpo.machine.hardware import GPU, find_gpu
 
-ROOT = Path(__file__).parents[2]
 AMPERE = GPU("NVIDIA GeForce RTX 3060", "580.65", 8.6, 12 * 2**30, 11 * 2**30)
 
 
@@ -93,31 +92,35 @@ def test_a_vllm_that_cannot_read_4_bit_is_refused(
         check_4bit(choice, gpu, load_in_4bit)
 
 
-def run_python(code: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": f"{path or ''}:{ROOT}"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
-    )
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment variables, of which changes do not outlive the test."""
+    kept = {name: value for name, value in os.environ.items() if "VLLM" not in name}
+    monkeypatch.setattr(os, "environ", kept)
+    return kept
 
 
-CLAIM = (
-    "from lora_grpo.machine.backend import Choice, claim; claim(Choice('unsloth', 'vllm', '', ''))"
-)
+def test_unsloth_is_imported_before_trl_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    with pytest.raises(RuntimeError, match="unsloth must be imported before trl"):
+        claim(Choice("unsloth", "vllm", "", ""))
+    monkeypatch.delitem(sys.modules, "trl")
+    (tmp_path / "unsloth.py").write_text("import os; seen = dict(os.environ)")
+    monkeypatch.syspath_prepend(tmp_path)
+    claim(Choice("unsloth", "vllm", "", ""))
+    assert sys.modules.pop("unsloth").seen["UNSLOTH_VLLM_STANDBY"] == "1"
+    (tmp_path / "unsloth.py").write_text("raise ImportError('no libcuda')")
+    with pytest.raises(ValueError, match=r"--backend unsloth: .*\(no libcuda\).*doctor.py"):
+        claim(Choice("unsloth", "generate", "", ""))
 
 
-def test_unsloth_is_imported_before_trl_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "unsloth.py").write_text("import sys; print('before', 'trl' in sys.modules)")
-    done = run_python(CLAIM, tmp_path)
-    assert (done.returncode, done.stdout) == (0, "before False\n")
-    late = run_python("import trl; " + CLAIM, tmp_path)
-    assert late.returncode == 1
-    assert "RuntimeError: unsloth must be imported before trl" in late.stderr
-
-
-def test_the_engine_lives_in_this_process_and_reports_to_nobody(monkeypatch) -> None:
-    for name in ("VLLM_NO_USAGE_STATS", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+def test_the_engine_lives_in_this_process_and_reports_to_nobody(
+    environment: dict[str, str],
+) -> None:
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
     claim(Choice("transformers", "vllm", "", ""))
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"

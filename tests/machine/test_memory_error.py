@@ -54,23 +54,8 @@ def test_parts_are_equal_and_as_large_as_allowed(whole: int, limit: int) -> None
 
 
 def test_a_limit_halves_until_the_work_fits_and_stays_there() -> None:
-    said, tried = [], []
-
-    def job(rows: int) -> int:
-        tried.append(rows)
-        if rows > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried")
-        return rows
-
-    limit = RowLimit("the update", said.append, release=lambda: None)
-    assert [limit.run(job, 12), limit.run(job, 12)] == [3, 3]
-    assert tried == [12, 6, 3, 3]
-    assert ["12 completions" in said[0], "3 at once, 4 times" in said[1]] == [True, True]
-    assert len(said) == 2
-
-
-def test_the_failed_work_is_let_go_before_it_is_repeated() -> None:
-    alive: list[weakref.ref] = []
+    """The failed work's tensors are gone before it is repeated."""
+    said, tried, alive = [], [], []
 
     def release() -> None:
         gc.collect()
@@ -79,12 +64,15 @@ def test_the_failed_work_is_let_go_before_it_is_repeated() -> None:
     def job(rows: int) -> int:
         tensor = torch.zeros(rows)
         alive.append(weakref.ref(tensor))
-        if rows > 1:
+        tried.append(rows)
+        if rows > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried")
         return rows
 
-    assert RowLimit("generation", lambda text: None, release).run(job, 4) == 1
-    assert len(alive) == 3
+    limit = RowLimit("the update", said.append, release)
+    assert [limit.run(job, 12), limit.run(job, 12)] == [3, 3]
+    assert tried == [12, 6, 3, 3] and len(said) == 2
+    assert "12 completions" in said[0] and "3 at once, 4 times" in said[1]
 
 
 @pytest.mark.parametrize(
