@@ -35,7 +35,7 @@ STATUS = {
     412: "{repo} was changed by somebody else during the push: {again}",
     429: "the Hub accepts no more requests for now: try {when}, {again}",
 }
-TIMEOUT = 60.0  # seconds without a byte; huggingface_hub sets none for most requests
+TIMEOUT = 60.0  # seconds without a byte; huggingface_hub asks most requests for no limit
 Report = Callable[[str], None]
 
 
@@ -88,7 +88,8 @@ def connect(api: HfApi) -> None:
     """
     if is_offline_mode():
         raise PushError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=TIMEOUT))
+    hooks = {"request": [limit_time]}
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, event_hooks=hooks))
     found = api.whoami()
     token = found.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
@@ -96,6 +97,10 @@ def connect(api: HfApi) -> None:
             f"the token {token.get('displayName', '')!r} of {found['name']} may only read: make "
             f"one with write access ({TOKENS}), then `hf auth login`"
         )
+
+
+def limit_time(request: httpx.Request) -> None:
+    request.extensions["timeout"] = httpx.Timeout(TIMEOUT).as_dict()
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Remote:
 def read_remote(api: HfApi, repo: str) -> Remote:
     """Return what a repository holds now."""
     try:
-        info = api.repo_info(repo, timeout=TIMEOUT)
+        info = api.repo_info(repo)
     except RepositoryNotFoundError:
         return Remote(None, True, {})
     return Remote(info.sha, info.private, list_remote(api, repo, info.sha))

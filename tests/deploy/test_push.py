@@ -13,16 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import ROOT, run_here, run_script
 from hub_server import TOKEN, Fault, Handler, Hub, serve_hub
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_api
 from huggingface_hub.utils import _http
-from merge_models import ENVIRONMENT, ROOT, make_adapter, make_base, save_adapter
+from merge_models import make_adapter, make_base, save_adapter
 
 from lora_grpo.deploy import hub_remote
 from lora_grpo.deploy.hub import PushConfig, push_to_hub
 from lora_grpo.deploy.hub_files import PushError, PushRefused
 
-SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 REPO = "me/run"
 
 
@@ -52,7 +52,7 @@ def adapter() -> Path:
     return folder
 
 
-def push(hub: Hub, adapter: Path, token: str = TOKEN, **knobs) -> list[str]:
+def push(hub: Hub, adapter: Path, token: str | None = TOKEN, **knobs) -> list[str]:
     said: list[str] = []
     config = PushConfig(adapter, **{"repo": REPO, **knobs})
     api = HfApi(endpoint=hub.url, token=token)
@@ -150,19 +150,14 @@ def test_public_is_asked_for(hub: Hub, adapter: Path) -> None:
     with pytest.raises(PushRefused, match=r"make the new repository me/run public.*add --yes"):
         push(hub, adapter, public=True)
     assert REPO not in hub.repositories
-    push(hub, adapter, public=True, yes=True)
-    assert not hub.repositories[REPO].private
-    with pytest.raises(PushRefused, match=r"is public already.*add --public"):
-        push(hub, adapter)
-
-
-def test_a_private_repository_becomes_public_only_when_agreed(hub: Hub, adapter: Path) -> None:
     push(hub, adapter)
     with pytest.raises(PushRefused, match="make the private repository me/run public"):
         push(hub, adapter, public=True)
     assert hub.repositories[REPO].private
     push(hub, adapter, public=True, yes=True)
     assert not hub.repositories[REPO].private
+    with pytest.raises(PushRefused, match=r"is public already.*add --public"):
+        push(hub, adapter)
 
 
 FAULTS = {
@@ -202,12 +197,6 @@ def test_a_fault_is_a_sentence_and_the_next_push_goes_on(
     assert hub.count(" ") < 100, "it did not go on asking"
     hub.faults.clear()
     assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
-
-
-@pytest.mark.parametrize("part", ["POST preupload", "PUT /lfs/", "POST objects/batch"])
-def test_a_passing_fault_is_not_noticed(part: str, hub: Hub, adapter: Path) -> None:
-    hub.faults[part] = Fault(503, times=2)
-    assert push(hub, adapter)[-1].startswith("done")
 
 
 def test_what_arrived_is_not_sent_twice(hub: Hub, adapter: Path) -> None:
@@ -259,11 +248,6 @@ def test_a_token_that_may_only_read(hub: Hub, adapter: Path) -> None:
     with pytest.raises(PushError, match="'mine' of me may only read"):
         push(hub, adapter)
     assert not hub.repositories
-
-
-def test_somebody_elses_namespace(hub: Hub, adapter: Path) -> None:
-    with pytest.raises(PushError, match="may not write to google/run"):
-        push(hub, adapter, repo="google/run")
 
 
 def test_a_merge_of_another_adapter_is_refused_and_all_is_asked_first(
@@ -327,25 +311,20 @@ def test_a_system_prompt_is_no_path(hub: Hub, adapter: Path) -> None:
     assert sent["system_prompt"] == "/no_think" and sent["dataset"] == "data.jsonl"
 
 
-@pytest.mark.parametrize("page", ["api/models/me/run", "preupload"])
-def test_a_silent_hub_is_left(
-    page: str, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_hub_is_left(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the request and never answers; huggingface_hub alone would wait for ever."""
     monkeypatch.setattr(hub_remote, "TIMEOUT", 0.3)
     silence, route = threading.Event(), Handler.route
 
     def say_nothing(self: Handler, path: str) -> None:
-        if page in path:
+        if "tree" in path:
             silence.wait(20)
         route(self, path)
 
     monkeypatch.setattr(Handler, "route", say_nothing)
-    push_error = pytest.raises(PushError, match="the connection broke off")
-    started = time.monotonic()
-    with push_error:
+    with pytest.raises(PushError, match="the connection broke off"):
         push(hub, adapter)
-    assert time.monotonic() - started < 15
+    assert not silence.is_set()
     silence.set()
 
 
@@ -359,12 +338,13 @@ def test_ctrl_c_in_the_middle_of_a_file(hub: Hub, adapter: Path, tmp_path: Path)
         route(self, path)
 
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    settings["HF_HOME"] = str(tmp_path / "hf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Handler, "route", hold)
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, adapter, "--repo", REPO],
+            [sys.executable, ROOT / "scripts" / "push_to_hub.py", adapter, "--repo", REPO],
             cwd=tmp_path,
-            env={**ENVIRONMENT, "HF_HOME": str(tmp_path / "hf"), **settings},
+            env={**os.environ, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -374,32 +354,16 @@ def test_ctrl_c_in_the_middle_of_a_file(hub: Hub, adapter: Path, tmp_path: Path)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted: run it again" in err
     assert "Traceback" not in err and "done" not in out
-    assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
-
-
-def run(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {name: text for name, text in ENVIRONMENT.items() if not name.startswith("HF_")}
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)],
-        cwd=cwd,
-        env={**known, "HF_HOME": str(cwd / "hf"), **environment},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def test_the_script_pushes(hub: Hub, adapter: Path, tmp_path: Path) -> None:
-    settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    done = run(adapter, "--repo", REPO, cwd=tmp_path, **settings)
+    done = run_script("push_to_hub.py", adapter, "--repo", REPO, home=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"done: {hub.url}/{REPO}"
-    assert TOKEN not in done.stdout + done.stderr
+    assert TOKEN not in out + err + done.stdout + done.stderr
     assert hub.tokens - {""} == {f"Bearer {TOKEN}"}
 
 
 def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> None:
-    done = run(adapter, "--repo", REPO, "--gguf", "q8_0", "--dry-run", cwd=tmp_path)
+    flags = ("--repo", REPO, "--gguf", "q8_0", "--dry-run")
+    done = run_here("push_to_hub.py", adapter, *flags, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "me/run (private): " in done.stdout and "library_name: peft" in done.stdout
     assert "me/run-GGUF (private): exports/run-gguf-q8_0, which the push makes" in done.stdout
@@ -425,17 +389,17 @@ def test_a_wrong_flag_is_one_sentence(knobs, said, tmp_path: Path) -> None:
 
 
 def test_the_token_has_no_flag(adapter: Path, tmp_path: Path) -> None:
-    done = run(adapter, "--repo", REPO, "--token", "hf_x", cwd=tmp_path)
-    assert done.returncode == 2 and "Unrecognized" in done.stdout + done.stderr
+    flags = ("--repo", REPO, "--token", "hf_x")
+    assert run_here("push_to_hub.py", adapter, *flags, home=tmp_path).returncode == 2
 
 
-def test_without_a_token_or_a_network(adapter: Path, tmp_path: Path) -> None:
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = run(adapter, "--repo", REPO, cwd=tmp_path, **nobody)
-    assert done.returncode == 1 and "no Hub token was found: run `hf auth login`" in done.stderr
-    done = run(adapter, "--repo", REPO, cwd=tmp_path, HF_TOKEN=TOKEN, **nobody)
-    assert done.returncode == 1 and "the Hub cannot be reached" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_without_a_token_or_a_network(hub: Hub, adapter: Path, monkeypatch) -> None:
+    monkeypatch.setattr(hf_api, "get_token", lambda: None)
+    with pytest.raises(PushError, match="no Hub token was found: run `hf auth login`"):
+        push(hub, adapter, token=None)
+    hub.url = "http://127.0.0.1:9"
+    with pytest.raises(PushError, match="the Hub cannot be reached"):
+        push(hub, adapter)
 
 
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
