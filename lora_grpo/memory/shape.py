@@ -4,12 +4,12 @@ No weights and no torch: a folder, a Hub id or a published table goes in, parame
 exact for the Llama, Qwen2 and Qwen3 families.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.config.train_config import TrainConfig
+from lora_grpo.machine.files import read_json
 from lora_grpo.policy.base import resolve_model
 
 REQUIRED = (
@@ -41,7 +41,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 class ModelShape:
     """A decoder's dimensions; H = hidden_size, V = vocab_size."""
 
-    family: str
     hidden_size: int
     intermediate_size: int
     layers: int
@@ -50,11 +49,9 @@ class ModelShape:
     head_dim: int
     vocab_size: int
     tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    stored_bytes: int = 2
-    plain_attention: bool = True
+    has_qk_norm: bool
+    biased: tuple[str, ...]
+    stored_bytes: int
 
     @property
     def q_dim(self) -> int:
@@ -65,11 +62,6 @@ class ModelShape:
     def kv_dim(self) -> int:
         """Width of the keys and of the values."""
         return self.kv_heads * self.head_dim
-
-    @property
-    def has_qk_norm(self) -> bool:
-        """Qwen3 normalises the queries and keys of each head."""
-        return self.family == "qwen3"
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
@@ -88,38 +80,25 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Weights of every block's linear layers: what 4-bit loading quantises."""
-        return self.layers * sum(
-            inputs * outputs for inputs, outputs in self.linear_layers.values()
-        )
-
-    @property
-    def largest_linear(self) -> int:
-        """Weights of the largest linear layer of a block."""
-        return max(inputs * outputs for inputs, outputs in self.linear_layers.values())
+        sizes = self.linear_layers.values()
+        return self.layers * sum(inputs * outputs for inputs, outputs in sizes)
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the input embeddings, V x H."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def lm_head_parameters(self) -> int:
-        """Weights of the output layer; none of its own where it is tied to the embeddings."""
-        return 0 if self.tied else self.embedding_parameters
+        """Weights of the embeddings, V x H, and of the output layer where it is not the same."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def small_parameters(self) -> int:
         """Norms and biases."""
-        block = 2 * self.hidden_size + 2 * self.head_dim * self.has_qk_norm
-        block += self.qkv_bias * (self.q_dim + 2 * self.kv_dim) + self.o_bias * self.hidden_size
-        block += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        return self.layers * block + self.hidden_size
+        norms = 2 * self.hidden_size + 2 * self.head_dim * self.has_qk_norm
+        biases = sum(self.linear_layers[name][1] for name in self.biased)
+        return self.layers * (norms + biases) + self.hidden_size
 
     @property
     def parameters(self) -> int:
         """Every parameter of the model."""
-        whole = self.embedding_parameters + self.lm_head_parameters + self.small_parameters
-        return self.linear_parameters + whole
+        return self.linear_parameters + self.embedding_parameters + self.small_parameters
 
     def lora_parameters(self, r: int, target_modules: tuple[str, ...]) -> int:
         """Return the parameters of a LoRA adapter: r x (inputs + outputs) a layer.
@@ -140,12 +119,14 @@ class ModelShape:
         return 2 * self.layers * self.kv_dim * width
 
 
-def has_plain_attention(values: dict[str, Any]) -> bool:
-    """Return whether every layer attends to all that came before, without windows or dropout."""
-    uses_windows = values.get("use_sliding_window", values["model_type"] == "llama")
-    windows = values.get("sliding_window") and uses_windows
-    kinds = set(values.get("layer_types") or ["full_attention"])
-    return kinds == {"full_attention"} and not windows and not values.get("attention_dropout")
+def find_biased(values: dict[str, Any]) -> tuple[str, ...]:
+    """Return the linear layers of a block that have a bias."""
+    family, biased = values["model_type"], ("q_proj", "k_proj", "v_proj")
+    if family == "qwen2":
+        return biased
+    biased = (*biased, "o_proj") if values.get("attention_bias") else ()
+    has_mlp = family == "llama" and values.get("mlp_bias")
+    return (*biased, "gate_proj", "up_proj", "down_proj") if has_mlp else biased
 
 
 def build_shape(values: dict[str, Any], source: str) -> ModelShape:
@@ -166,10 +147,8 @@ def build_shape(values: dict[str, Any], source: str) -> ModelShape:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads", heads if family == "llama" else QWEN_KV_HEADS)
     head_dim = values.get("head_dim", QWEN3_HEAD_DIM if family == "qwen3" else None)
-    bias = bool(values.get("attention_bias", False)) and family != "qwen2"
     stored = values.get("dtype") or values.get("torch_dtype") or "float32"
     return ModelShape(
-        family=family,
         hidden_size=hidden,
         intermediate_size=values["intermediate_size"],
         layers=values["num_hidden_layers"],
@@ -178,22 +157,15 @@ def build_shape(values: dict[str, Any], source: str) -> ModelShape:
         head_dim=head_dim or hidden // heads,
         vocab_size=values["vocab_size"],
         tied=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias,
-        mlp_bias=bool(values.get("mlp_bias", False)) and family == "llama",
+        has_qk_norm=family == "qwen3",
+        biased=find_biased(values),
         stored_bytes=4 if stored == "float32" else 2,
-        plain_attention=has_plain_attention(values),
     )
 
 
 def read_shape(folder: Path) -> ModelShape:
     """Return the shape of the model in a folder."""
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: broken JSON ({error.msg}): mend that file") from None
-    return build_shape(values, str(folder))
+    return build_shape(read_json(folder / "config.json"), str(folder))
 
 
 def find_shape(config: TrainConfig) -> tuple[ModelShape, str]:

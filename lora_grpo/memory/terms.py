@@ -11,10 +11,11 @@ from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.memory.shape import ModelShape
 
 GIB = 2**30
-WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32 = 4
+WIDTHS = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 NF4_BLOCK = 64
-OPTIMISER_BYTES = {"adafactor": 0, "lion": 4, "sgd": 0}
-ADAM_BYTES, EIGHT_BIT_BYTES = 8, 2
+OPTIMISER_BYTES = {"8bit": 2, "adafactor": 0, "lion": 4, "sgd": 0}
+ADAM_BYTES = 8
 CUDA_CONTEXT = GIB // 2
 # A process that imported torch, transformers, TRL, PEFT, datasets and bitsandbytes, and has made
 # its trainer; then what a tokenizer takes for each of its tokens.
@@ -58,14 +59,9 @@ class Prediction:
         return max(self.phases, key=lambda phase: phase.bytes)
 
     @property
-    def terms(self) -> tuple[Term, ...]:
-        """What there is at the peak."""
-        return (*self.always, *self.fullest.terms)
-
-    @property
     def peak_bytes(self) -> int:
         """The most that the run holds at once."""
-        return sum(term.bytes for term in self.terms)
+        return sum(term.bytes for term in self.always) + self.fullest.bytes
 
 
 @dataclass(frozen=True)
@@ -97,11 +93,6 @@ class Job:
         return self.prompt_length + self.config.max_completion_length
 
     @property
-    def micro_batch_tokens(self) -> int:
-        """Tokens of one micro-batch, each sequence at its longest."""
-        return self.config.per_device_train_batch_size * self.sequence_length
-
-    @property
     def lora_parameters(self) -> int:
         """Parameters of the adapter."""
         return self.shape.lora_parameters(self.config.r, self.config.target_modules)
@@ -109,23 +100,12 @@ class Job:
     @property
     def packs(self) -> bool:
         """The update and sampling compute each prompt once (see `grpo.packed_update`)."""
-        plain = self.backend == "transformers" and self.shape.plain_attention
-        return plain and self.config.shared_prefix
-
-    @property
-    def holds_logits(self) -> bool:
-        """The update is TRL's own and holds a micro-batch's logits; Unsloth's has its chunks."""
-        return not (self.packs or self.backend == "unsloth")
-
-    @property
-    def has_vllm(self) -> bool:
-        """Completions come from vLLM."""
-        return self.rollout == "vllm"
+        return self.backend == "transformers" and self.config.shared_prefix
 
     @property
     def shares_weights(self) -> bool:
         """Unsloth's trainer and its vLLM read the same weights."""
-        return self.has_vllm and self.backend == "unsloth"
+        return self.rollout == "vllm" and self.backend == "unsloth"
 
 
 def nf4_bytes(weights: int, double_quant: bool) -> int:
@@ -142,38 +122,27 @@ def weight_terms(job: Job) -> tuple[Term, ...]:
     """Return the base model's terms: linear layers, embeddings, norms."""
     shape, config, width = job.shape, job.config, job.width
     shared = ", shared with vLLM" if job.shares_weights else ""
+    size, how = shape.linear_parameters * width, f"x {width} bytes"
     if config.load_in_4bit:
         size = nf4_bytes(shape.linear_parameters, config.bnb_4bit_use_double_quant)
-        bits = 8 * size / shape.linear_parameters
-        why = f"{shape.linear_parameters:,} weights at {bits:.2f} bits (NF4){shared}"
-    else:
-        size = shape.linear_parameters * width
-        why = f"{shape.linear_parameters:,} weights x {width} bytes{shared}"
-    whole = shape.embedding_parameters + shape.lm_head_parameters
-    head = "tied, so once" if shape.tied else "embeddings and lm_head"
+        how = f"at {8 * size / shape.linear_parameters:.2f} bits (NF4)"
+    whole, head = shape.embedding_parameters, "tied, so once" if shape.tied else "and lm_head"
+    why = f"{whole:,} x {width} bytes, never quantised; {head}{shared}"
     return (
-        Term("linear layers", size, why),
-        Term(
-            "embeddings",
-            whole * width,
-            f"{whole:,} x {width} bytes, never quantised; {head}{shared}",
-        ),
+        Term("linear layers", size, f"{shape.linear_parameters:,} weights {how}{shared}"),
+        Term("embeddings", whole * width, why),
         Term("norms and biases", shape.small_parameters * width, "never quantised"),
     )
 
 
 def optimiser_bytes(optim: str) -> int:
     """Return the bytes of state that an optimiser keeps for each trained parameter."""
-    if "8bit" in optim:
-        return EIGHT_BIT_BYTES
-    known = (size for name, size in OPTIMISER_BYTES.items() if name in optim)
-    return next(known, ADAM_BYTES)
+    return next((size for name, size in OPTIMISER_BYTES.items() if name in optim), ADAM_BYTES)
 
 
 def adapter_terms(job: Job) -> tuple[Term, ...]:
     """Return the adapter's terms: its float32 weights and the optimiser's state."""
-    count = job.lora_parameters
-    each = optimiser_bytes(job.config.optim)
+    count, each = job.lora_parameters, optimiser_bytes(job.config.optim)
     return (
         Term("LoRA weights", 4 * count, f"{count:,} x 4 bytes: float32, whatever the base is in"),
         Term("optimiser", each * count, f"{each} bytes per LoRA parameter ({job.config.optim})"),
@@ -183,18 +152,11 @@ def adapter_terms(job: Job) -> tuple[Term, ...]:
 def process_terms(job: Job) -> tuple[Term, ...]:
     """Return what a process takes before it holds a model."""
     if job.device == "cuda":
-        context = Term("CUDA context", CUDA_CONTEXT, "estimate; not yet measured by this project")
-        return (context,)
+        return (Term("CUDA context", CUDA_CONTEXT, "estimate; not yet measured by this project"),)
     tokenizer = job.shape.vocab_size * BYTES_PER_VOCABULARY_ENTRY
     data = 0 if job.config.dataset == "arithmetic" else DATASET_ON_CPU
+    why = "measured: about 700 bytes per token, and rows"
     return (
         Term("Python and libraries", LIBRARIES_ON_CPU, "measured: resident after the imports"),
-        Term(
-            "tokenizer and data", tokenizer + data, "measured: about 700 bytes per token, and rows"
-        ),
+        Term("tokenizer and data", tokenizer + data, why),
     )
-
-
-def always_terms(job: Job) -> tuple[Term, ...]:
-    """Return what is there from the first step to the last."""
-    return (*process_terms(job), *weight_terms(job), *adapter_terms(job))

@@ -22,7 +22,7 @@ from lora_grpo.memory.fit import (
     settle_unplanned,
 )
 from lora_grpo.memory.shape import ModelShape, read_shape
-from lora_grpo.memory.terms import GIB
+from lora_grpo.memory.terms import GIB, Job
 from lora_grpo.policy.base import (
     Placement,
     check_trainable,
@@ -200,17 +200,18 @@ def fit_memory(
     on_gpu = placement.device == "cuda" and gpu is not None
     found = gpu.free_bytes if on_gpu else available_memory()
     asked = config.gpu_memory and int(config.gpu_memory * GIB)
-    plan = plan_memory(
-        config,
-        shape,
-        choice,
-        placement.device,
-        placement.dtype,
-        min(asked or found, found) if on_gpu else found,
-        gpu.total_bytes if on_gpu else None,
-        longest_prompt,
-        gives_back(shape.hidden_size, placement.device),
+    job = Job(
+        shape=shape,
+        config=config,
+        backend=choice.backend,
+        rollout=choice.rollout,
+        device=placement.device,
+        dtype=placement.dtype,
+        prompt_length=longest_prompt,
+        total_bytes=gpu.total_bytes if on_gpu else None,
+        gives_back=gives_back(shape.hidden_size, placement.device),
     )
+    plan = plan_memory(job, min(asked or found, found) if on_gpu else found)
     if asked and on_gpu and not plan.fits:
         raise ValueError(
             f"--gpu-memory {config.gpu_memory:g} does not hold this run, whose peak would be "

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_cases import TOKENS, job_of, load, saved_bytes, small_config
-from peft import LoraConfig, get_peft_model
+from memory_cases import TOKENS, adapted, job_of, load, saved_bytes, small_config
 from torch.profiler import ProfilerActivity, profile
 from trainers import make_trainer
 
@@ -16,7 +15,7 @@ from lora_grpo.grpo.packing import attention_in_groups, pack
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.memory.rollout import predict
 from lora_grpo.memory.terms import Job
-from lora_grpo.memory.update import packed_activations, packed_phases, packed_tokens
+from lora_grpo.memory.update import activation_terms, update_phases, update_tokens
 from lora_grpo.policy.layers import fused
 
 G = 4
@@ -60,9 +59,9 @@ def measured_update(tmp_path: Path, job: Job) -> int:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "length", "micro_batch"), [(24, 120, 8), (200, 16, 4), (96, 64, 2)]
+    ("prompt", "length", "micro_batch", "checkpointing"),
+    [(24, 120, 8, False), (24, 120, 8, True), (200, 16, 4, False), (96, 64, 2, True)],
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_holds_what_is_predicted(
     tmp_path: Path,
     tiny_model_folder: Path,
@@ -80,19 +79,20 @@ def test_an_update_holds_what_is_predicted(
         load_in_4bit=False,
     )
     job = job_of(tiny_model_folder, config, prompt_length=prompt)
-    predicted = max(phase.bytes for phase in packed_phases(job))
+    predicted = max(phase.bytes for phase in update_phases(job))
     assert predicted == pytest.approx(measured_update(tmp_path, job), rel=0.07)
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("targets", [LINEAR_LAYERS, ("q_proj", "v_proj"), ("o_proj", "up_proj")])
+@pytest.mark.parametrize(
+    ("targets", "four_bit"),
+    [(LINEAR_LAYERS, True), (("q_proj", "v_proj"), False), (("o_proj", "up_proj"), False)],
+)
 def test_a_block_saves_what_is_predicted(
     tiny_model_folder: Path, four_bit: bool, dtype: torch.dtype, targets: tuple[str, ...]
 ) -> None:
     prompt, length = 24, 40
-    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=list(targets), r=16)
-    model = get_peft_model(load(tiny_model_folder, four_bit, dtype=dtype), lora).train()
+    model = adapted(load(tiny_model_folder, four_bit, dtype=dtype), targets).train()
     model.enable_input_require_grads()
     inner = model.get_base_model()
     prompts = torch.randint(3, 500, (1, prompt)).expand(G, -1)
@@ -110,7 +110,7 @@ def test_a_block_saves_what_is_predicted(
     )
     name = str(dtype).removeprefix("torch.")
     job = job_of(tiny_model_folder, config, prompt_length=prompt, dtype=name)
-    predicted = sum(term.bytes for term in packed_activations(job))
+    predicted = sum(term.bytes for term in activation_terms(job))
     assert predicted == pytest.approx(found, rel=0.03)
 
 
@@ -118,7 +118,7 @@ def test_tokens_are_prompts_once_a_group_and_every_completion(tiny_model_folder:
     def tokens(micro_batch: int, **more: Any) -> int:
         sizes = {"per_device_train_batch_size": micro_batch, "num_generations": 8}
         config = small_config(**sizes, gradient_accumulation_steps=48 // micro_batch, **more)
-        return packed_tokens(job_of(tiny_model_folder, config, prompt_length=100))
+        return update_tokens(job_of(tiny_model_folder, config, prompt_length=100))
 
     own = TOKENS - 16 - 1
     assert tokens(16) == 2 * 100 + 16 * own
@@ -142,19 +142,3 @@ def test_sampling_holds_each_prompt_once(tiny_model_folder: Path) -> None:
         )
     each, own = job.shape.cache_per_token(4), 32 * (TOKENS - 16)
     assert cache == {True: (4 * 1000 + own) * each, False: (32 * 1000 + own) * each}
-
-
-def test_a_longer_prompt_costs_a_packed_update_less(tiny_model_folder: Path) -> None:
-    """What TRL's own update holds grows by rows x prompt, the packed one by groups x prompt."""
-    growth = {}
-    for shared in (True, False):
-        config = small_config(
-            num_generations=4, per_device_train_batch_size=16, shared_prefix=shared
-        )
-        jobs = [job_of(tiny_model_folder, config, prompt_length=size) for size in (500, 1000)]
-        short, long = (
-            sum(t.bytes for p in predict(job).phases for t in p.terms if t.name == "activations")
-            for job in jobs
-        )
-        growth[shared] = long - short
-    assert growth[True] < growth[False] / 4

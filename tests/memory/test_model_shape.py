@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from trainers import make_trainer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.config.presets import PRESETS
@@ -56,7 +55,6 @@ def test_counts_equal_those_of_the_real_model(
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert shape.linear_parameters == sum(module.weight.numel() for _, module in linear)
     assert shape.linear_layers == sizes
-    assert shape.embedding_parameters == model.get_input_embeddings().weight.numel()
     for targets in (LINEAR_LAYERS, ("q_proj", "down_proj")):
         expected = 5 * sum(sum(sizes[name]) for name in targets) * shape.layers
         assert shape.lora_parameters(5, targets) == expected
@@ -86,7 +84,7 @@ def test_a_family_that_is_not_known_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json gives no intermediate_size, num_hidden"):
         read_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="broken JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         read_shape(tmp_path)
 
 
@@ -94,12 +92,6 @@ def test_a_target_that_the_model_lacks_is_named() -> None:
     shape = build_shape({"model_type": "llama", **SMALL}, "there")
     with pytest.raises(ValueError, match=r"--target-modules fc1: .* q_proj k_proj"):
         shape.lora_parameters(8, ("fc1",))
-
-
-def test_the_embedded_model_is_read_from_its_folder() -> None:
-    shape, source = find_shape(TrainConfig(model="tiny"))
-    assert shape.parameters == 854_144
-    assert source.endswith("config.json")
 
 
 def test_the_published_shape_is_taken_where_the_hub_is_silent(
@@ -114,21 +106,3 @@ def test_the_published_shape_is_taken_where_the_hub_is_silent(
     assert source.startswith("shape of Qwen/Qwen2.5-0.5B-Instruct as published")
     with pytest.raises(FileNotFoundError, match="no network"):
         find_shape(TrainConfig(model="owner/unknown"))
-
-
-@pytest.mark.parametrize(
-    ("family", "changed"),
-    [
-        ("llama", {}),
-        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}),
-        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
-        ("llama", {"attention_dropout": 0.1}),
-    ],
-)
-def test_plain_attention_is_what_can_be_packed(
-    family: str, changed: dict[str, Any], tmp_path: Path
-) -> None:
-    config = meta_model({"model_type": family, **SMALL, **changed}, tmp_path).config
-    trainer = make_trainer(tmp_path, load=lambda: AutoModelForCausalLM.from_config(config))
-    assert read_shape(tmp_path).plain_attention == trainer.packed

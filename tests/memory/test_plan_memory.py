@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.machine.allocator import has_huge_pages
-from lora_grpo.memory.command import run, shortened
+from lora_grpo.memory.command import run
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "plan_memory.py"
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +18,7 @@ def no_gpu_and_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("size", [6, 8, 12, 24])
+@pytest.mark.parametrize("size", [6, 24])
 def test_the_main_preset_fits_every_card(size: int, capsys: pytest.CaptureFixture[str]) -> None:
     status = run(["--preset", "qwen2.5-0.5b", "--gpu-memory", str(size), "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -38,22 +36,12 @@ def test_the_main_preset_fits_every_card(size: int, capsys: pytest.CaptureFixtur
 def test_the_table_has_every_term_that_was_promised(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--preset", "qwen2.5-3b", "--gpu-memory", "8", "--backend", "transformers"]) == 0
     printed = capsys.readouterr().out
-    for name in (
-        "linear layers",
-        "embeddings",
-        "LoRA weights",
-        "LoRA gradients",
-        "optimiser",
-        "vLLM's weights",
-        "vLLM's KV cache",
-        "CUDA context",
-        "CUDA graphs",
-        "activations",
-        "log-probs in tiles",
-        "1 GB = 2**30 bytes",
-        "fits: peak",
-    ):
-        assert name in printed
+    promised = (
+        "linear layers|embeddings|LoRA weights|LoRA gradients|optimiser|vLLM's weights|"
+        "vLLM's KV cache|CUDA context|CUDA graphs|activations|log-probs in tiles|1 GB = 2**30 bytes"
+    )
+    assert [name for name in promised.split("|") if name not in printed] == []
+    assert "fits: peak" in printed
 
 
 def test_nothing_fits_is_status_1_with_a_way_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,8 +55,8 @@ def test_nothing_fits_is_status_1_with_a_way_out(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (["--model", "owner/unknown", "--gpu-memory", "8"], "--model owner/unknown"),
-        (["--preset", "tiny", "--target-modules", "fc1"], "--target-modules fc1"),
-        (["--preset", "tiny", "--measure", "--gpu-memory", "8"], "--measure reads"),
+        (["--preset", "qwen2.5-3b", "--target-modules", "fc1"], "--target-modules fc1"),
+        (["--preset", "qwen2.5-3b", "--measure", "--gpu-memory", "8"], "--measure reads"),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
@@ -76,40 +64,15 @@ def test_bad_input_is_refused(arguments: list[str], message: str) -> None:
         run(arguments)
 
 
-@pytest.mark.parametrize("flags", [("qwen2.5-0.5b", "--gpu-memory", "8"), ("tiny",)])
-def test_a_plan_never_imports_torch(flags: tuple[str, ...]) -> None:
-    code = f"""
+def test_a_plan_for_a_card_never_imports_torch() -> None:
+    code = """
 import sys
 from lora_grpo.memory.command import run
-status = run(["--json", "--preset", *{flags!r}])
+status = run(["--json", "--preset", "qwen2.5-0.5b", "--gpu-memory", "8"])
 sys.exit("torch" in sys.modules and 9 or status)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout[done.stdout.index("{") :])
-    counted = any("longest prompt of the data" in note for note in found["notes"])
-    assert counted == (found["device"] == "cpu")
-
-
-def test_help_lists_its_own_flags() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=30
-    )
-    assert done.returncode == 0
-    assert "--measure" in done.stdout
-    assert "--gpu-memory" in done.stdout
-
-
-def test_a_measured_run_is_the_same_run_made_short() -> None:
-    flags = shortened(["--preset", "tiny", "--json", "--measure"], 576)
-    assert flags[:2] == ["--preset", "tiny"]
-    assert not {"--json", "--measure"} & set(flags)
-    assert flags[flags.index("--max-steps") + 1] == ("2" if has_huge_pages() else "8")
-    narrow = shortened(["--preset", "tiny"], 128)
-    assert narrow[narrow.index("--max-steps") + 1] == "8"
-    assert flags[flags.index("--num-validation-items") + 1] == "0"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the plan knows glibc's allocator")
@@ -122,6 +85,7 @@ def test_the_embedded_model_holds_what_was_predicted(
     flags += ["--measure", "--json"]
     assert run(flags) == 0
     found = json.loads(capsys.readouterr().out)
+    assert any("the longest prompt of the data has" in note for note in found["notes"])
     update = sum(t["bytes"] for t in found["terms"] if t["phase"] == "update, backward")
     assert update > 0.3 * found["measured_bytes"], "or the libraries alone would do"
     assert found["peak_bytes"] == pytest.approx(found["measured_bytes"], rel=0.15)

@@ -1,20 +1,18 @@
 """Small models and jobs whose memory is counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.memory.shape import read_shape
 from lora_grpo.memory.terms import Job
 
-TOKENS = 24
-
-
-ROWS = 4
+TOKENS, ROWS = 24, 4
 
 
 def job_of(folder: Path, config: TrainConfig, **more: Any) -> Job:
@@ -41,6 +39,11 @@ def load(
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, quantization_config=quantised if four_bit else None
     )
+
+
+def adapted(model: torch.nn.Module, targets: Sequence[str], **more: Any) -> torch.nn.Module:
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=list(targets), r=16, **more)
+    return get_peft_model(model, lora)
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], object] | None = None) -> int:
