@@ -74,11 +74,15 @@ def test_dry_run_and_preview_load_and_write_nothing(tmp_path: Path) -> None:
         (["--resume", "adapters/none"], "holds no train_config.json"),
         (["--preset", "tiny", "--target-modules", "q_prj"], "no such linear layer"),
         (["--preset", "tiny", "--reward", "x.py:f"], "x.py"),
+        (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
+        (["--preset", "tiny", "--backend", "unsloth"], "--backend unsloth needs an NVIDIA GPU"),
+        (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: no GPU was found"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(
-    tmp_path: Path, arguments: list[str], sentence: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
 ) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run_here("train_lora.py", *arguments, home=tmp_path)
     assert done.returncode == 2
     assert sentence in " ".join((done.stdout + done.stderr).replace("│", " ").split())

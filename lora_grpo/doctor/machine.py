@@ -112,7 +112,7 @@ def advise_on_cuda(driver: str, cuda: str, why: str) -> str:
     if "out of memory" in why:
         return "close other programs that use the GPU: nvidia-smi lists them"
     least = LEAST_DRIVER.get(int(number(cuda.partition(".")[0])), 0)
-    if number(driver.partition(".")[0]) < least:
+    if 0 < number(driver.partition(".")[0]) < least:  # torch, where it was asked, knows none
         update = f"update the driver to {least} or newer, which CUDA {cuda} needs, and reboot"
         return f"{update}; or {OTHER_TORCH}, and vllm's for the same CUDA"
     return (

@@ -37,12 +37,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add JSON objects, a line each, to the end of a file."""
+    """Add JSON objects, one per line, to the end of a file."""
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -51,7 +51,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the whole lines of a file that may have been cut in the middle of its last one.
 
     Raises:
-        ValueError: another line is no JSON object.
+        ValueError: another line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -61,7 +61,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line) if line else None
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}: no JSON object ({error}): mend or remove that line"
+                f"{path}, line {number}: not a JSON object ({error}): mend or remove that line"
             ) from error
         rows += [] if row is None else [row]
     return rows

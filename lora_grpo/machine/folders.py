@@ -3,9 +3,9 @@
 Nothing is loaded; a folder is known by the files that this project and PEFT write.
 """
 
-import json
 from pathlib import Path
 
+from lora_grpo.machine.files import read_json
 from lora_grpo.machine.terminal import command_line
 
 RUN_FILE, ADAPTER_FILE, MODEL_FILE = "train_config.json", "adapter_config.json", "config.json"
@@ -42,8 +42,8 @@ def kind_of(folder: Path) -> str:
 
 
 def run_of(folder: Path) -> Path:
-    """Return the run that a folder belongs to or was made from; the folder itself where it says
-    nothing."""
+    """Return the run that a folder belongs to or was made from; where that is unknown, the folder
+    itself."""
     kind = kind_of(folder)
     if kind in ("checkpoint", "last"):
         return folder.parent
@@ -51,8 +51,8 @@ def run_of(folder: Path) -> Path:
     if report is None:
         return folder
     try:
-        name = json.loads((folder / report[0]).read_text(encoding="utf-8"))[report[1]]
-    except (OSError, ValueError, KeyError, TypeError):
+        name = read_json(folder / report[0])[report[1]]
+    except (OSError, ValueError, KeyError):
         name = folder.name
     return Path("adapters") / str(name)
 

@@ -144,7 +144,7 @@ def describe_environment(package: str) -> str:
         return f"{lack}: type {join(near(python), script, *sys.argv[1:])}"
     requirements = "requirements.txt" if which("nvidia-smi") else "requirements-cpu.txt"
     install = join(python_here(), "-m", "pip", "install", "-r", near(ROOT / requirements))
-    return f"{lack}: type {install}, or run `make train` in {ROOT}, which sets up its .venv"
+    return f"{lack}: run `make train` in {ROOT}, which sets up its .venv, or type {install}"
 
 
 def is_started_as_command() -> bool:
@@ -176,10 +176,8 @@ def join(*words: object) -> str:
 
 def near(path: Path) -> str:
     """Return a path below the working folder relative to it, any other as it is."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def python_here() -> str:

@@ -54,6 +54,7 @@ def test_a_wrong_python_little_memory_and_a_disk_full_or_closed_stop_a_run(tmp_p
         (T4, torch("13.0", "CUDA out of memory. Tried"), "problem", "nvidia-smi lists"),
         (replace(T4, driver="535.104"), torch("13.0", "driver too old"), "problem", "580 or newer"),
         (replace(T4, driver="535.104"), torch("12.8", "no kernel image"), "problem", "reboot"),
+        (replace(T4, driver="CUDA 13.0"), torch("13.0", "no kernel image"), "problem", "reboot"),
         (replace(T4, free_bytes=3 * GIB), torch("12.6"), "warning", "nvidia-smi lists"),
         (
             replace(T4, total_bytes=4 * GIB, free_bytes=4 * GIB),

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from commands import run_here
 from doctor_machines import T4, put_nvidia_smi
 
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim, installed
@@ -158,20 +157,3 @@ def test_where_the_driver_does_not_know_torch_is_asked(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{driver[:12]}")
     monkeypatch.setattr("lora_grpo.machine.hardware.sys.executable", str(torch))
     assert find_gpu() == GPU(*SLICE)
-
-
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        (["--preset", "tiny", "--backend", "unsloth"], "--backend unsloth needs an NVIDIA GPU"),
-        (["--preset", "qwen2.5-0.5b"], "--preset qwen2.5-0.5b needs an NVIDIA GPU"),
-        (["--preset", "tiny", "--rollout", "vllm"], "--rollout vllm: the package vllm is not"),
-        (["--preset", "tiny", "--gpu-memory", "8"], "--gpu-memory 8: no GPU was found"),
-    ],
-)
-def test_without_a_gpu_one_clear_sentence(tmp_path: Path, flags: list[str], sentence: str) -> None:
-    if find_gpu() is not None or installed("vllm"):
-        pytest.skip("this machine has what the sentences say is missing")
-    done = run_here("train_lora.py", *flags, home=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {sentence}") and done.stderr.count("\n") == 1
