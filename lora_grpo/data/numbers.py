@@ -68,7 +68,7 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-# A letter of any script, less Greek, whose letters stand for numbers (`2π`).
+# A letter of any script except Greek, whose letters stand for numbers (`2π`).
 LETTERS = "[^\\W\\d_\u0370-\u03ff]+"
 UNIT_WORD = re.compile(
     rf"(?P<between>[ ]?/[ ]?|[ -]|)"
@@ -262,19 +262,16 @@ def read_value(found: re.Match[str]) -> Fraction | None:
 def read_unit(value: Fraction, currency: str, rest: str) -> Quantity | None:
     """Return the quantity with what is written after its number, or None where that is no unit."""
     names = {"unit": CANONICAL.get(currency.lower()), "per": None}
-    powers, part, before, square, start, scaling = {"unit": 1, "per": 1}, "unit", "", 1, 0, True
+    powers, part, before, square, start = {"unit": 1, "per": 1}, "unit", "", 1, 0
     rest = re.sub(r"\bper cent\b", "percent", rest)
+    while (found := UNIT_WORD.match(rest, start)) and (factor := find_scale(found)):
+        value, start = value * factor, found.end()
     while start < len(rest):
         found = UNIT_WORD.match(rest, start)
         if found is None:
             return None
         between, word, start = found["between"], found["word"], found.end()
         plain, known = word.lower().removesuffix("s"), find_unit(word, last=start == len(rest))
-        factor = find_scale(between, word) if scaling else None
-        if factor is not None:
-            value *= factor
-            continue
-        scaling = False
         is_per = word.lower() in PER and (names["unit"] or word.lower() not in ("a", "an"))
         if "/" in between or is_per:
             part = "per"
@@ -311,10 +308,12 @@ def find_unit(word: str, last: bool) -> str | None:
     return CANONICAL.get(word) or CANONICAL.get(word.removesuffix("s"))
 
 
-def find_scale(between: str, word: str) -> int | None:
-    if between == "":
-        return 1000 if word == "k" else None
-    return SCALES.get(word.lower().removesuffix("s")) if between == " " else None
+def find_scale(found: re.Match[str]) -> int | None:
+    """Return the factor that a word directly after its number stands for, or None."""
+    if found["between"] == "":
+        return 1000 if found["word"] == "k" else None
+    name = found["word"].lower().removesuffix("s")
+    return SCALES.get(name) if found["between"] == " " else None
 
 
 def is_algebra(between: str, word: str, known: str | None, power: str | None, bare: bool) -> bool:

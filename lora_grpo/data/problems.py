@@ -5,7 +5,7 @@ A dataset's name and a split go in; its rows become `Problem`s, by columns that 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
@@ -35,7 +35,6 @@ from lora_grpo.data.sources import read_rows, resolve_split
 from lora_grpo.data.task import NUMBER_TASK
 
 INSTRUCTIONS = ("\\boxed", "####", "Answer:")
-NOT_RECORDED = ("columns", "source")
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,8 @@ class Problem:
 
     def as_record(self) -> dict[str, Any]:
         """Return what files keep of the problem: all but the columns, which may hold anything."""
-        return {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if entry.name not in NOT_RECORDED
-        }
+        names = ("row", "question", "answer", "solution")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
