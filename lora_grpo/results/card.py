@@ -20,7 +20,6 @@ from lora_grpo.policy.vllm import RANKS, allowed_rank
 from lora_grpo.results.curves import CURVES, write_curves
 from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
 from lora_grpo.results.records import Records, lora_rank, read_records, short_name
-from lora_grpo.results.reproduce import has_local_paths, list_settings, reproduce
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -30,6 +29,16 @@ HUB_OWNER = "OWNER"  # a push fills in who owns the repository
 EMBEDDED_IN_SHELL = (
     "\"$(python -c 'from lora_grpo import EMBEDDED_FOLDER; print(EMBEDDED_FOLDER)')\""
 )
+# The settings that decided a run.
+SHOWN = [
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "load_in_4bit", "dtype"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
+    *("max_completion_length", "temperature", "top_p", "dynamic_sampling_rounds", "loss_type"),
+    *("importance_sampling_level", "epsilon", "epsilon_high", "beta", "scale_rewards"),
+    *("num_iterations", "reward_set", "reward", "reward_weight", "learning_rate"),
+    *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm", "steps"),
+    *("seed", "backend", "rollout", "device", "versions", "base_sha256", "dataset_sha256"),
+]
 
 
 @dataclass(frozen=True)
@@ -97,13 +106,27 @@ def collect_values(folder: Path, records: Records, note: CardNote) -> dict[str, 
         "length": trained.get("max_completion_length", TrainConfig.max_completion_length),
         "served": serve_command(records, note),
         "settings": list_settings(trained),
-        "command": " \\\n  ".join(reproduce(trained)) if "steps" in trained else None,
-        "has_local_paths": has_local_paths(trained),
         "curves": CURVES if write_curves(records, folder) else None,
         "weights": list_weights(folder),
         **{"code": code, "escape": escape, "fence": fence, "quote": shlex.quote},
         **{"json": write_literal, "percent": percent, "short_name": short_name},
     }
+
+
+def list_settings(trained: dict[str, Any]) -> dict[str, str]:
+    """Return the recorded settings that decided the run, as text by their name."""
+    hidden = () if trained.get("dynamic_sampling") else ("dynamic_sampling_rounds",)
+    texts = {name: describe(trained.get(name)) for name in SHOWN if name not in hidden}
+    return {name: text for name, text in texts.items() if text}
+
+
+def describe(value: Any) -> str:
+    """Return a setting as text, a reward's file without its folders."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item)
+    if isinstance(value, list):
+        return ", ".join(Path(str(item)).name for item in value)
+    return "" if value is None else str(value)
 
 
 def percent(share: float) -> str:
