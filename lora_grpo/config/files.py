@@ -20,8 +20,8 @@ RECORD_MARK = "dataset_sha256"
 
 
 def given_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's record without the values that other settings decide: nulls of settings that
-    the run did not use, and defaults of its loss, so that another loss brings its own."""
+    """Return a run's record without the nulls of settings that the run did not use, and without the
+    defaults of its loss, so that another loss gets its own."""
     loss, level = record.get("loss_type", TrainConfig.loss_type), "importance_sampling_level"
     own = loss_defaults(loss, record.get(level)) | VLLM_CORRECTION
     own[level] = loss_defaults(loss)[level]
@@ -92,7 +92,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Return what a JSON or YAML file holds, by name.
 
     Raises:
-        ValueError: broken text, or something else than names with values.
+        ValueError: the text is broken, or is not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -147,7 +147,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Return the settings that a run began with, `max_steps` as the number of its steps.
+    """Return the settings that a run began with; `max_steps` is the number of its steps.
 
     Raises:
         FileNotFoundError: the directory holds no run.

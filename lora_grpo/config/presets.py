@@ -1,4 +1,4 @@
-"""Tested sets of defaults, and how a run's configuration is put together: preset, file, flags."""
+"""Presets, and how a run's configuration is put together: preset, then file, then flags."""
 
 import argparse
 import dataclasses
@@ -72,15 +72,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
-# What a preset chose for its own problems, and not for those of a user.
+# Settings of a preset that hold only for its own dataset.
 LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
-# What a resume may change: how much is printed, how long the run is, and how memory is used.
+# What a resumed run may change: its output, its length, and how memory is used.
 FREE_AT_RESUME = frozenset({"resume", "quiet", "dry_run", "preview", "max_steps", *MEMORY_SETTINGS})
-# Where a run finds what its record knows by its hash or its text: that decides, not the path.
+# Paths whose contents the record knows by their hash or text; the paths themselves may change.
 LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
 
-# Schedules that end at a rate of 0, so that their length decides every step's rate.
+# Schedules whose every rate depends on the number of steps.
 FALLING = ("linear", "cosine")
 
 
@@ -92,7 +92,7 @@ def choose_preset() -> tuple[str, str]:
 
 
 def find_sources(arguments: Sequence[str]) -> argparse.Namespace:
-    """Look ahead for the flags that decide the defaults of all others."""
+    """Return the flags that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "resume", "model", "dataset"):
         parser.add_argument(f"--{name}", nargs="?")
@@ -100,13 +100,13 @@ def find_sources(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return the defaults that the sources give, and a sentence that says where they come from."""
+    """Return the defaults and a sentence about where they come from."""
     if sources.resume:
         if sources.config:
             raise ValueError(
                 f"--resume {sources.resume} takes the settings of that run: leave out --config"
             )
-        # What the memory plan gave vLLM then is planned anew, for the card as it is now.
+        # vLLM's memory is planned anew, for the card as it is now.
         planned = {"vllm_gpu_memory_utilization": None, "vllm_max_num_seqs": None}
         settings = read_run(Path(sources.resume)) | planned
         return settings, f"as the run in {sources.resume} began"
@@ -135,7 +135,7 @@ def preset_settings(preset: str | None, dataset: str | None) -> dict[str, Any]:
 
 
 def without_checks(settings: dict[str, Any], kind: type[Config] = TrainConfig) -> Config:
-    """Return a configuration whose checks wait until the flags have had their say."""
+    """Return a configuration that is not checked yet, because flags will still change it."""
     config = object.__new__(kind)
     for field in dataclasses.fields(kind):
         object.__setattr__(config, field.name, settings.get(field.name, field.default))
@@ -143,15 +143,15 @@ def without_checks(settings: dict[str, Any], kind: type[Config] = TrainConfig) -
 
 
 def absolute(name: str) -> str:
-    """Make a local path absolute, so that a run finds it again from anywhere; leave other names."""
+    """Return the absolute path if it exists, for runs from other folders, else the name."""
     path = Path(name).expanduser()
     return name if name in ("tiny", "arithmetic") or not path.exists() else str(path.resolve())
 
 
 def keep_last(specs: Iterable[str], moved: bool = False) -> tuple[str, ...]:
-    """Return the last `name=value` of each name: a flag changes what a file or a run began with.
+    """Return the last `name=value` of each name, so that a flag overrides a file's.
 
-    A `path:name=value` counts by its path too, unless its file may have moved.
+    The path in `path:name=value` is part of the name, unless the file may have moved.
     """
     by_name = {}
     for spec in specs:
@@ -180,7 +180,7 @@ def resolve_flags(config: Config) -> Config:
 
 
 def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Refuse a resume that changes a setting which the finished steps depended on."""
+    """Raise a ValueError if a resumed run changes a setting that its finished steps depended on."""
     before, now = (
         vars(config)
         | config.loss_settings
@@ -217,36 +217,32 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
 
 # What other tools, and older versions of TRL, call a setting.
 OTHER_NAMES = {
-    **dict.fromkeys(("lr", "actor_lr"), "learning_rate"),
-    **dict.fromkeys(("lora_r", "lora_rank", "rank"), "r"),
-    "alpha": "lora_alpha",
-    **dict.fromkeys(
-        ("batch_size", "train_batch_size", "micro_batch_size"), "per_device_train_batch_size"
-    ),
-    **dict.fromkeys(("grad_accum", "accumulation_steps"), "gradient_accumulation_steps"),
-    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
-    **dict.fromkeys(("steps", "num_steps", "max_train_steps"), "max_steps"),
-    **dict.fromkeys(("group_size", "num_rollouts"), "num_generations"),
-    **dict.fromkeys(("kl_coef", "kl_coeff"), "beta"),
-    **dict.fromkeys(
-        ("max_tokens", "max_new_tokens", "max_response_length"), "max_completion_length"
-    ),
-    **dict.fromkeys(("output_dir", "output"), "adapters_dir"),
-    **dict.fromkeys(("optimizer", "optimiser"), "optim"),
-    **dict.fromkeys(("lr_scheduler", "scheduler"), "lr_scheduler_type"),
-    "model_name_or_path": "model",
-    "dataset_name": "dataset",
-    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    "learning_rate": ("lr", "actor_lr"),
+    "r": ("lora_r", "lora_rank", "rank"),
+    "lora_alpha": ("alpha",),
+    "per_device_train_batch_size": ("batch_size", "train_batch_size", "micro_batch_size"),
+    "gradient_accumulation_steps": ("grad_accum", "accumulation_steps"),
+    "num_train_epochs": ("epochs", "num_epochs"),
+    "max_steps": ("steps", "num_steps", "max_train_steps"),
+    "num_generations": ("group_size", "num_rollouts"),
+    "beta": ("kl_coef", "kl_coeff"),
+    "max_completion_length": ("max_tokens", "max_new_tokens", "max_response_length"),
+    "adapters_dir": ("output_dir", "output"),
+    "optim": ("optimizer", "optimiser"),
+    "lr_scheduler_type": ("lr_scheduler", "scheduler"),
+    "model": ("model_name_or_path",),
+    "dataset": ("dataset_name",),
+    "vllm_importance_sampling_clip_max": ("vllm_importance_sampling_cap",),
 }
 
 
 def refuse_other_names(arguments: Sequence[str]) -> None:
-    """Raise a ValueError for a flag under which another tool knows one of these settings."""
+    """Raise a ValueError for a flag by which another tool calls one of these settings."""
+    known = {flag(name): setting for setting, names in OTHER_NAMES.items() for name in names}
     for argument in arguments:
         typed = argument.partition("=")[0]
-        known = OTHER_NAMES.get(typed.removeprefix("--").replace("-", "_"))
-        if typed.startswith("--") and known:
-            raise ValueError(f"{typed} is not a flag: perhaps you meant {flag(known)}")
+        if setting := known.get(typed.replace("_", "-")):
+            raise ValueError(f"{typed} is not a flag: perhaps you meant {flag(setting)}")
 
 
 def parse_train_config(
@@ -254,11 +250,11 @@ def parse_train_config(
 ) -> tuple[Config, str]:
     """Return the resolved configuration of a command line, and where its defaults come from.
 
-    `kind` is `TrainConfig`, or what adds a script's own flags to it.
+    `kind` is `TrainConfig` or a subclass with a script's own flags.
 
     Raises:
-        FileNotFoundError, ValueError: a `--config` or `--resume` that cannot be read, or a changed
-        setting at resume.
+        FileNotFoundError, ValueError: `--config` or `--resume` cannot be read, or a resumed run
+        changes a setting.
     """
     import tyro
 

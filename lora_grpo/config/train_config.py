@@ -5,6 +5,7 @@ wrong flag answer at once. A field's docstring is one line: tyro shows the break
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +43,7 @@ class TrainConfig:
     config: Path | None = None
     """A saved train_config.json or a YAML file: defaults that other flags override."""
     resume: Path | None = None
-    """Resume the run in this adapter directory; of its results only --max-steps may change."""
+    """Resume the run in this adapter directory; --max-steps may be raised."""
     run_name: str | None = None
     """Directory to write; by default the preset's or model's name, numbered if taken."""
     adapters_dir: Path = Path("adapters")
@@ -52,7 +53,7 @@ class TrainConfig:
     dry_run: bool = False
     """Print the resolved configuration and the plan, load no weights, write nothing."""
     preview: bool = False
-    """Show three problems as the model will see them, with their gold answers, and stop."""
+    """Print three problems as the model will see them, with their gold answers, and stop."""
     quiet: bool = False
     """Print only warnings and the final table."""
 
@@ -61,13 +62,13 @@ class TrainConfig:
     revision: str | None = None
     """Branch, tag or commit of a Hub model; the commit is recorded."""
     backend: Backend = "auto"
-    """What loads and trains the model; auto is unsloth where it is installed and a GPU is there."""
+    """What loads and trains the model; auto is unsloth if it is installed and a GPU is there."""
     rollout: Rollout = "auto"
-    """What samples completions and evaluates; auto is vllm where it is installed with a GPU."""
+    """What samples completions and evaluates; auto is vllm if installed and a GPU is there."""
     load_in_4bit: bool = True
     """Hold the base's linear layers in NF4: a quarter of the memory, slower on a CPU."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the NF4 scales too, as QLoRA does: 0.4 bits a weight less."""
+    """Quantise the NF4 scales too, as QLoRA does: 0.4 bits less per weight."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type to compute in; by default bfloat16 or float16 as the GPU can, float32 on a CPU."""
     gpu_memory: float | None = None
@@ -142,7 +143,7 @@ class TrainConfig:
     dynamic_sampling: bool = False
     """Replace groups whose completions all earned the same (DAPO): more signal, more sampling."""
     dynamic_sampling_rounds: int = 3
-    """Most rounds a step in which --dynamic-sampling draws; what then lacks a signal stays in."""
+    """Most rounds per step in which --dynamic-sampling draws other prompts."""
     mask_truncated_completions: bool = False
     """Leave truncated completions out of the loss instead of letting their low reward count."""
 
@@ -168,7 +169,7 @@ class TrainConfig:
     per_device_train_batch_size: int = 8
     """Micro-batch in completions: memory, not mathematics; it does not change the gradient."""
     gradient_accumulation_steps: int = 8
-    """Micro-batches an update; times the micro-batch it gives the completions of a step."""
+    """Micro-batches per update; times the micro-batch it gives the completions of a step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shared_prefix: bool = True
@@ -185,41 +186,17 @@ class TrainConfig:
     save_steps: int = 25
     """Steps between checkpoints for --resume; the two newest are kept."""
     log_completions_steps: int = 5
-    """Steps between steps of which one completion is printed and all are kept."""
+    """Steps between those of which one completion is printed and all are recorded."""
 
     def __post_init__(self) -> None:
-        for least, names in AT_LEAST.items():
+        for words, allows, names in LIMITS:
             for name in names:
-                self._at_least(name, least)
-        for name in ABOVE_ZERO:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
-        for name in ("warmup_ratio", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}")
-        share = self.vllm_gpu_memory_utilization
-        if share is not None and not 0 < share < 1:
-            raise ValueError(f"--vllm-gpu-memory-utilization must be in (0, 1), got {share}")
-        if self.gpu_memory is not None and not 0 < self.gpu_memory < math.inf:
-            raise ValueError(f"--gpu-memory must be greater than 0 GB, got {self.gpu_memory}")
-        cap = self.vllm_importance_sampling_clip_max
-        if cap is not None and not 1 < cap < math.inf:
-            raise ValueError(
-                f"--vllm-importance-sampling-clip-max must be greater than 1, got {cap:g}: a ratio "
-                "of 1 is perfect agreement"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top-p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
+                value = getattr(self, name)
+                if value is not None and not allows(value):
+                    raise ValueError(f"{flag(name)} must be {words}, got {value}")
         self._check_groups()
         self._check_loss()
         self._check_update()
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:
@@ -307,18 +284,18 @@ class TrainConfig:
 
     @property
     def loss_settings(self) -> dict[str, Any]:
-        """The settings of the loss by TRL's names: those given, else those of its paper."""
+        """The settings of the loss by TRL's names: as given, or from its paper."""
         own = loss_defaults(self.loss_type, self.importance_sampling_level)
         return {name: given_or(getattr(self, name), value) for name, value in own.items()}
 
     @property
     def vllm_correction(self) -> dict[str, Any]:
-        """How the update corrects for vLLM's own log-probs, by TRL's names."""
+        """The settings of the correction for vLLM's log-probs, by TRL's names."""
         return {n: given_or(getattr(self, n), value) for n, value in VLLM_CORRECTION.items()}
 
     @property
     def completions_per_step(self) -> int:
-        """B, completions that one update learns from on one device."""
+        """B, the completions of one update."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
@@ -326,29 +303,45 @@ class TrainConfig:
         """P = B / G."""
         return self.completions_per_step // self.num_generations
 
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of the longest prompt with the longest completion."""
+        return self.max_prompt_length + self.max_completion_length
 
-AT_LEAST = {
-    0: ("num_validation_items", "beta", "weight_decay", "epsilon", "epsilon_high"),
-    1: (
-        "r",
-        "lora_alpha",
-        "max_completion_length",
-        "max_prompt_length",
-        "num_iterations",
-        "dynamic_sampling_rounds",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_eval_items",
-        "eval_steps",
-        "eval_batch_size",
-        "save_steps",
-        "log_completions_steps",
-        "vllm_max_num_seqs",
+
+LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
+    (
+        "at least 0",
+        lambda value: 0 <= value < math.inf,
+        ("num_validation_items", "beta", "weight_decay", "epsilon", "epsilon_high"),
     ),
-}
-# Of one token the ratio is within rounding of 1. Of a completion it is the product of hundreds:
-# rounding alone takes it past the bound, and TRL's own sequence_mask then drops the completion.
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            *("r", "lora_alpha", "max_prompt_length", "max_completion_length", "num_iterations"),
+            *("dynamic_sampling_rounds", "per_device_train_batch_size", "max_steps"),
+            *("gradient_accumulation_steps", "num_eval_items", "eval_steps", "eval_batch_size"),
+            *("save_steps", "log_completions_steps", "vllm_max_num_seqs"),
+        ),
+    ),
+    (
+        "greater than 0",
+        lambda value: 0 < value < math.inf,
+        ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs", "gpu_memory"),
+    ),
+    (
+        "greater than 1",
+        lambda value: 1 < value < math.inf,
+        ("vllm_importance_sampling_clip_max",),
+    ),
+    ("in (0, 1)", lambda value: 0 < value < 1, ("vllm_gpu_memory_utilization",)),
+    ("in (0, 1]", lambda value: 0 < value <= 1, ("top_p",)),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("warmup_ratio", "lora_dropout")),
+    (f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32, ("seed",)),
+]
+# The ratio of one token is within rounding of 1. That of a completion is a product of hundreds:
+# rounding alone takes it past the bound, and TRL's default, sequence_mask, drops the completion.
 VLLM_CORRECTION = {
     "vllm_importance_sampling_mode": "token_truncate",
     "vllm_importance_sampling_clip_max": 3.0,
@@ -370,11 +363,10 @@ BY_LEVEL = {
     "sequence": {"epsilon": 3e-4, "epsilon_high": 4e-4},
 }
 LARGEST_EPSILON = {"token": 1.0, "sequence": 0.1}
-ABOVE_ZERO = ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs")
 
 
 def loss_defaults(loss_type: str, level: str | None = None) -> dict[str, Any]:
-    """Return the settings that a loss reads in TRL 1.14.2, with the values of its paper."""
+    """Return the settings that a loss reads in TRL 1.14.2, with the values from its paper."""
     level = level or NEEDED_LEVEL.get(loss_type, "token")
     return {"importance_sampling_level": level, **CLIPPING.get(loss_type, BY_LEVEL[level])}
 

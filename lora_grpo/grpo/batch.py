@@ -1,4 +1,4 @@
-"""What one step of training holds: its completions, what they earned, and what it has spent."""
+"""The state of one training step: its completions, their rewards, and the time spent."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def had_signal(row: dict[str, Any]) -> bool:
     """Return whether a step of `metrics.jsonl` had anything to learn from: a group with different
-    rewards, in completions that count."""
+    rewards, and a gradient."""
     return row.get("frac_reward_zero_std") != 1 and row.get("grad_norm") != 0
 
 
 @dataclass
 class Batch:
-    """The completions that the current updates learn from, and what they earned.
+    """The completions that the current updates learn from, and their rewards.
 
-    The lists have B entries. `rewards` holds weighted scores under each reward's name, None where
-    it did not apply. Completions that dynamic sampling replaced count as dropped.
+    The lists have B entries. `rewards` holds the weighted scores by reward, None where a reward did
+    not apply. Completions that dynamic sampling replaced count as dropped.
     """
 
     questions: list[str] = field(default_factory=list)
@@ -38,8 +38,8 @@ class Batch:
     dropped_tokens: int = 0
 
     def totals(self) -> list[float | None]:
-        """Return each completion's summed reward, or None if no reward applied to it; such a
-        completion is ignored everywhere, by TRL too."""
+        """Return each completion's total reward, or None if no reward applied to it; such a
+        completion is ignored, by TRL too."""
         return [
             None
             if all(score is None for score in scores)
@@ -73,12 +73,12 @@ class Batch:
 
 @dataclass
 class StepState:
-    """What the trainer holds of the current step.
+    """The trainer's state in the current step.
 
     `batch` serves every update on the same completions. `inputs` is TRL's micro-batch while its
-    loss is computed, and None otherwise; `part` is the piece of a micro-batch that a backward pass
-    is given where the whole does not fit into memory. `seconds` and `tokens_computed` (tokens that
-    went through the model in the packed update) start anew with each step.
+    loss is computed, and None otherwise; `part` is the part of a micro-batch in one backward pass,
+    if the whole does not fit into memory. `seconds` and `tokens_computed` (the tokens that went
+    through the model in the packed update) are of this step alone.
     """
 
     batch: Batch = field(default_factory=Batch)
@@ -93,20 +93,17 @@ class StepState:
 def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
     """Return the rows `kept` of the concatenated batches; the others count as dropped."""
 
-    def pick(lists: list[list[Any]]) -> list[Any]:
-        rows = list(chain(*lists))
+    def pick(lists: Iterable[list[Any]]) -> list[Any]:
+        rows = list(chain.from_iterable(lists))
         return [rows[index] for index in kept]
 
-    joined = Batch(
-        questions=pick([batch.questions for batch in batches]),
-        answers=pick([batch.answers for batch in batches]),
-        completions=pick([batch.completions for batch in batches]),
-        tokens=pick([batch.tokens for batch in batches]),
-        truncated=pick([batch.truncated for batch in batches]),
+    lists = ("questions", "answers", "completions", "tokens", "truncated")
+    columns = {name: pick(getattr(batch, name) for batch in batches) for name in lists}
+    return Batch(
+        **columns,
         rewards={
-            name: pick([batch.rewards[name] for batch in batches]) for name in batches[0].rewards
+            name: pick(batch.rewards[name] for batch in batches) for name in batches[0].rewards
         },
+        dropped_completions=sum(len(batch.tokens) for batch in batches) - len(kept),
+        dropped_tokens=sum(sum(batch.tokens) for batch in batches) - sum(columns["tokens"]),
     )
-    joined.dropped_completions = sum(len(batch.tokens) for batch in batches) - len(kept)
-    joined.dropped_tokens = sum(sum(batch.tokens) for batch in batches) - sum(joined.tokens)
-    return joined

@@ -1,8 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): groups without a signal give way to groups of other
-prompts, drawn until the batch is full of groups with one or the rounds are used up.
+"""Groups without a signal: their advantages become 0, and the update skips their rows. Dynamic
+sampling (DAPO, arXiv 2503.14476) replaces them with groups of other prompts.
 
-A draw is what TRL makes of some prompts at once; several are joined into the batch that TRL would
-have made of the same rows.
+A draw is what TRL samples for some prompts at once; several are joined into the batch that TRL
+would have made of the same rows.
 """
 
 import random
@@ -20,9 +20,9 @@ Inputs = dict[str, Any]
 
 
 def dead_groups(totals: Sequence[float | None], num_generations: int) -> list[bool]:
-    """Return for each group whether its completions all earned the same, and so teach nothing.
+    """Return for each group whether its rewards are all equal, so that there is nothing to learn.
 
-    Those that earned None, because no reward applied to them, are left out.
+    Completions to which no reward applied (None) are left out.
     """
     starts = range(0, len(totals), num_generations)
     groups = [totals[start : start + num_generations] for start in starts]
@@ -42,7 +42,8 @@ def silence_dead_groups(
 
 
 def live_rows(inputs: Inputs, beta: float) -> list[int]:
-    """Return the rows of a micro-batch whose log-probs the loss has a gradient by."""
+    """Return the rows of a micro-batch with a gradient of the loss with respect to their
+    log-probs."""
     live = inputs["completion_mask"].any(dim=1)
     if beta == 0:
         live &= inputs["advantages"] != 0
@@ -50,11 +51,12 @@ def live_rows(inputs: Inputs, beta: float) -> list[int]:
 
 
 def arrange(micro_batches: list[Inputs], beta: float) -> list[Inputs]:
-    """Deal a step's rows out anew: a prompt's completions together and by their length, the rows
-    without a gradient last, so that whole micro-batches of them cost nothing.
+    """Distribute a step's rows anew over its micro-batches: completions of one prompt together, in
+    the order of their length, and rows without a gradient last, so that whole micro-batches of them
+    cost nothing.
 
-    Every micro-batch keeps its number of rows. TRL's losses weigh each row alike in whichever it
-    is, so the gradient is the same; bnpo, the exception, is held to a single one.
+    Micro-batches keep their sizes. The weight of a row in TRL's losses does not depend on its
+    micro-batch, so the gradient is the same; bnpo, the exception, is allowed only one.
     """
     rows = {name: gather(name, micro_batches) for name in micro_batches[0]}
     live = set(live_rows(rows, beta))
@@ -110,16 +112,15 @@ class Draw:
 
 @dataclass(frozen=True)
 class Replacements:
-    """The problems that may stand in for others, as rows of the training data set, and how often
-    in a step."""
+    """The rows of the dataset that may replace others, and the rounds allowed per step."""
 
     rows: Sequence[Row]
     rounds: int
     seed: int
 
     def choose(self, count: int, taken: set[str], step: int, drawn: int) -> list[Row]:
-        """Return up to `count` rows whose questions are not taken; the same again for the same
-        step and number of draws before."""
+        """Return up to `count` rows whose questions are not taken; the choice depends only on the
+        seed, the step and the number of draws before."""
         free = [row for row in self.rows if row["question"] not in taken]
         return random.Random(f"{self.seed} {step} {drawn}").sample(free, min(count, len(free)))
 
@@ -132,8 +133,8 @@ def fill_with_signal(
     num_generations: int,
     pad_token_id: int,
 ) -> Draw:
-    """Return the step's batch, as large as `first`: the groups with a signal in the order drawn,
-    then as many without one as are needed to fill it.
+    """Return the step's batch, as large as `first`: groups with a signal in the order they were
+    drawn, then as many groups without one as are needed.
 
     `sample` is given each prompt `num_generations` times.
     """
@@ -154,7 +155,7 @@ def fill_with_signal(
 
 
 def live_groups(draw: Draw, num_generations: int) -> list[bool]:
-    """Tell for each group whether any of its completions has an advantage and counts."""
+    """Return for each group whether any of its completions has a gradient."""
     totals, advantages = draw.batch.totals(), draw.output["advantages"]
     advantages = silence_dead_groups(advantages, totals, num_generations)
     live = set(live_rows({**draw.output, "advantages": advantages}, beta=0.0))
@@ -163,7 +164,7 @@ def live_groups(draw: Draw, num_generations: int) -> list[bool]:
 
 
 def join(draws: Sequence[Draw], kept: list[int], pad_token_id: int) -> Draw:
-    """Return the rows `kept` of draws laid one after another, padded no further than they need.
+    """Return the rows `kept` of the concatenated draws, with no more padding than they need.
 
     Raises:
         ValueError: TRL returned a tensor that is not known here.

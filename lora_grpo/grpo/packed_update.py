@@ -1,39 +1,22 @@
 """The policy's log-probs and entropies, computed with each prompt once and without padding.
 
-TRL's loss gets the tensors (B, T) that its own method would give it.
+TRL's loss gets the tensors (B, T) that its own method would give it. `trainer` is always a
+`LoraGRPOTrainer`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from lora_grpo.grpo.batch import StepState
 from lora_grpo.grpo.groups import live_rows
 from lora_grpo.grpo.logprobs import TiledLogProbs
 from lora_grpo.grpo.packing import attention_in_groups, pack
 from lora_grpo.policy.layers import fused
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-class Updater(Protocol):
-    """What is needed here of `LoraGRPOTrainer`."""
-
-    model: torch.nn.Module
-    trained: list[torch.nn.Parameter]
-    accelerator: "Accelerator"
-    beta: float
-    temperature: float
-    aux_loss_enabled: bool
-    packed: bool
-    step: StepState
-
-    def inner_model(self) -> torch.nn.Module: ...
-
-    def _get_per_token_logps_and_entropies(self, *rest: Any, **more: Any) -> tuple: ...
+    from trl import GRPOTrainer
 
 
 @contextmanager
@@ -44,16 +27,15 @@ def computing_packed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def packed_scores(
-    trainer: Updater,
+    trainer: "GRPOTrainer",
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     completion_length: int,
     rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probs and entropies (B, T) of completions, `rows` of them at a time."""
-    # An update is inside `computing_packed` already.
-    updates = trainer.step.inputs is not None
-    with nullcontext() if updates else computing_packed(trainer.inner_model()):
+    in_update = trainer.step.inputs is not None  # which is inside `computing_packed` already
+    with nullcontext() if in_update else computing_packed(trainer.inner_model()):
         parts = [
             packed_logps(trainer, *part, completion_length)
             for part in zip(input_ids.split(rows), attention_mask.split(rows), strict=True)
@@ -63,16 +45,15 @@ def packed_scores(
 
 
 def packed_logps(
-    trainer: Updater,
+    trainer: "GRPOTrainer",
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     completion_length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log-probs and entropies (B, T) of completions under the current adapter.
 
-    In an update, rows without a gradient are not computed: their log-probs are the old ones, so
-    that their ratio is 1, and their entropies the mean of the others', so that TRL logs the mean
-    over the computed rows (NaN if there are none).
+    An update skips rows without a gradient: they get the old log-probs, so a ratio of 1, and the
+    mean entropy of the computed rows, so that TRL logs that mean (NaN if no row is computed).
     """
     inputs = trainer.step.inputs
     rows = range(len(input_ids)) if inputs is None else live_rows(inputs, trainer.beta)

@@ -6,14 +6,18 @@ also decides for models that nobody listed and for later TRLs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_grpo.grpo.batch import StepState
 from lora_grpo.grpo.groups import masked_lists
-from lora_grpo.grpo.packed_update import Updater, computing_packed
+from lora_grpo.grpo.packed_update import computing_packed
 from lora_grpo.machine.out_of_memory import is_out_of_memory
 from lora_grpo.policy.sampling import decode
+
+if TYPE_CHECKING:
+    from trl import GRPOTrainer
 
 # Relative. In 16 bits TRL's own results change by up to 0.7 % (log-probs) and 9 % (gradients) when
 # the same rows get three more tokens of padding; what does not fit a model is wrong by about 100 %.
@@ -25,7 +29,7 @@ NOISE = 0.05  # what is added to the adapter: a fresh one changes nothing, so it
 REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)
 
 
-def why_not_packed(trainer: Updater) -> str | None:
+def why_not_packed(trainer: "GRPOTrainer") -> str | None:
     """Return why the update must be TRL's own, or None where the packed one equals it.
 
     The log-probs, the adapter's gradients and the logits of sampling are compared. Weights,
@@ -57,7 +61,7 @@ def why_not_packed(trainer: Updater) -> str | None:
 def what_differs(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], in_16_bit: bool
 ) -> str | None:
-    """Return what differs by more than rounding explains, as a sentence, or None."""
+    """Return a sentence about what differs by more than rounding can explain, or None."""
     for name, theirs in expected.items():
         difference = ((found[name] - theirs).norm() / theirs.norm()).item()
         tolerance = TOLERANCES_16_BIT[name] if in_16_bit else TOLERANCE
@@ -87,7 +91,7 @@ def small_batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def update(
-    trainer: Updater, batch: dict[str, torch.Tensor], packed: bool
+    trainer: "GRPOTrainer", batch: dict[str, torch.Tensor], packed: bool
 ) -> dict[str, torch.Tensor]:
     """Return the completions' log-probs and the gradients of their weighted sum with respect to
     the adapter, computed packed or by TRL."""
@@ -110,7 +114,7 @@ def update(
 
 @torch.no_grad()
 def sampled_and_whole(
-    trainer: Updater, batch: dict[str, torch.Tensor]
+    trainer: "GRPOTrainer", batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of the completions' tokens as sampling computes them, one token at a time
     on shared prompts, and as one pass over the padded rows does."""
@@ -134,12 +138,12 @@ def sampled_and_whole(
 
 
 @contextmanager
-def without_a_trace(trainer: Updater) -> Iterator[None]:
-    """Train without dropout and with a noisy adapter in the block; then put everything back."""
+def without_a_trace(trainer: "GRPOTrainer") -> Iterator[None]:
+    """Train without dropout and with a noisy adapter in the block; then restore everything."""
     model, device = trainer.model, trainer.model.device
     modes = {module: module.training for module in model.modules()}
     weights = [parameter.data for parameter in trainer.trained]
-    kept = {"step": trainer.step, "packed": trainer.packed}
+    step, packed = trainer.step, trainer.packed
     draw = torch.Generator().manual_seed(0)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
@@ -153,8 +157,7 @@ def without_a_trace(trainer: Updater) -> Iterator[None]:
             trainer.step = StepState()
             yield
         finally:
-            for name, value in kept.items():
-                setattr(trainer, name, value)
+            trainer.step, trainer.packed = step, packed
             for parameter, data in zip(trainer.trained, weights, strict=True):
                 parameter.data = data
             for module, training in modes.items():

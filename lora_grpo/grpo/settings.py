@@ -1,5 +1,5 @@
-"""What TRL is told: the prompts of the whole run in order, the adapter's settings, the update's
-settings."""
+"""What TRL and PEFT are given: the run's prompts in order, and the settings of the adapter and of
+the update."""
 
 import difflib
 import math
@@ -23,8 +23,8 @@ from lora_grpo.rewards.builtin import Reward
 
 
 def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
-    """Return `count` problems: one shuffled pass after another, the same beginning for every
-    `count`."""
+    """Return `count` problems from shuffled passes over all of them; a larger `count` only adds
+    problems at the end."""
     draw = random.Random(seed)
     ordered: list[Problem] = []
     while len(ordered) < count:
@@ -33,8 +33,8 @@ def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[P
 
 
 def dataset_rows(problems: Sequence[Problem], style: PromptStyle) -> list[dict[str, Any]]:
-    """Return what TRL's data set holds of each problem; `row` leads to its other columns, which
-    Arrow might not hold together and TRL might take for its own."""
+    """Return the rows of TRL's dataset. `row` refers to the problem's other columns, which are kept
+    outside: Arrow may not be able to store them, and TRL uses some names itself."""
     return [
         {
             "prompt": build_messages(problem.question, style),
@@ -49,18 +49,15 @@ def dataset_rows(problems: Sequence[Problem], style: PromptStyle) -> list[dict[s
 def build_dataset(
     config: TrainConfig, problems: Sequence[Problem], style: PromptStyle, steps: int
 ) -> Dataset:
-    """Return the prompts of the whole run in the order of their use: one epoch for TRL, so that a
-    resume can skip.
-
-    Each prompt is used for `num_iterations` updates.
-    """
+    """Return the prompts of the whole run in order, as one epoch, so that a resumed run skips those
+    already used. Each prompt serves `num_iterations` updates."""
     batches = math.ceil(steps / config.num_iterations)
     ordered = order_problems(problems, batches * config.prompts_per_step, config.seed)
     return Dataset.from_list(dataset_rows(ordered, style))
 
 
 def lora_config(config: TrainConfig) -> LoraConfig:
-    """Return PEFT's settings of the adapter."""
+    """Return PEFT's configuration of the adapter."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -80,7 +77,7 @@ def grpo_config(
     warmup_steps: int,
     rewards: Sequence[Reward],
 ) -> GRPOConfig:
-    """Return TRL's settings of the update."""
+    """Return TRL's configuration of the update."""
     args = GRPOConfig(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -119,14 +116,14 @@ def grpo_config(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    # Unsloth's settings choose this one by the loss type, whatever they are told.
+    # Unsloth's GRPOConfig overrides this one according to the loss type.
     args.scale_rewards = config.scale_rewards
     return args
 
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Turn a library's refusal of settings into one sentence."""
+    """Turn a library's error about settings into a ValueError of one sentence."""
     try:
         yield
     except (ValueError, ImportError) as error:
@@ -137,10 +134,10 @@ def saying(what: str) -> Iterator[None]:
 def check_update(
     config: TrainConfig, placement: Placement, rewards: list[Reward], steps: int
 ) -> None:
-    """Refuse what TRL and transformers would refuse, before any weights load.
+    """Check the settings with TRL and transformers before any weights load.
 
     Raises:
-        ValueError: an optimiser that is not known or not installed, or whatever they say.
+        ValueError: an optimiser that is unknown or not installed, or a setting that TRL refuses.
     """
     known = [name.value for name in OptimizerNames]
     if config.optim not in known:

@@ -112,7 +112,7 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def inner_model(self) -> torch.nn.Module:
         """Return the model that holds the adapter, without PEFT's wrapper."""
-        return self.accelerator.unwrap_model(self.model).get_base_model()
+        return self.model.get_base_model()
 
     # Sampling
 
@@ -160,7 +160,7 @@ class LoraGRPOTrainer(GRPOTrainer):
             self.model.train(was_training)
 
     def release_generation(self) -> None:
-        """Drop what sampling held when memory ran out."""
+        """Free what sampling held when memory ran out."""
         self.abort_generation()
         # Unsloth sets this while it scores, and unsets it only if nothing fails.
         os.environ.pop("UNSLOTH_RETURN_HIDDEN_STATES", None)
@@ -270,7 +270,7 @@ class LoraGRPOTrainer(GRPOTrainer):
     def repeatable_step(
         self, model: torch.nn.Module, micro_batch: dict[str, Any], *rest: Any
     ) -> torch.Tensor:
-        """Make a micro-batch's backward pass in as few parts as fit into memory; a try that fails
+        """Make a micro-batch's backward pass in as few parts as fit into memory; a failed attempt
         adds nothing to the gradient."""
         earlier = [parameter.grad for parameter in self.trained]
         step = super().training_step
@@ -286,8 +286,8 @@ class LoraGRPOTrainer(GRPOTrainer):
 
         with giving_back(self.model.config.get_text_config().hidden_size, self.model.device.type):
             whole = len(micro_batch["completion_ids"])
-            # bnpo divides by the tokens of one pass, and the balance of experts is that of one
-            # pass: fewer rows would be another loss.
+            # bnpo divides by the tokens of one pass, and the experts' auxiliary loss is of one
+            # pass: with fewer rows it would be another loss.
             least = whole if self.loss_type == "bnpo" or self.aux_loss_enabled else 1
             loss = self.update_rows.run(update, whole, at_least=least)
         for parameter, gradient in zip(self.trained, earlier, strict=True):
@@ -332,9 +332,7 @@ class LoraGRPOTrainer(GRPOTrainer):
         if BY_UNSLOTH:
             batch = (input_ids, attention_mask, logits_to_keep, batch_size)
             return trl_s_own(model, *batch, *rest, **more)
-        is_policy = self.accelerator.unwrap_model(model) is self.accelerator.unwrap_model(
-            self.model
-        )
+        is_policy = self.accelerator.unwrap_model(model) is self.model
 
         def score(rows: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
             batch = (input_ids, attention_mask, logits_to_keep)
@@ -362,9 +360,8 @@ def check_overrides(trainer_class: type) -> None:
     Raises:
         RuntimeError: it has no method of that name to override.
     """
-    overrides = (name for name, value in vars(LoraGRPOTrainer).items() if inspect.isfunction(value))
-    private = [name for name in overrides if name.startswith("_") and not name.startswith("__")]
-    gone = [name for name in private if not hasattr(trainer_class, name)]
+    methods = [name for name, value in vars(LoraGRPOTrainer).items() if inspect.isfunction(value)]
+    gone = [name for name in methods if name[0] == "_" and not hasattr(trainer_class, name)]
     if gone:
         raise RuntimeError(
             f"trl {trl.__version__} has no {', '.join(gone)}, which this trainer overrides: "

@@ -1,8 +1,8 @@
-"""vLLM as TRL's trainer calls it: first the current adapter is sent, then completions are sampled.
+"""vLLM as TRL's trainer calls it: `trainer.vllm_generation.sync_weights()` sends the current
+adapter, `.generate(...)` samples completions (TRL 1.14.2 and 1.16.0).
 
-TRL (1.14.2 and 1.16.0) calls `trainer.vllm_generation.sync_weights()` and `.generate(...)`. TRL's
-own class merges the adapter into the base, pushes every weight and unmerges, which would change a
-4-bit base.
+TRL's own class merges the adapter into the base, pushes every weight and unmerges, which would
+change a 4-bit base.
 """
 
 import time

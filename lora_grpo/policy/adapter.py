@@ -1,5 +1,5 @@
-"""The adapter directory: what a run leaves behind, and the one argument of evaluate, merge, export,
-push, chat and resume. It records its base model, so they need nothing else.
+"""The adapter directory that a run writes: the one argument of evaluate, merge, export, push, chat
+and resume. It records its base model, so they need nothing else.
 """
 
 import hashlib
@@ -22,11 +22,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-WEIGHTS, CONFIG, TRAIN_CONFIG = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "train_config.json",
-)
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TRAIN_CONFIG = "train_config.json"
 TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTERS = ("run", "adapter", "last", "other")
 METADATA = "__metadata__"
@@ -35,12 +32,12 @@ EVAL, EVAL_ITEMS = "eval.json", "eval_items.jsonl"
 
 
 def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
-    """Return the directory if it holds a whole adapter; `kinds` are those of `folders.KINDS` that
-    the script takes beside the adapter directory.
+    """Return the directory if it holds a complete adapter. `kinds` are the kinds of folder (of
+    `folders.KINDS`) that the script accepts besides an adapter directory.
 
     Raises:
-        FileNotFoundError, ValueError: it does not; the message says what is missing or broken and
-        what to point at instead.
+        FileNotFoundError, ValueError: a file is missing or broken; the message says which
+        directory to give instead.
     """
     if not directory.is_dir():
         raise FileNotFoundError(
@@ -50,11 +47,7 @@ def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
     missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
     if missing:
         inside = sorted(path.parent.name for path in directory.glob(f"*/{WEIGHTS}"))
-        hint = (
-            f"point at {directory / inside[0]} instead"
-            if inside
-            else "give one that train_lora.py wrote"
-        )
+        hint = f"give {directory / inside[0]}" if inside else "give one that train_lora.py wrote"
         raise FileNotFoundError(
             f"{directory} is not an adapter directory, it has no {' and no '.join(missing)}: {hint}"
         )
@@ -64,11 +57,11 @@ def check_adapter(directory: Path, script: str, *kinds: str) -> Path:
 
 
 def check_whole(weights: Path) -> None:
-    """Raise a ValueError for a safetensors file that was cut short or is none."""
+    """Raise a ValueError for a file that is not a complete safetensors file."""
     try:
         with weights.open("rb") as file:
             header = read_header(file)
-            ends = [said["data_offsets"][1] for key, said in header.items() if key != METADATA]
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != METADATA]
             if file.tell() + max(ends, default=0) != weights.stat().st_size:
                 raise ValueError("its size is not what its header says")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -78,18 +71,18 @@ def check_whole(weights: Path) -> None:
 
 
 def read_train_config(directory: Path) -> dict[str, Any]:
-    """Return what `train_config.json` says, or nothing where a plain PEFT directory has none."""
+    """Return the contents of `train_config.json`; nothing for a plain PEFT directory."""
     path = directory / TRAIN_CONFIG
     return read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a folder remembers of the run that it comes from: its base, and how it was asked.
+    """What a folder records about the run that it comes from: its base model and its prompts.
 
-    `folder` holds an adapter or a whole model; `records` is where the run's own files lie, which
-    for `last` and checkpoints is the run directory. Where no run left a record, the base is held as
-    it is and asked with the built-in prompt. `trained` is the whole of `train_config.json`.
+    `folder` holds an adapter or a full model; `records` is the folder of the run's own files, which
+    for `last` and checkpoints is the run directory. Without a record, the base is loaded as it is
+    stored and gets the built-in prompt. `trained` is all of `train_config.json`.
     """
 
     folder: Path
@@ -108,10 +101,10 @@ class RunRecord:
     trained: dict[str, Any]
 
     def find_base(self, model: str | None = None, weights: bool = True) -> Path:
-        """Return the folder of the base, `model` in place of the recorded one; see `resolve_model`.
+        """Return the folder of the base, or of `model` if given; see `resolve_model`.
 
         Raises:
-            FileNotFoundError, ValueError: no base is recorded, or it cannot be had.
+            FileNotFoundError, ValueError: no base is recorded, or it cannot be found.
         """
         if model is not None:
             return resolve_model(model, weights=weights)
@@ -122,12 +115,12 @@ class RunRecord:
         return resolve_model(self.base, self.revision, weights, self.base_named_in)
 
     def tokenizer_folder(self, base: Path) -> Path:
-        """Return where the tokenizer and chat template lie: with the adapter, else its run, else
-        its base."""
+        """Return the folder of the tokenizer and chat template: the adapter's, the run's or the
+        base's, whichever has them first."""
         return next(filter(has_tokenizer, (self.folder, self.records)), base)
 
     def fitted_style(self, tokenizer: "PreTrainedTokenizerBase") -> PromptStyle:
-        """Return what stood around each question, as the tokenizer's chat template renders it."""
+        """Return the run's prompt style, adapted to what the tokenizer's chat template supports."""
         return fit_style(tokenizer, self.style)
 
 
@@ -137,15 +130,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_records(folder: Path) -> Path:
-    """Return where the records of a folder's run lie: the folder itself, or the run directory of
-    `last` and of a checkpoint."""
+    """Return the folder of the run's records: the folder itself, or for `last` and a checkpoint
+    the run directory."""
     run_dir, name = folder.resolve().parent, folder.resolve().name
     is_part = name == "last" or name.startswith("checkpoint-")
     return run_dir if is_part and (run_dir / TRAIN_CONFIG).is_file() else folder
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Return what an adapter directory or a model folder remembers.
+    """Return what an adapter directory or a model folder records about its run.
 
     Raises:
         ValueError: one of its records is not JSON.
@@ -180,8 +173,8 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def hash_weights(folder: Path) -> str:
-    """Return the SHA-256 of a model folder's safetensors files, or where there are none of its
-    .bin files, in the order of their names."""
+    """Return the SHA-256 of a model folder's safetensors files in the order of their names, or of
+    its .bin files if it has none."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with path.open("rb") as file:
@@ -191,14 +184,13 @@ def hash_weights(folder: Path) -> str:
 
 
 def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -> None:
-    """Write PEFT's two files into the directory, each one whole, over those of an earlier step of
-    the same run.
+    """Write PEFT's two files into the directory, each atomically, over those of an earlier step.
 
-    The step stands in the weights file itself, so that it cannot be taken for another's.
+    The step is recorded in the weights file itself, so that the two always belong together.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=f"{STAGED}adapter.") as staged:
-        # No embedding is adapted; PEFT would ask the Hub about that at every call.
+        # No embedding is adapted; by default PEFT would ask the Hub about that at every call.
         model.save_pretrained(staged, save_embedding_layers=False)
         name_embedded_base(Path(staged))
         if step is not None:
@@ -209,7 +201,7 @@ def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -
 
 
 def name_embedded_base(directory: Path) -> None:
-    """Let what PEFT wrote name the embedded model as `--model` does, not by where it lies now."""
+    """Replace the embedded model's path in what PEFT wrote by its name, as in `--model tiny`."""
     for name in (CONFIG, "README.md"):
         path = directory / name
         if path.is_file():
@@ -218,10 +210,10 @@ def name_embedded_base(directory: Path) -> None:
 
 
 def write_step(weights: Path, step: int) -> None:
-    """Write a safetensors file anew with its training step in its metadata.
+    """Add the training step to the metadata of a safetensors file.
 
-    By hand, because safetensors' own writer puts two entries in an order that differs from one
-    process to the next, and the same adapter is to be the same file.
+    safetensors' own writer would order the two entries differently from one process to the next;
+    the same adapter has to be the same file, byte for byte.
     """
     named = weights.with_suffix(".named")
     with weights.open("rb") as source, named.open("wb") as target:
@@ -234,12 +226,12 @@ def write_step(weights: Path, step: int) -> None:
 
 
 def read_step(weights: Path) -> int | None:
-    """Return the training step that a safetensors file names, or None where it names none."""
+    """Return the training step in a safetensors file's metadata, or None."""
     with weights.open("rb") as file:
         step = read_header(file).get(METADATA, {}).get("step")
     return None if step is None else int(step)
 
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
-    """Return the header of a safetensors file; what follows in the file are the tensors."""
+    """Return the header of an open safetensors file, leaving the file at its first tensor."""
     return json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -1,5 +1,5 @@
-"""The base model and its LoRA adapter: finding the folder, loading it in 4-bit or whole, wrapping
-it with PEFT."""
+"""The base model: its folder, its tokenizer and end-of-turn tokens, and its weights in 4, 16 or 32
+bits, with a saved adapter on them."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
 
 EMBEDDED = "tiny"
-# As PEFT saves an embedding or output layer whole, by its usual names.
+# The names under which PEFT saves an embedding or output layer that was trained as a whole.
 WHOLE_EMBEDDING = re.compile(
     r"\.(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings)(\.base_layer)?\.weight$"
 )
@@ -28,7 +28,7 @@ EMBEDDED_FOLDER = Path(__file__).parents[1] / "tiny_model"
 
 
 def is_local(name: str) -> bool:
-    """Return whether a model is the embedded one or a folder, not one of the Hub's."""
+    """Return whether a model is the embedded one or a local folder, not a Hub id."""
     return name == EMBEDDED or Path(name).expanduser().is_dir()
 
 
@@ -37,13 +37,12 @@ def resolve_model(
 ) -> Path:
     """Return the local folder of a model: the embedded one, the user's, or a snapshot from the Hub.
 
-    Without `weights`, a snapshot holds no more than what a plan needs. `named_in` is the file that
-    names the model where no flag did.
+    Without `weights` only the small files of a snapshot are downloaded. `named_in` is the file that
+    names the model, if no flag does; error messages mention it.
 
     Raises:
-        FileNotFoundError: the folder holds no model, or there is no such folder and the Hub cannot
-        give one.
-        ValueError: a model that cannot be loaded without code of its own.
+        FileNotFoundError: the folder holds no model, or it is neither a folder nor on the Hub.
+        ValueError: the model needs code of its own.
     """
     folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
     if not folder.is_dir():
@@ -87,28 +86,28 @@ def download_model(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in what type the model computes."""
+    """The device and the data type that the model computes in."""
 
     device: str
     dtype: str
 
 
 def choose_placement(dtype: str | None = None) -> Placement:
-    """Return the device, and the compute type that it is good at unless one is named."""
+    """Return the device, and the given data type or the one that suits the device."""
     import torch
 
     if not torch.cuda.is_available():
         return Placement("cpu", dtype or "float32")
-    # A T4 emulates bfloat16, many times slower than the float16 that it has.
+    # A T4 emulates bfloat16, which is many times slower than its float16.
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Placement("cuda", dtype or ("bfloat16" if has_bfloat16 else "float16"))
 
 
 def read_config(folder: Path) -> "PretrainedConfig":
-    """Return a model's configuration; code that comes with a model is never run.
+    """Return a model's configuration, without running code that comes with the model.
 
     Raises:
-        ValueError: the model cannot be loaded without code of its own.
+        ValueError: the model needs code of its own.
     """
     from transformers import AutoConfig
 
@@ -117,13 +116,13 @@ def read_config(folder: Path) -> "PretrainedConfig":
 
 
 def check_architecture(folder: Path) -> None:
-    """Raise a ValueError for a model that transformers has no class of its own for."""
+    """Raise a ValueError for a model that transformers itself has no class for."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = read_json(folder / "config.json")
     if config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
-    code = ", and its code of its own is never run" if "auto_map" in config else ""
+    code = ", and code that comes with a model is never run" if "auto_map" in config else ""
     raise ValueError(
         f"transformers has no causal language model for {folder}, whose config.json says "
         f"model_type {config.get('model_type')!r}{code}: use a model of another architecture"
@@ -134,7 +133,7 @@ def read_tokenizer(folder: Path, **settings: Any) -> "PreTrainedTokenizerBase":
     """Load a tokenizer as it is stored, with one chat template or none.
 
     Raises:
-        ValueError: it cannot be loaded, or not without code of its own.
+        ValueError: it cannot be loaded, or needs code of its own.
     """
     from transformers import AutoTokenizer
 
@@ -151,7 +150,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Load a tokenizer that pads on the left, as generation needs, with one chat template.
 
     Raises:
-        ValueError: it has no chat template that can be rendered, or no token that ends a turn.
+        ValueError: it has no chat template that can be rendered, or no EOS token.
     """
     tokenizer = read_tokenizer(folder, padding_side="left")
     if tokenizer.chat_template is None:
@@ -167,14 +166,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def fit_padding(tokenizer: "PreTrainedTokenizerBase", base: Path) -> None:
-    """Pad with the EOS token where the base has no embedding for the padding token, as happens
-    when tokens were added to a tokenizer and not to the model."""
+    """Pad with the EOS token if the base has no embedding for the padding token: some tokenizers
+    were extended without the model."""
     if tokenizer.pad_token_id >= read_config(base).get_text_config().vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
 
 
 def choose_template(folder: Path, template: str | dict[str, str] | None) -> str | None:
-    """Return the chat template for plain conversations, of several the one named `default`."""
+    """Return the chat template; of several, the one named `default`."""
     if isinstance(template, dict):
         if "default" not in template and len(template) > 1:
             raise ValueError(
@@ -182,7 +181,7 @@ def choose_template(folder: Path, template: str | dict[str, str] | None) -> str 
                 f"'default': {', '.join(sorted(template))}; keep one in its chat_template.jinja"
             )
         template = template.get("default") or next(iter(template.values()), None)
-    if not template and (folder / "chat_template.json").is_file():  # where older versions put it
+    if not template and (folder / "chat_template.json").is_file():  # from older versions
         template = read_json(folder / "chat_template.json").get("chat_template")
     return template or None
 
@@ -194,7 +193,7 @@ def is_stored_in_4bit(folder: Path) -> bool:
 
 
 def check_trainable(folder: Path) -> None:
-    """Raise a ValueError for a quantised base on which no adapter can be trained here."""
+    """Raise a ValueError for a base that is stored quantised in another way than NF4."""
     stored = read_json(folder / "config.json").get("quantization_config") or {}
     quant_type = stored.get("bnb_4bit_quant_type")
     if not stored or (is_stored_in_4bit(folder) and quant_type == "nf4"):
@@ -207,8 +206,8 @@ def check_trainable(folder: Path) -> None:
 
 
 def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAndBytesConfig | None":
-    """Return the NF4 settings of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), or None for whole
-    weights."""
+    """Return the NF4 settings of QLoRA (Dettmers et al. 2023, arXiv 2305.14314), or None for
+    weights that are not quantised."""
     if not load_in_4bit:
         return None
     import torch
@@ -222,19 +221,13 @@ def quantization(load_in_4bit: bool, double_quant: bool, dtype: str) -> "BitsAnd
     )
 
 
-def end_of_turn_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return every token that ends a completion: the tokenizer's EOS first, then what the model
-    declares, then what its chat template writes after an assistant's turn."""
-    return merge_end_ids(tokenizer, model.generation_config.eos_token_id)
-
-
 def declared_end_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the same as `end_of_turn_ids` from a model folder, without its weights."""
+    """Return every token that ends a completion of the model in a folder; see `merge_end_ids`."""
     return merge_end_ids(tokenizer, read_end_ids(folder))
 
 
 def read_end_ids(folder: Path) -> list[int]:
-    """Return the end ids that a model's own files declare."""
+    """Return the end-of-sequence ids that a model's own files declare."""
     from transformers import GenerationConfig
 
     try:
@@ -247,15 +240,16 @@ def read_end_ids(folder: Path) -> list[int]:
 def merge_end_ids(
     tokenizer: "PreTrainedTokenizerBase", declared: int | list[int] | None
 ) -> list[int]:
-    """Return the tokenizer's EOS, the declared end ids and the chat template's, each once."""
+    """Return every token that ends a completion, each once: the tokenizer's EOS, those that the
+    model declares, and the one that the chat template writes after an assistant's turn."""
     declared = [declared] if isinstance(declared, int) else list(declared or [])
     found = [tokenizer.eos_token_id, *declared, find_turn_end(tokenizer)]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def public_name(folder: Path) -> str:
-    """Return the Hub id of a snapshot's folder (`models--owner--name/snapshots/<commit>`), else the
-    folder itself."""
+    """Return the Hub id of a snapshot's folder (`models--owner--name/snapshots/<commit>`), or the
+    path of any other folder."""
     if folder.parent.name != "snapshots":
         return str(folder)
     return "/".join(folder.parent.parent.name.split("--")[1:])
@@ -264,10 +258,10 @@ def public_name(folder: Path) -> str:
 def load_base(
     folder: Path, placement: Placement, load_in_4bit: bool, double_quant: bool = True
 ) -> "PreTrainedModel":
-    """Load the base model, its linear layers in NF4 where asked or stored so, on one device.
+    """Load the base model on one device, its linear layers in NF4 if asked for or stored so.
 
-    The model goes by its Hub id where it has one, so that an adapter names that and not a cache's
-    folder.
+    A model from the Hub keeps its id as its name, so that adapters name the id and not the folder
+    of a cache.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -275,18 +269,15 @@ def load_base(
 
     logging.disable_progress_bar()
     stored_in_4bit, dtype = is_stored_in_4bit(folder), getattr(torch, placement.dtype)
-    # Where it is stored quantised, naming None would have it read as whole weights.
-    wanted = (
-        {}
-        if stored_in_4bit or not load_in_4bit
-        else {"quantization_config": quantization(True, double_quant, placement.dtype)}
-    )
+    settings = {}  # a stored quantization_config must not be replaced by None
+    if load_in_4bit and not stored_in_4bit:
+        settings["quantization_config"] = quantization(True, double_quant, placement.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         trust_remote_code=False,
         dtype=dtype,
         device_map={"": placement.device},
-        **wanted,
+        **settings,
     )
     model.name_or_path = model.config._name_or_path = public_name(folder)
     if load_in_4bit or stored_in_4bit:
@@ -295,11 +286,10 @@ def load_base(
 
 
 def keep_4bit_as_stored(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
-    """Compute with 4-bit weights in `dtype`, whatever type is stored with them, and keep a
-    processor with AVX512-BF16 from repacking them when it first generates.
+    """Compute with 4-bit weights in `dtype`, whatever type is stored with them, and keep
+    bitsandbytes from repacking them on a CPU with AVX512-BF16 when the model first generates.
 
-    bitsandbytes would compute in bfloat16 from then on, other numbers than in training, and the
-    repacked weights cannot be trained on.
+    Repacked weights compute in bfloat16, so other numbers than in training, and cannot be trained.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -311,8 +301,8 @@ def keep_4bit_as_stored(model: "PreTrainedModel", dtype: "torch.dtype") -> None:
 
 
 def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
-    """Put a saved adapter on its base, for inference; a base whose vocabulary the adapter was
-    trained to extend is given the rows that the adapter replaces."""
+    """Put a saved adapter on its base, for inference; if the adapter was trained with a larger
+    vocabulary, the base's embeddings get as many rows first."""
     from peft import PeftModel
 
     rows = saved_vocabulary(directory)
@@ -322,7 +312,7 @@ def load_adapter(base: "PreTrainedModel", directory: Path) -> "PeftModel":
 
 
 def saved_vocabulary(directory: Path) -> int | None:
-    """Return how many tokens the embeddings that an adapter holds have, None where it has none."""
+    """Return the number of tokens in the embeddings that an adapter holds, None if it has none."""
     from safetensors import safe_open
 
     if not (directory / "adapter_model.safetensors").is_file():
@@ -333,7 +323,7 @@ def saved_vocabulary(directory: Path) -> int | None:
 
 
 def write_dequantised(model: "PreTrainedModel", source: Path, folder: Path) -> Path:
-    """Write the weights that a 4-bit model computes with as a plain model folder, and return it."""
+    """Write the dequantised weights of a 4-bit model as a plain model folder; return the folder."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit

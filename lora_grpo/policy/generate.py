@@ -1,15 +1,14 @@
-"""Prompts become completions: greedy decoding in batches, for evaluation (TRL samples the training
-rollouts).
+"""Greedy decoding in batches, for evaluation; training samples through TRL.
 
-Prompts are sorted by length, so that a batch holds little padding, and given back in their own
-order.
+Prompts are sorted by length, so that a batch holds little padding; results are in the order of the
+prompts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_grpo.policy.base import end_of_turn_ids
+from lora_grpo.policy.base import merge_end_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,20 +31,21 @@ class Completion:
 def greedy_settings(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", max_completion_length: int
 ) -> "GenerationConfig":
-    """Return plain greedy decoding; what a model's own file adds (a repetition penalty) is off."""
+    """Return settings of greedy decoding, without a repetition penalty of the model's own."""
     from transformers import GenerationConfig
 
     return GenerationConfig(
         do_sample=False,
         repetition_penalty=1.0,
         max_new_tokens=max_completion_length,
-        eos_token_id=end_of_turn_ids(model, tokenizer),
+        eos_token_id=merge_end_ids(tokenizer, model.generation_config.eos_token_id),
         pad_token_id=tokenizer.pad_token_id,
     )
 
 
 def cut_at_end(ids: list[int], end_ids: list[int]) -> tuple[list[int], bool]:
-    """Return the tokens up to and with the first that ends a turn, and whether none did."""
+    """Return the tokens up to and including the first that ends a turn, and whether there was
+    none."""
     for position, token in enumerate(ids):
         if token in end_ids:
             return ids[: position + 1], False
@@ -83,9 +83,10 @@ def complete(
     advance: Advance = lambda count: None,
     limit: "RowLimit | None" = None,
 ) -> list[Completion]:
-    """Answer each rendered prompt greedily, in their order; `advance` hears of each batch.
+    """Complete each rendered prompt greedily; results are in the order of the prompts.
 
-    `limit` remembers how many fit at once, from one call to the next.
+    `advance` is called with the size of each finished batch. `limit` remembers from one call to the
+    next how many prompts fit into memory at once.
     """
     from lora_grpo.machine.out_of_memory import RowLimit
     from lora_grpo.policy.layers import one_matrix

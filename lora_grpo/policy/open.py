@@ -1,13 +1,13 @@
-"""The policy in use: a base, later with an adapter, that answers prompts as it is at that moment.
+"""A policy: a base model, later with an adapter, that completes prompts greedily.
 
-`TransformersPolicy` generates with the model itself, `VLLMPolicy` through an engine. `open_policy`
-gives the one that was chosen, and closes what it opened however the run ends.
+`TransformersPolicy` generates with the model itself, `VLLMPolicy` with a vLLM engine. `open_policy`
+opens one of the two, and closes it however the block ends.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lora_grpo.policy.base import Placement, declared_end_ids, load_adapter, load_base
 from lora_grpo.policy.generate import Advance, Completion, complete
@@ -19,28 +19,8 @@ if TYPE_CHECKING:
     from lora_grpo.policy.vllm import Engine, EngineSettings
 
 
-class Policy(Protocol):
-    """A base, and its adapter once there is one."""
-
-    model: "PreTrainedModel | PeftModel | None"
-
-    def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance
-    ) -> list[Completion]:
-        """Answer each rendered prompt greedily, in their order."""
-
-    def use_adapter(self, directory: Path) -> None:
-        """Answer with this adapter on the base from now on."""
-
-    def follow(self, model: "PeftModel") -> None:
-        """Answer as the adapter in training is at each moment."""
-
-    def abort(self) -> None:
-        """Forget what an engine was generating when an error came."""
-
-
 class TransformersPolicy:
-    """Answers by transformers' own generate."""
+    """Completes prompts with transformers' `generate`."""
 
     def __init__(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int
@@ -51,8 +31,10 @@ class TransformersPolicy:
         self.limit = RowLimit("evaluation", print)
 
     def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance
+        self, prompts: list[str], max_completion_length: int, advance: Advance = lambda count: None
     ) -> list[Completion]:
+        """Complete each rendered prompt greedily, with the adapter as it is now; results are in the
+        order of the prompts."""
         return complete(
             self.model,
             self.tokenizer,
@@ -64,17 +46,22 @@ class TransformersPolicy:
         )
 
     def use_adapter(self, directory: Path) -> None:
+        """Put the adapter of a directory on the base."""
         self.model = load_adapter(self.model, directory)
 
     def follow(self, model: "PeftModel") -> None:
+        """Use the adapter that is being trained on `model`, as it is at each moment."""
         self.model = model
 
     def abort(self) -> None:
-        pass
+        """Drop what an engine was generating when an error came; there is no engine here."""
 
 
 class VLLMPolicy:
-    """Answers by vLLM; `model` is what is trained beside it, if anything is."""
+    """Completes prompts with vLLM; `model` is the model that is trained beside it, if any.
+
+    The methods are those of `TransformersPolicy`.
+    """
 
     def __init__(
         self,
@@ -102,6 +89,9 @@ class VLLMPolicy:
         self.engine.abort()
 
 
+Policy = TransformersPolicy | VLLMPolicy
+
+
 @contextmanager
 def open_policy(
     folder: Path,
@@ -113,22 +103,19 @@ def open_policy(
     engine: "EngineSettings | None" = None,
     to_train: bool = False,
 ) -> Iterator[Policy]:
-    """Hold a policy on the transformers backend while the block runs.
+    """Open a policy of the transformers backend for the block.
 
-    With `engine` it answers through vLLM, and the model itself is loaded only to be trained, or on
-    a CPU to hand vLLM the weights that 4-bit comes to.
+    With `engine` vLLM completes the prompts. The model itself is then loaded only if it is to be
+    trained, or if vLLM runs on a CPU and needs its 4-bit weights dequantised.
     """
-    ends = declared_end_ids(folder, tokenizer)
-    if engine is None:
+    ends, base = declared_end_ids(folder, tokenizer), None
+    if engine is None or to_train or (load_in_4bit and placement.device == "cpu"):
         base = load_base(folder, placement, load_in_4bit, double_quant)
         base.generation_config.eos_token_id = ends
+    if engine is None:
         yield TransformersPolicy(base, tokenizer, batch_size)
         return
     from lora_grpo.policy.vllm import open_engine
 
-    needed = to_train or (load_in_4bit and placement.device == "cpu")
-    base = load_base(folder, placement, load_in_4bit, double_quant) if needed else None
-    if base is not None:
-        base.generation_config.eos_token_id = ends
     with open_engine(folder, engine, ends, base) as opened:
         yield VLLMPolicy(opened, tokenizer, base if to_train else None)

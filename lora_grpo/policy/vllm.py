@@ -1,18 +1,16 @@
 """vLLM in this process: the base's weights, and the policy's adapter sent as a LoRA request.
 
-Only the adapter ever moves: each sync writes it to a RAM disk and loads it under a new name, so the
-base's weights, 4-bit ones included, stay bit for bit what they were. Checked against vLLM 0.30.0.
+Only the adapter ever moves: each sync writes it to a temporary folder and loads it under a new
+name, so the base's weights, 4-bit ones included, never change. Checked against vLLM 0.30.0.
 """
 
 import math
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config.train_config import TrainConfig
@@ -27,10 +25,8 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 VLLM_BATCH_TOKENS = 8192  # tokens at once with which vLLM profiles its activations
-
-
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-CPU_BLOCK = 128  # tokens of a page of the cache
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can set aside
+CPU_BLOCK = 128  # tokens in a page of the cache
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def engine_settings(config: TrainConfig, placement: Placement) -> EngineSettings
     """Return the engine of a training run, in the share of the card that the plan gave it."""
     return EngineSettings(
         placement=placement,
-        max_model_len=config.max_prompt_length + config.max_completion_length,
+        max_model_len=config.max_sequence_length,
         max_num_seqs=config.vllm_max_num_seqs or config.completions_per_step,
         max_lora_rank=allowed_rank(config.r),
         load_in_4bit=config.load_in_4bit,
@@ -72,13 +68,14 @@ def allowed_rank(r: int) -> int:
 
 
 def check_positions(config: TrainConfig, folder: Path) -> None:
-    """Raise a ValueError where prompt and completion together are longer than the model can see."""
+    """Raise a ValueError where prompt and completion together are longer than the model can see:
+    vLLM would refuse them, and Unsloth would change the model's positions."""
     known = read_config(folder).get_text_config().max_position_embeddings
-    needed = config.max_prompt_length + config.max_completion_length
-    if needed > known:
+    if config.max_sequence_length > known:
         raise ValueError(
-            f"--max-prompt-length + --max-completion-length come to {needed}, and --model "
-            f"{config.model} knows {known} positions: make them shorter"
+            "--max-prompt-length + --max-completion-length come to "
+            f"{config.max_sequence_length}, and --model {config.model} knows {known} positions: "
+            "make them shorter"
         )
 
 
@@ -91,35 +88,8 @@ def cache_bytes(folder: Path, settings: EngineSettings) -> int:
     return token * blocks * CPU_BLOCK
 
 
-RAM_DISK = Path("/dev/shm")
-PREFIX, LOCK = "lora_grpo-", "lock"
-ADAPTER_ROOM = 2**29
-AT_ONCE = 4
-
-
-def ram_folder(room: int = ADAPTER_ROOM) -> tempfile.TemporaryDirectory:
-    """Return a folder in memory, having removed those of dead runs; on disk where the RAM disk is
-    missing or has less than `room` bytes free (a container's often has 64 MiB)."""
-    if not os.access(RAM_DISK, os.W_OK):
-        return tempfile.TemporaryDirectory(prefix=PREFIX)
-    for path in RAM_DISK.glob(f"{PREFIX}*"):
-        with suppress(OSError), (path / LOCK).open() as file:
-            flock(file, LOCK_EX | LOCK_NB)  # refused while its run lives
-            shutil.rmtree(path)
-    fits = shutil.disk_usage(RAM_DISK).free >= room
-    return LockedFolder(prefix=PREFIX, dir=RAM_DISK if fits else None)
-
-
-class LockedFolder(tempfile.TemporaryDirectory):
-    """A temporary folder with a lock in it that ends with this process, however that ends.
-
-    Process ids would not do: containers may share a RAM disk without seeing each other's.
-    """
-
-    def __init__(self, prefix: str, dir: Path | None) -> None:
-        super().__init__(prefix=prefix, dir=dir)
-        self.lock = (Path(self.name) / LOCK).open("w")
-        flock(self.lock, LOCK_EX)
+PREFIX = "lora_grpo-"  # of temporary folders
+AT_ONCE = 4  # sequences given to vLLM at a time, per sequence that it writes at once
 
 
 class Engine:
@@ -127,11 +97,11 @@ class Engine:
 
     def __init__(self, folder: Path, settings: EngineSettings, end_ids: Sequence[int]) -> None:
         self.settings, self.end_ids = settings, list(end_ids)
-        self.folder = ram_folder()
+        self.folder = TemporaryDirectory(prefix=PREFIX)
         self.request: LoRARequest | None = None
         self.syncs = 0
         self.llm: LLM | None = None
-        self.can_sleep = settings.placement.device == "cuda"
+        self.on_gpu = settings.placement.device == "cuda"
         self.asleep = False
         try:
             self.llm = self._start(folder)
@@ -143,8 +113,7 @@ class Engine:
     def _start(self, folder: Path) -> "LLM":
         from vllm import LLM
 
-        settings = self.settings
-        on_gpu = settings.placement.device == "cuda"
+        settings, on_gpu = self.settings, self.on_gpu
         memory = (
             {"gpu_memory_utilization": settings.gpu_memory_utilization or 0.5}
             if on_gpu
@@ -172,8 +141,8 @@ class Engine:
         )
 
     def sleep(self) -> None:
-        """Give the cache's memory to the update, and keep the weights in the machine's memory."""
-        if self.can_sleep and not self.asleep:
+        """Free the cache, and move the weights to the machine's memory, until `awake`."""
+        if self.on_gpu and not self.asleep:
             self.llm.sleep(level=1)
             self.asleep = True
 
@@ -199,7 +168,7 @@ class Engine:
         self.request = LoRARequest(f"policy-{self.syncs}", self.syncs, str(directory))
 
     def sync(self, model: "PeftModel") -> None:
-        """Answer as the policy is now: its adapter goes to the RAM disk, under a new name."""
+        """Answer as the policy is now: its adapter is written and loaded under a new name."""
         directory = Path(self.folder.name) / f"policy-{self.syncs + 1}"
         shutil.rmtree(Path(self.folder.name) / f"policy-{self.syncs}", ignore_errors=True)
         save_adapter(model, directory)
@@ -230,7 +199,7 @@ class Engine:
         params = SamplingParams(
             n=1, logprobs=0, stop_token_ids=self.end_ids, detokenize=False, **settings
         )
-        devices = [torch.cuda.current_device()] if self.settings.placement.device == "cuda" else []
+        devices = [torch.cuda.current_device()] if self.on_gpu else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             outputs = [request.outputs[0] for request in self.generate(prompts, params)]
@@ -255,9 +224,8 @@ class Engine:
         )
 
     def abort(self) -> None:
-        """Forget what was being generated when an error came."""
-        engine = self.llm.llm_engine
-        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        """Drop the requests that an error interrupted."""
+        abort_requests(self.llm)
 
     def close(self) -> None:
         """Give the engine's memory back; safe to call twice."""
@@ -272,6 +240,12 @@ class Engine:
         with suppress(Exception):
             cleanup_dist_env_and_memory()
         self.folder.cleanup()
+
+
+def abort_requests(llm: "LLM") -> None:
+    """Drop every request that a vLLM has not finished."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
 def complete_in_chunks(
@@ -319,8 +293,7 @@ def open_engine(
     """
     with ExitStack() as until_loaded:
         if base is not None and settings.load_in_4bit and settings.placement.device == "cpu":
-            room = 5 * base.num_parameters(exclude_embeddings=False)
-            scratch = until_loaded.enter_context(ram_folder(room))
+            scratch = until_loaded.enter_context(TemporaryDirectory(prefix=PREFIX))
             folder = write_dequantised(base, folder, Path(scratch) / "base")
         engine = Engine(folder, settings, end_ids)
     try:

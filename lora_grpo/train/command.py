@@ -15,6 +15,7 @@ from lora_grpo.machine.terminal import (
     find_write_error,
 )
 from lora_grpo.memory.fit import describe_memory
+from lora_grpo.policy.adapter import METRICS, VALIDATION
 from lora_grpo.policy.checkpoints import KEPT_CHECKPOINTS, check_run
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
@@ -29,7 +30,7 @@ SHOWN_SOURCE = 80
 
 
 def preview(plan: Plan, display: Display) -> None:
-    """Print three training problems as the model will see them, with their gold answers and what
+    """Print three training problems as the model will see them, with their gold answers and where
     these were read from."""
     for problem in plan.data.train[:PREVIEWED]:
         text = render(plan.tokenizer, build_messages(problem.question, plan.data.style))
@@ -39,31 +40,28 @@ def preview(plan: Plan, display: Display) -> None:
 
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
-    """Return what the plan was and what a resumed run can still do about its memory."""
+    """Return the plan, and the flags with which a resumed run needs less memory."""
     from lora_grpo.machine.out_of_memory import UPDATE
 
-    config = plan.config
-    lines = [f"the plan was: {describe_memory(plan.memory)[0][1]}"] if plan.memory else []
-    flags = []
+    config, flags = plan.config, []
     if error.work == UPDATE and not config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
     if config.rollout == "vllm":
         flags.append("a smaller --vllm-gpu-memory-utilization or --vllm-max-num-seqs")
+    planned = f"the plan was: {describe_memory(plan.memory)[0][1]}; " if plan.memory else ""
     if flags:
-        lines.append(f"add {' or '.join(flags)}")
-    else:
-        lines.append(
-            "nothing is left to save in this run: free memory that other programs hold, or start "
-            f"anew with --max-completion-length below {config.max_completion_length} or a smaller "
-            f"--model ({command_line('plan_memory.py')} shows what fits)"
-        )
-    return "; ".join(lines)
+        return f"{planned}add {' or '.join(flags)}"
+    return (
+        f"{planned}nothing is left to save in this run: free memory that other programs hold, or "
+        f"start anew with --max-completion-length below {config.max_completion_length} or a "
+        f"smaller --model ({command_line('plan_memory.py')} shows what fits)"
+    )
 
 
 def run(config: TrainConfig, why: str) -> int:
     """Do what the configuration asks for and return the exit status.
 
-    0 done, 128 + n stopped by signal n and ready to be resumed.
+    0: done; 128 + n: stopped by signal n, can be resumed.
 
     Raises:
         OSError, ValueError: bad input, found before any weights load.
@@ -90,9 +88,9 @@ def run(config: TrainConfig, why: str) -> int:
 
 
 def describe_end(plan: Plan) -> str:
-    """Return that a run is finished, and how it can be prolonged."""
+    """Return a sentence that the run is complete, and how to prolong it."""
     schedule = plan.config.lr_scheduler_type
-    done = f"{plan.run_dir} is finished: all {plan.steps} steps are made, nothing was changed"
+    done = f"{plan.run_dir} is complete: all {plan.steps} steps are made, nothing was changed"
     if schedule in FALLING:
         return f"{done}; --lr-scheduler-type {schedule} ends there, so it cannot be prolonged"
     more = ("--resume", plan.run_dir, "--max-steps", str(2 * plan.steps))
@@ -100,10 +98,8 @@ def describe_end(plan: Plan) -> str:
 
 
 def needed_space(plan: Plan) -> int:
-    """Return the bytes that a run writes: the best and the last adapter, and its checkpoints, each
-    with two adapters and two moments for every number, one of them beside those that it replaces.
-    """
-
+    """Return the bytes that a run writes: the best and the last adapter, and checkpoints of two
+    adapters and two optimiser moments each, one more than are kept while it is written."""
     adapter = 4 * plan.trained_parameters
     return (2 + (KEPT_CHECKPOINTS + 1) * 4) * adapter + SMALL_FILES
 
@@ -111,7 +107,6 @@ def needed_space(plan: Plan) -> int:
 def run_plan(plan: Plan, display: Display) -> int:
     """Train and print the result, or say how to resume."""
     from lora_grpo.machine.out_of_memory import MemoryExhaustedError
-    from lora_grpo.train.recorder import METRICS, VALIDATION
     from lora_grpo.train.run import Stopped, finished_report, train
 
     again = f"resume it by: {command_line('train_lora.py', '--resume', plan.run_dir)}"
@@ -136,11 +131,10 @@ def run_plan(plan: Plan, display: Display) -> int:
         return 130
     except MemoryExhaustedError as error:
         raise FailedError(f"{error}\n{advise_on_memory(plan, error)}; then {again}") from error
+    steps, validation = (read_jsonl(plan.run_dir / name) for name in (METRICS, VALIDATION))
     display.results(report)
-    display.memory(plan.run_dir / METRICS)
-    validation = read_jsonl(plan.run_dir / VALIDATION)
+    display.memory(steps[-1])
     display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
-    steps = read_jsonl(plan.run_dir / METRICS)
     if any(map(had_signal, steps)):
         display.say(f"next: {command_line('merge_adapter.py', plan.run_dir)}")
     else:

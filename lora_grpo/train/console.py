@@ -1,8 +1,6 @@
-"""What a person sees of a run: the plan, one line per step, a completion now and then, the final
-table.
+"""What a run prints: the plan, one line per step, a completion at intervals, and the final table.
 
-On a terminal a progress bar stands below the lines; elsewhere the lines alone, so that a log file
-reads well.
+A terminal also gets a progress bar; a log file gets the lines only.
 """
 
 import math
@@ -21,7 +19,6 @@ from rich.table import Table
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.grpo.batch import Batch, mean
-from lora_grpo.machine.files import read_jsonl
 from lora_grpo.machine.terminal import command_line
 from lora_grpo.memory.terms import GIB
 
@@ -99,7 +96,7 @@ class Display:
             yield lambda count: progress.advance(task, count)
 
     def step(self, row: dict[str, Any], batch: Batch, total: int, every: int) -> None:
-        """Print a step's line, and a completion at intervals."""
+        """Print one line for a step, and one of its completions every `every` steps."""
         step = row["step"]
         self.first_step = step if self.first_step is None else self.first_step
         if step % max(1, total // LINES) == 0 or step in (self.first_step, total):
@@ -124,7 +121,7 @@ class Display:
         )
 
     def sample(self, batch: Batch) -> None:
-        """Print the first completion of the batch with what it earned."""
+        """Print the first completion of the batch with its rewards."""
         if self.quiet or not batch.completions:
             return
         earned = "  ".join(
@@ -137,7 +134,7 @@ class Display:
         self.console.print(Panel(escape(body), title="a completion", title_align="left", width=100))
 
     def before(self, base: dict[str, Any]) -> None:
-        """Print how the base does, before anything is trained."""
+        """Print the base's accuracy, before anything is trained."""
         self.say(
             f"base: strict {percent(base['strict_accuracy'])}, lenient "
             f"{percent(base['lenient_accuracy'])}, "
@@ -150,7 +147,7 @@ class Display:
         self.started = time.perf_counter()
 
     def validation(self, row: dict[str, Any], kept: bool) -> None:
-        """Print how a step does on the validation problems, and whether its adapter is kept."""
+        """Print a step's accuracy on the validation problems, and whether its adapter is kept."""
         self.say(
             f"validation after step {row['step']}: {describe_validation(row)}, "
             f"format {percent(row['format_rate'])}: "
@@ -170,7 +167,7 @@ class Display:
         self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
 
     def silence(self, steps: list[dict[str, Any]], config: TrainConfig, whole_run: bool) -> None:
-        """Say that the run, or its last steps, had no signal, and what to change."""
+        """Print that the run, or its last steps, had no signal, and what to change."""
         alike = all(row["frac_reward_zero_std"] == 1 for row in steps)
         why = (
             "all completions of each group earned the same" if alike else "every gradient was zero"
@@ -182,9 +179,8 @@ class Display:
         again = "; then start a new run" if whole_run else ""
         self.say_always(f"{start}. {explain_silence(steps, config)}{again}")
 
-    def memory(self, metrics: Path) -> None:
-        """Print the peak memory of a run beside what was predicted for it."""
-        row = read_jsonl(metrics)[-1]
+    def memory(self, row: dict[str, Any]) -> None:
+        """Print the measured and the predicted peak memory, from the last row of the metrics."""
         measured, predicted = row.get("peak_memory_bytes"), row.get("predicted_memory_bytes")
         beside = f", {predicted / GIB:.2f} GB predicted" if predicted else ""
         found = f"{measured / GIB:.2f} GB measured" if measured else "not measured"
@@ -209,11 +205,9 @@ class Display:
 
 
 def describe_validation(row: dict[str, Any]) -> str:
-    """Return the accuracy of a row of `validation.jsonl`; older runs recorded no interval."""
-    found = f"strict {percent(row['strict_accuracy'])}"
-    if "ci95" not in row:
-        return found
-    return f"{found} of {row['num_items']} problems (95 % interval {interval(row['ci95'])})"
+    """Return the accuracy in a row of `validation.jsonl`."""
+    accuracy = f"strict {percent(row['strict_accuracy'])} of {row['num_items']} problems"
+    return f"{accuracy} (95 % interval {interval(row['ci95'])})"
 
 
 def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:

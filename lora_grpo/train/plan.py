@@ -1,4 +1,4 @@
-"""A training run, checked and resolved before any weights load, and how the plan is printed."""
+"""The plan of a training run: everything is checked and resolved before any weights load."""
 
 import dataclasses
 import math
@@ -39,9 +39,6 @@ from lora_grpo.train.unused_settings import describe_unused, find_unused
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# They add up the losses of all tokens, so that a ratio of the whole completion counts per token.
-BY_TOKEN = ("dapo", "dr_grpo", "bnpo", "cispo")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,7 +63,7 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting as it is in force, None for one that this run does not read."""
+        """Every setting with the value that the run uses; None if the run does not read it."""
         return vars(self.config) | dict.fromkeys(self.unused)
 
 
@@ -74,7 +71,7 @@ def name_run(config: TrainConfig) -> Path:
     """Return the directory that the run will write.
 
     Raises:
-        FileExistsError: it was named and is there already.
+        FileExistsError: `--run-name` names a directory that exists.
     """
     if config.resume:
         return config.resume
@@ -83,19 +80,18 @@ def name_run(config: TrainConfig) -> Path:
         if run_dir.exists():
             raise FileExistsError(
                 f"--run-name {config.run_name}: {run_dir} exists already and is never "
-                "overwritten: choose another "
-                f"name, or resume it with --resume {run_dir}"
+                f"overwritten: choose another name, or resume it with --resume {run_dir}"
             )
         return run_dir
     base = config.preset or Path(config.model).name.lower()
-    names = [base, *(f"{base}-{number}" for number in range(2, 10_000))]
-    return next(
-        config.adapters_dir / name for name in names if not (config.adapters_dir / name).exists()
-    )
+    run_dir, number = config.adapters_dir / base, 2
+    while run_dir.exists():
+        run_dir, number = config.adapters_dir / f"{base}-{number}", number + 1
+    return run_dir
 
 
 def count_steps(config: TrainConfig, num_problems: int) -> int:
-    """Return the updates that the run makes."""
+    """Return the number of updates that the run makes."""
     if config.max_steps is not None:
         return config.max_steps
     batches = math.ceil(config.num_train_epochs * num_problems / config.prompts_per_step)
@@ -103,10 +99,10 @@ def count_steps(config: TrainConfig, num_problems: int) -> int:
 
 
 def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
-    """Return the parameters of the model and of the adapter, from `config.json` alone.
+    """Return how many parameters the model and the adapter have, without loading weights.
 
     Raises:
-        ValueError: a target module that the model does not have, or an adapter that PEFT refuses.
+        ValueError: the model does not have a target module, or PEFT refuses the adapter.
     """
     import torch
     from peft import get_peft_model
@@ -131,7 +127,7 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
 
 
 def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
-    """Return the backend and rollout of the run, ready to be imported unless nothing will run.
+    """Return the backend and the rollout of the run, and prepare their import if it will run.
 
     Raises:
         ValueError: the preset or the choice cannot work on this machine.
@@ -139,8 +135,8 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
     only_looking = config.dry_run or config.preview
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process on one "
-            "GPU: start it without accelerate launch or torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but a run is one process on one GPU: start "
+            "it without accelerate launch or torchrun"
         )
     if config.preset in NEEDS_GPU and gpu is None and not only_looking:
         raise ValueError(
@@ -161,17 +157,16 @@ def choose_machine(config: TrainConfig, gpu: GPU | None) -> Choice:
 
 
 def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
-    """Refuse what the chosen engine could not do, before anything is loaded or written.
+    """Refuse settings that the chosen engine does not support, before anything is loaded.
 
     Raises:
-        ValueError: a rank or a length that it does not have, a setting that it would override, a
-        distribution that its log-probs are not comparable with.
+        ValueError: the rank or the length is too large, or the engine would change a setting.
     """
     if choice.rollout == "vllm" and config.top_p < 1:
         raise ValueError(
-            f"--top-p {config.top_p:g} with --rollout vllm: its log-probs are of the distribution "
-            "that is left, so that the ratio to the policy's would be the share that was kept, "
-            "not how far they differ: use --top-p 1, or --rollout generate"
+            f"--top-p {config.top_p:g} with --rollout vllm: vLLM's log-probs are of the truncated "
+            "distribution, so they cannot be compared with the policy's: use --top-p 1, or "
+            "--rollout generate"
         )
     if choice.backend == "unsloth":
         from lora_grpo.policy.unsloth import refuse_what_unsloth_changes
@@ -192,10 +187,10 @@ def fit_memory(
     gpu: GPU | None,
     longest_prompt: int,
 ) -> MemoryPlan:
-    """Return the settings with which the run fits.
+    """Return the memory plan, with the settings that make the run fit.
 
     Raises:
-        ValueError: nothing fits in the --gpu-memory that was given.
+        ValueError: no settings fit into the given --gpu-memory.
     """
     on_gpu = placement.device == "cuda" and gpu is not None
     found = gpu.free_bytes if on_gpu else available_memory()
@@ -221,38 +216,24 @@ def fit_memory(
 
 
 def describe_words(data: Data) -> list[str]:
-    """Return a note where gold answers are not numbers, which is all that is counted as right."""
+    """Return a note if gold answers are not numbers: only numbers count as correct."""
     problems = [*data.train, *data.validation, *data.test]
     words = [problem.answer for problem in problems if not data.style.task.can_read(problem.answer)]
     if not words:
         return []
     return [
         f"{len(words):,} of {len(problems):,} gold answers are no numbers, such as "
-        f"{words[0]!r:.40}: strict accuracy and the best step count numbers between the tags only, "
-        "so they say nothing about these; judge the run by its rewards"
+        f"{words[0]!r:.40}: strict accuracy and the choice of the best step count only numbers "
+        "between the tags; judge the run by its rewards"
     ]
-
-
-def read_data(
-    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: list[Reward]
-) -> Data:
-    """Prepare the data; say of the default dataset that it was nobody's choice."""
-    try:
-        return prepare_data(config, tokenizer, rewards)
-    except FileNotFoundError as error:
-        if config.dataset != TrainConfig.dataset:
-            raise
-        raise FileNotFoundError(
-            f"{error}; without --dataset (and --eval-dataset) it is {config.dataset}"
-        ) from error
 
 
 def make_plan(config: TrainConfig) -> Plan:
     """Check the run and everything that it reads, without loading weights.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: what is wrong and what to do, in one
-        sentence.
+        FileExistsError, FileNotFoundError, ValueError: the message says what is wrong and what to
+        do, in one sentence.
     """
     gpu = find_gpu()
     choice = choose_machine(config, gpu)
@@ -272,7 +253,7 @@ def make_plan(config: TrainConfig) -> Plan:
         config = dataclasses.replace(config, load_in_4bit=True)
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
-    data = read_data(config, tokenizer, rewards)
+    data = prepare_data(config, tokenizer, rewards)
     try_rewards(
         rewards,
         data.train,
@@ -283,9 +264,8 @@ def make_plan(config: TrainConfig) -> Plan:
     placement = choose_placement(config.dtype)
     if gpu is not None and placement.device == "cpu":
         raise ValueError(
-            f"there is a GPU, {gpu.name}, but torch cannot use it: "
-            f"{command_line('doctor.py')} says why; CUDA_VISIBLE_DEVICES= before the "
-            "command trains on the CPU"
+            f"there is a GPU, {gpu.name}, but PyTorch cannot use it: {command_line('doctor.py')} "
+            "says why; CUDA_VISIBLE_DEVICES= before the command trains on the CPU"
         )
     check_engine(config, choice, folder)
     steps = count_steps(config, len(data.train))
@@ -333,28 +313,25 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def describe_update(config: TrainConfig) -> str:
-    """Return the loss with the settings that it reads, and how fast it learns."""
+    """Return the loss with the settings that it reads, and the learning rate."""
     settings = ", ".join(f"{name} {value}" for name, value in config.loss_settings.items())
-    weighed = ""
-    if settings.startswith("importance_sampling_level sequence") and config.loss_type in BY_TOKEN:
-        weighed = " (weighs completions by their length; --loss-type grpo is GSPO)"
     return (
-        f"{config.loss_type}, {settings}{weighed}, beta {config.beta}, learning rate "
+        f"{config.loss_type}, {settings}, beta {config.beta}, learning rate "
         f"{config.learning_rate:g} {config.lr_scheduler_type}"
     )
 
 
 def describe_model(plan: Plan) -> list[tuple[str, str]]:
-    """Return what a user would not expect of the base and its chat template."""
+    """Return what is unusual about the base and its chat template."""
     folder, style, tokenizer, lines = plan.folder, plan.data.style, plan.tokenizer, []
     if is_stored_in_4bit(folder):
         lines.append(
-            "stored in 4-bit NF4 and loaded as it is; to merge the adapter later, name the 16-bit "
-            "original by merge_adapter.py --model"
+            "stored in 4-bit NF4 and loaded as it is; to merge the adapter later, give the 16-bit "
+            "original with merge_adapter.py --model"
         )
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         lines.append(
-            "stored as .bin, which trains but cannot be merged into: load it with transformers, "
+            "stored as .bin, which can be trained but not merged into: load it with transformers, "
             "save_pretrained it into a new folder, and train on that"
         )
     if not style.system_role:
@@ -376,7 +353,7 @@ def describe_model(plan: Plan) -> list[tuple[str, str]]:
 
 
 def warn_of_format(plan: Plan) -> str:
-    """Return what is wrong where no answer that a template has begun can earn the format reward."""
+    """Return a warning if no answer that the template has begun can earn the format reward."""
     task, prefill = plan.data.style.task, plan.data.style.prefill
     rest = perfect_completion(plan.data.train[0], task)
     begun = rest if rest.startswith(prefill.strip()) else prefill + rest
@@ -390,12 +367,11 @@ def warn_of_format(plan: Plan) -> str:
 
 
 def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
-    """Return what will happen, as lines of a name and a text."""
+    """Return the plan as rows of a name and a text."""
     config, data = plan.config, plan.data
     bits = "4-bit NF4" if config.load_in_4bit else plan.placement.dtype
     trained, total = plan.trained_parameters, plan.parameters
-    rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
-    replaced = f"replaced by other prompts in up to {config.dynamic_sampling_rounds} rounds a step"
+    rounds = f"replaced by other prompts in up to {config.dynamic_sampling_rounds} rounds per step"
     return [
         ("settings", why),
         ("model", f"{config.model}: {total:,} parameters in {bits}, on {plan.placement.device}"),
@@ -404,31 +380,26 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         ("rollout", f"{plan.choice.rollout} ({plan.choice.why_rollout})"),
         (
             "adapter",
-            (
-                f"LoRA r {config.r}, alpha {config.lora_alpha}: {trained:,} parameters trained "
-                f"({trained / total:.1%})"
-            ),
+            f"LoRA r {config.r}, alpha {config.lora_alpha}: {trained:,} parameters trained "
+            f"({trained / total:.1%})",
         ),
         (
             "data",
-            (
-                f"{config.dataset}: {len(data.train):,} to train on, {len(data.validation):,} to "
-                "choose the best step"
-            ),
+            f"{config.dataset}: {len(data.train):,} to train on, {len(data.validation):,} to "
+            "choose the best step",
         ),
         (
             "test",
             f"{data.test_name} ({data.test_split}): {len(data.test):,}, base and adapter, greedy",
         ),
         *(("", note) for note in data.notes),
-        ("rewards", rewards),
+        ("rewards", ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)),
         (
             "steps",
             f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "
-            "completions of up to "
-            f"{config.max_completion_length} tokens",
+            f"completions of up to {config.max_completion_length} tokens",
         ),
-        *([("dead groups", replaced)] if config.dynamic_sampling else []),
+        *([("dead groups", rounds)] if config.dynamic_sampling else []),
         ("update", describe_update(config)),
         *(("", note) for note in plan.notes),
         *(describe_memory(plan.memory) if plan.memory else [("memory", plan.unplanned)]),

@@ -1,8 +1,7 @@
-"""Everything that can go wrong with the data, found before any weights load: splits, gold answers,
-overlap, length.
+"""The problems of a run: read, checked and split before any weights load.
 
-A configuration, a tokenizer and rewards go in; the problems to train, choose and test on come out,
-with a sentence for each thing that was left out.
+Rows with bad gold answers, questions of the test set and long prompts are dropped, with a note for
+each kind.
 """
 
 import hashlib
@@ -31,14 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 10
-# Validation by default: a standard error of 6 points with the fewest items, 3 with the most, and
-# between them an eighth of the completions that are sampled until the next validation.
+# Default size of the validation set: an eighth of the completions that are sampled until the next
+# validation, within these limits. Their standard errors are 6 and 3 points.
 FEWEST_ITEMS, MOST_ITEMS, VALIDATION_SHARE = 64, 256, 8
 
 
 @dataclass(frozen=True)
 class Data:
-    """Problems by use, no question in two of them, and what stands around each question."""
+    """The problems by their use, no question in two of them, and the prompts' style."""
 
     train: list[Problem]
     validation: list[Problem]
@@ -52,12 +51,12 @@ class Data:
     longest_prompt: int
 
     def columns_sha256(self) -> str:
-        """Return the hash of every column of the training rows, which only own rewards read."""
+        """Return the hash of all columns of the training rows; only a user's rewards read them."""
         rows = [problem.columns for problem in self.train]
         return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
 
     def sha256(self) -> str:
-        """Return the hash of every problem that the run uses, split by split."""
+        """Return the hash of every problem that the run uses."""
         rows = [
             [problem.as_record() for problem in part]
             for part in (self.train, self.validation, self.test)
@@ -66,8 +65,8 @@ class Data:
 
 
 def find_test(config: TrainConfig, trained_on: str) -> str | None:
-    """Return the dataset whose test split is held out, or None where there is none but the split
-    that is trained on."""
+    """Return the dataset with the test split, or None if there is only the split that is trained
+    on."""
     if config.eval_dataset is not None:
         return config.eval_dataset
     held_out = {"test", "validation"} & set(list_splits(config.dataset)) - {trained_on}
@@ -101,8 +100,7 @@ def drop_overlap(sieve: Sieve, train: list[Problem], test: Sequence[Problem]) ->
 
 
 def hold_out(problems: list[Problem], count: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Split off `count` problems drawn by the seed: what is left, and they; repeats of a question
-    stay together."""
+    """Return the problems without, and with only, the `count` questions that the seed draws."""
     order = list(dict.fromkeys(normalise(problem.question) for problem in problems))
     chosen = set(random.Random(seed).sample(order, min(count, len(order))))
     kept = [problem for problem in problems if normalise(problem.question) not in chosen]
@@ -115,8 +113,8 @@ def prepare_data(
     """Load, check and split the problems of a run.
 
     Raises:
-        FileNotFoundError, ValueError: no data, broken data, too little of it, or doubtful rows with
-        --strict-data.
+        FileNotFoundError, ValueError: the data are missing, broken or too few, or rows would be
+        dropped with --strict-data.
     """
     sieve = Sieve(config.strict_data)
     style = read_style(config, tokenizer, rewards, sieve)
@@ -162,7 +160,7 @@ def read_style(
     rewards: Sequence[Reward],
     sieve: Sieve,
 ) -> PromptStyle:
-    """Return what stands around each question, once a system prompt of the user's was checked."""
+    """Return the style of the prompts, after checking the user's system prompt, if any."""
     path = config.system_prompt_file
     style = PromptStyle(read_system_prompt(path))
     if path is not None and config.resume is None:
@@ -179,13 +177,13 @@ def read_data(
 
 
 def num_questions(problems: Sequence[Problem]) -> int:
-    """Return how many different questions there are: some datasets repeat each a hundred times."""
+    """Return the number of different questions: some datasets repeat each a hundred times."""
     return len({normalise(problem.question) for problem in problems})
 
 
 def count_validation_items(config: TrainConfig, num_problems: int) -> int:
-    """Return how many problems choose the best step: as asked for, else a tenth of them, within
-    what costs little beside the sampling."""
+    """Return the size of the validation set: as asked for, else a tenth of the problems, limited so
+    that it costs little compared with the sampling."""
     if config.num_validation_items is not None:
         return config.num_validation_items
     cheap = config.eval_steps * config.completions_per_step // VALIDATION_SHARE
@@ -195,14 +193,13 @@ def count_validation_items(config: TrainConfig, num_problems: int) -> int:
 def describe_sizes(
     config: TrainConfig, train: Sequence[Problem], test: Sequence[Problem]
 ) -> list[str]:
-    """Return a note where there are fewer problems than were asked for."""
+    """Return notes about having fewer problems than were asked for."""
     notes = []
     if config.num_eval_items is not None and len(test) < config.num_eval_items:
         notes.append(f"--num-eval-items {config.num_eval_items}: the test has only {len(test)}")
     if len(train) < config.prompts_per_step:
         notes.append(
-            f"a step takes {config.prompts_per_step} prompts of {len(train)} problems: each comes "
-            "up more than once in it"
+            f"a step takes {config.prompts_per_step} prompts of {len(train)} problems: some repeat"
         )
     return notes
 
@@ -213,7 +210,7 @@ def check_enough(
     validation: Sequence[Problem],
     notes: Sequence[str],
 ) -> None:
-    """Refuse a dataset of which nothing is left to train on, and say where its rows went."""
+    """Raise a ValueError if no problem is left to train on; it says where the rows went."""
     if not train:
         went = [*notes, f"{len(validation)} kept to choose the best step"]
         raise ValueError(

@@ -1,5 +1,4 @@
-"""Where a result comes from: what `train_config.json` records, and what a resumed run must find
-unchanged."""
+"""What `train_config.json` records, and which of it a resumed run must find unchanged."""
 
 import math
 import platform
@@ -17,7 +16,7 @@ from lora_grpo.train.plan import Plan
 
 FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *MEMORY_SETTINGS)
 FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
-# What a resumed run must find as it was, by the entry of its record that tells.
+# Entries of the record that must be the same in a resumed run, and the flags they belong to.
 SAME = {
     "system_prompt": "--system-prompt-file",
     "rewards_sha256": "--reward",
@@ -31,23 +30,18 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def git_commit(package: Path = PACKAGE) -> str | None:
-    """Return the commit of this code, with `-dirty` where the checkout differs from it, or None
-    where the package does not come from a checkout of its own."""
-
-    def ask(*arguments: str) -> str:
-        found = subprocess.run(
-            ["git", *arguments], cwd=package.parent, capture_output=True, text=True, check=False
-        )
-        return found.stdout.strip()
-
-    try:
-        top = ask("rev-parse", "--show-toplevel")
-        # Installed inside somebody else's checkout, the commit there says nothing of this code.
-        if not top or Path(top).resolve() != package.parent or not ask("ls-files", package.name):
-            return None
-        return ask("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
-    except OSError:  # no git here
+    """Return the commit of this code, with `-dirty` if the checkout differs from it; None if the
+    package is not the checkout's own."""
+    if not (package.parent / ".git").exists():
         return None
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        found = subprocess.run(
+            command, cwd=package.parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # git is not installed
+        return None
+    return found.stdout.strip() or None
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -100,8 +94,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
 
 
 def read_record(plan: Plan) -> dict[str, Any]:
-    """Return the record of a new run, or that of a resumed one, which must still stand on the same
-    ground, with what a resume may change.
+    """Return the record of a new run, or the saved one of a resumed run with what may change.
 
     Raises:
         ValueError: the base model, the data, the system prompt or a reward's file changed since
@@ -113,10 +106,10 @@ def read_record(plan: Plan) -> dict[str, Any]:
     saved = read_train_config(plan.run_dir)
     for name, flag in SAME.items():
         if saved.get(name, record[name]) != record[name]:
-            held = record[flag[2:].replace("-", "_")]
-            held = " ".join(held) if isinstance(held, list | tuple) else held or "left out"
+            value = record[flag[2:].replace("-", "_")]
+            value = " ".join(value) if isinstance(value, tuple) else value or "(not given)"
             raise ValueError(
-                f"--resume {plan.run_dir}: what {flag} {held} holds has changed since the run "
-                "began: put it back, or start anew"
+                f"--resume {plan.run_dir}: {flag} {value} has other contents than when the run "
+                "began: restore it, or start anew"
             )
     return saved | {name: record[name] for name in FOLLOWED}

@@ -1,8 +1,7 @@
-"""What a run writes while it trains: metrics, sampled completions, the best adapter, and when to
-checkpoint.
+"""What a run writes while it trains: metrics, completions, the best adapter and checkpoints.
 
-One `TrainerCallback`. A resumed run first cuts the files back to its checkpoint, so that they end
-up as if nothing had happened.
+A resumed run first cuts the files back to its checkpoint, so that they end up as if the run had
+never been interrupted.
 """
 
 import math
@@ -22,13 +21,21 @@ from lora_grpo.grpo.groups import dead_groups, padding_share
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.machine.process import PeakMemory
-from lora_grpo.policy.adapter import WEIGHTS, read_step, save_adapter
+from lora_grpo.policy.adapter import (
+    COMPLETIONS,
+    LOGS,
+    METRICS,
+    VALIDATION,
+    WEIGHTS,
+    read_step,
+    save_adapter,
+)
+from lora_grpo.train.console import Display
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
 SKIPPED_IN_A_ROW = 20
 # Steps in a row without a signal before the run says so; twice as many before it says it again.
 PATIENCE = 5
-METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
 LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "kl")
 SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
@@ -39,8 +46,8 @@ SAMPLER_LOGS = {
 
 
 def cut_back(run_dir: Path, step: int) -> None:
-    """Drop what was logged after `step`, a step that a resumed run makes again."""
-    for name in (METRICS, COMPLETIONS, VALIDATION):
+    """Drop what was logged after `step`: a resumed run makes those steps again."""
+    for name in LOGS:
         if (run_dir / name).exists():
             rows = read_jsonl(run_dir / name)
             write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
@@ -54,11 +61,11 @@ def finite(value: Any) -> Any:
 
 
 def describe_work(trainer: LoraGRPOTrainer, step_seconds: float) -> dict[str, float | None]:
-    """Return where a step's seconds went, and how much was made of them.
+    """Return a step's seconds by phase, and its throughput.
 
-    Tokens per second are those of the completions, in generation with those that were dropped;
-    `tokens_update` is what went through the model in the update, prompts and all, and
-    `padding_share` what of TRL's micro-batches is padding.
+    Tokens per second count completions; in generation also those that were dropped. `tokens_update`
+    counts all tokens that went through the model in the update, and `padding_share` is the share of
+    padding in TRL's micro-batches.
     """
     seconds, batch = trainer.step.seconds, trainer.step.batch
     learnt = sum(batch.tokens)
@@ -100,33 +107,33 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
 
 
 class Recorder(TrainerCallback):
-    """Records each step, keeps the best adapter, asks for checkpoints, and stops a run that was
-    told to stop."""
+    """Records and shows each step, keeps the best adapter, and decides when to save and to stop.
+
+    `validate` returns the accuracy on the validation problems, if there are any.
+    """
 
     def __init__(
         self,
+        trainer: LoraGRPOTrainer,
         config: TrainConfig,
         run_dir: Path,
-        validate: Callable[[], dict[str, Any]] | None,
-        show: Callable[[dict[str, Any], Batch], None],
-        show_validation: Callable[[dict[str, Any], bool], None],
-        show_silence: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+        display: Display,
+        validate: Callable[[], dict[str, Any]] | None = None,
         predicted_memory: int | None = None,
         peak_memory: PeakMemory | None = None,
     ) -> None:
-        self.config, self.run_dir, self.predicted_memory = config, run_dir, predicted_memory
+        self.trainer, self.config, self.run_dir = trainer, config, run_dir
+        self.display, self.validate = display, validate
+        self.predicted_memory = predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
-        self.validate, self.show, self.show_validation = validate, show, show_validation
-        self.show_silence = show_silence
         self.silent: list[dict[str, Any]] = []  # the rows since the last signal
         self.patience = PATIENCE
-        self.trainer: LoraGRPOTrainer | None = None
         self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
         self.skipped_in_a_row = 0
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Ask the run to end with the step that it is in; a second signal ends it at once."""
+        """End the run after the current step; a second signal ends it at once."""
         signal.signal(number, signal.default_int_handler)
         self.stopped_by = number
         print(
@@ -184,22 +191,23 @@ class Recorder(TrainerCallback):
         if "train_runtime" in logs:  # the summary of all steps
             return
         batch = self.trainer.step.batch
-        row = {
-            "step": state.global_step,
-            **describe_step(batch, self.config.num_generations, logs),
-            **describe_work(self.trainer, self.step_seconds),
-            "peak_memory_bytes": self.peak_memory.bytes(),
-            "predicted_memory_bytes": self.predicted_memory,
-        }
-        row = finite(row)
+        row = finite(
+            {
+                "step": state.global_step,
+                **describe_step(batch, self.config.num_generations, logs),
+                **describe_work(self.trainer, self.step_seconds),
+                "peak_memory_bytes": self.peak_memory.bytes(),
+                "predicted_memory_bytes": self.predicted_memory,
+            }
+        )
         append_jsonl(self.run_dir / METRICS, [row])
         if state.global_step % self.config.log_completions_steps == 0:
             append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
-        self.show(row, batch)
+        self.display.step(row, batch, state.max_steps, self.config.log_completions_steps)
         self.silent = [] if had_signal(row) else [*self.silent, row]
         if len(self.silent) == self.patience:
             self.patience *= 2
-            self.show_silence(self.silent)
+            self.display.silence(self.silent, self.config, whole_run=False)
 
     def keep_best(self, step: int) -> None:
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""
@@ -209,19 +217,14 @@ class Recorder(TrainerCallback):
         if kept:
             save_adapter(self.trainer.model, self.run_dir, step)
         append_jsonl(self.run_dir / VALIDATION, [row])
-        self.show_validation(row, kept)
+        self.display.validation(row, kept)
 
 
 def rank(row: dict[str, Any]) -> tuple[float, float]:
-    """Order validation results: accuracy first, then format; of equals the later step is kept."""
+    """Order validation results: accuracy first, then format; of equal ones the later is kept."""
     return row["strict_accuracy"], row["format_rate"]
 
 
 def best_step(run_dir: Path) -> int | None:
-    """Return the step whose adapter was kept, or None where none was validated."""
-    rows = read_jsonl(run_dir / VALIDATION)
-    if not rows:
-        return None
-    named = read_step(run_dir / WEIGHTS)
-    # Runs of versions that did not name it have the order of their validations alone.
-    return named or max(rows, key=lambda row: (rank(row), row["step"]))["step"]
+    """Return the step of the adapter that was kept, or None if no step was validated."""
+    return read_step(run_dir / WEIGHTS) if read_jsonl(run_dir / VALIDATION) else None

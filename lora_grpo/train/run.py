@@ -1,7 +1,7 @@
-"""The main job: a checked plan becomes an adapter directory, evaluated before and after.
+"""A training run: a checked plan becomes an adapter directory, evaluated before and after.
 
-Every stage leaves its result on disk before the next one begins, so that a run killed at any moment
-resumes from there.
+Every stage saves its result before the next one begins, so that a run that is killed at any moment
+can be resumed.
 """
 
 import dataclasses
@@ -31,7 +31,16 @@ from lora_grpo.machine.files import (
     write_jsonl,
 )
 from lora_grpo.machine.process import PeakMemory, watch_memory
-from lora_grpo.policy.adapter import CONFIG, TRAIN_CONFIG, WEIGHTS, read_train_config, save_adapter
+from lora_grpo.policy.adapter import (
+    CONFIG,
+    EVAL,
+    EVAL_ITEMS,
+    METRICS,
+    TRAIN_CONFIG,
+    WEIGHTS,
+    read_train_config,
+    save_adapter,
+)
 from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoints, step_of
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.card import write_adapter_card
@@ -42,9 +51,9 @@ from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan
 from lora_grpo.train.provenance import read_record
-from lora_grpo.train.recorder import METRICS, Recorder, best_step, cut_back
+from lora_grpo.train.recorder import Recorder, best_step, cut_back
 
-BASE_ITEMS, EVAL, EVAL_ITEMS = ".base_items.jsonl", "eval.json", "eval_items.jsonl"
+BASE_ITEMS = ".base_items.jsonl"  # until the end, so that a resumed run need not repeat them
 
 
 class Stopped(Exception):
@@ -76,7 +85,7 @@ def open_run(plan: Plan, record: dict[str, Any]) -> None:
 def evaluate_problems(
     plan: Plan, policy: Policy, name: str, display: Display, validation: bool = False
 ) -> list[Item]:
-    """Answer the test (or validation) problems."""
+    """Return what the policy answers to the test (or validation) problems."""
     problems = plan.data.validation if validation else plan.data.test
     with display.bar(name, len(problems)) as advance:
         return evaluate_model(
@@ -92,10 +101,9 @@ def evaluate_problems(
 def base_items(
     plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display
 ) -> list[Item]:
-    """Return the base's answers, from an earlier part of the run where it has them.
+    """Return the base's answers; a resumed run reads those that were saved before.
 
-    The adapter is left out: fresh, it changes nothing but the rounding, and with
-    `--init-lora-weights orthogonal` that.
+    The adapter is switched off: even a fresh one can change the rounding.
     """
     finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
     if finished:
@@ -109,7 +117,7 @@ def base_items(
 
 
 def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
-    """Load the base by the chosen backend, and the engine that samples where one was chosen."""
+    """Open the base with the chosen backend, and the vLLM engine if vLLM samples."""
     config, engine = plan.config, None
     if config.backend == "unsloth":
         from lora_grpo.policy.unsloth import open_unsloth
@@ -132,8 +140,8 @@ def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
 
 
 def find_replacements(plan: Plan) -> Replacements | None:
-    """Return what may stand in for groups without a signal: all training problems, whatever the
-    length of the run, so that a prolonged one has the same."""
+    """Return the problems that may replace groups without a signal: all training problems, so that
+    a prolonged run has the same ones."""
     config = plan.config
     if not config.dynamic_sampling:
         return None
@@ -144,9 +152,9 @@ def find_replacements(plan: Plan) -> Replacements | None:
 def build_trainer(
     plan: Plan, policy: Policy, record: dict[str, Any], display: Display
 ) -> LoraGRPOTrainer:
-    """Return the trainer of the run, its adapter fresh; nothing is written yet."""
+    """Return the trainer of the run with a fresh adapter, without writing anything."""
     config, steps = plan.config, plan.steps
-    with TemporaryDirectory() as scratch:  # transformers' trainer makes its folder at once
+    with TemporaryDirectory() as scratch:  # transformers' trainer creates its folder at once
         trainer = LoraGRPOTrainer(
             model=policy.model,
             tokenizer=plan.tokenizer,
@@ -165,14 +173,14 @@ def build_trainer(
         )
     trainer.args.output_dir = str(plan.run_dir)
     trainer.remove_callback(PrinterCallback)
-    # Only the loaded model tells for certain.
+    # Known only after the start-up self-test.
     record["shared_prefix"] = record["shared_prefix"] and trainer.packed
     return trainer
 
 
 @contextmanager
 def stop_on_signals(recorder: Recorder) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run with the step that it is in."""
+    """Let Ctrl-C and SIGTERM end the run after the current step."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, recorder.stop) for number in numbers}
     try:
@@ -183,7 +191,7 @@ def stop_on_signals(recorder: Recorder) -> Iterator[None]:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed run had begun to write or to remove, and nothing else."""
+    """Remove only what a killed run had begun to write or to remove."""
     for path in [*run_dir.glob(f"{STAGED}*"), *run_dir.glob(f"last/{STAGED}*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -193,10 +201,10 @@ def clear_leftovers(run_dir: Path) -> None:
 
 
 def return_to_checkpoint(run_dir: Path) -> Path | None:
-    """Put the directory back to its newest checkpoint, and return that; None where there is none.
+    """Put the directory back to the state of its newest checkpoint, and return that, if any.
 
-    The steps after it are made again, on a GPU not bit for bit: an adapter that was kept in one of
-    them gives way to the best one up to the checkpoint.
+    Later steps are made again, on a GPU not bit for bit, so an adapter that was kept in one of them
+    is replaced by the best one up to the checkpoint.
     """
     checkpoint = next(reversed(list_checkpoints(run_dir)), None)
     cut_back(run_dir, step_of(checkpoint) if checkpoint else 0)
@@ -215,11 +223,11 @@ def optimise(
     display: Display,
     peak_memory: PeakMemory | None = None,
 ) -> None:
-    """Make the steps that are still to be made.
+    """Make the remaining steps.
 
     Raises:
         Stopped: a signal came; the run was saved first.
-        FloatingPointError: a loss or gradient is not finite; nothing was updated with it.
+        FloatingPointError: a loss or gradient is not finite; the update was not made.
     """
     run_dir = plan.run_dir
     checkpoint = return_to_checkpoint(run_dir)
@@ -231,16 +239,14 @@ def optimise(
         return {"num_items": len(items), **kept}
 
     recorder = Recorder(
+        trainer,
         plan.config,
         run_dir,
+        display,
         validate if plan.data.validation else None,
-        lambda row, batch: display.step(row, batch, plan.steps, plan.config.log_completions_steps),
-        display.validation,
-        lambda rows: display.silence(rows, plan.config, whole_run=False),
         plan.memory.peak_bytes if plan.memory else None,
         peak_memory,
     )
-    recorder.trainer = trainer
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
     with stop_on_signals(recorder):
@@ -285,7 +291,7 @@ def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
 
 
 def finished_report(plan: Plan) -> dict[str, Any] | None:
-    """Return what `eval.json` holds of a resumed run that has made all of its steps, else None."""
+    """Return the `eval.json` of a resumed run that is complete already, else None."""
     path = plan.run_dir / EVAL
     if not (plan.config.resume and path.is_file() and (plan.run_dir / WEIGHTS).is_file()):
         return None
@@ -295,8 +301,8 @@ def finished_report(plan: Plan) -> dict[str, Any] | None:
 
 @contextmanager
 def removed_if_never_started(plan: Plan) -> Iterator[None]:
-    """Remove the directory of a new run that a mistake in a reward ends before its first step: no
-    other script takes it, and the mended reward is another, so that it cannot be resumed."""
+    """Remove the directory of a new run that fails in a reward before its first step: it could not
+    be resumed, because the corrected reward would be a different one."""
     try:
         yield
     except (RewardError, ValueError):
@@ -306,7 +312,7 @@ def removed_if_never_started(plan: Plan) -> Iterator[None]:
 
 
 def train(plan: Plan, display: Display) -> dict[str, Any]:
-    """Run the job, or the rest of it, and return what `eval.json` holds.
+    """Do the run, or the rest of it, and return the contents of `eval.json`.
 
     Raises:
         Stopped, FloatingPointError, ValueError: see `optimise` and `read_record`.

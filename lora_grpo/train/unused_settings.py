@@ -1,6 +1,6 @@
-"""Which settings a run does not read: by its backend, its rollout, its model or another setting.
+"""The settings that a run does not read because of its backend, its rollout or another setting.
 
-What was set all the same is said in the plan, and `train_config.json` records a null for it.
+The plan mentions those that the user set, and `train_config.json` records null for all of them.
 """
 
 from lora_grpo.config.presets import PRESETS
@@ -11,7 +11,7 @@ from lora_grpo.policy.base import Placement, is_local
 
 
 def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> dict[str, str]:
-    """Return the settings that this run does not read, each with the reason."""
+    """Return the settings that this run does not read, with the reasons."""
     vllm, unsloth = choice.rollout == "vllm", choice.backend == "unsloth"
     of_vllm = ("vllm_gpu_memory_utilization", "vllm_max_num_seqs", *config.vllm_correction)
     by_steps = config.max_steps is not None and config.resume is None
@@ -40,7 +40,7 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
 
 
 def describe_unused(config: TrainConfig, unused: dict[str, str]) -> list[str]:
-    """Return a sentence for each setting that was set and is not read."""
+    """Return a sentence for each setting that the user set and the run does not read."""
     preset = PRESETS.get(config.preset, {})
     return [
         f"{flag(name)} {getattr(config, name)} is not used: {reason}"

@@ -8,6 +8,7 @@ from accelerate.utils import AutocastKwargs
 from trainers import make_trainer
 
 from lora_grpo.config.train_config import TrainConfig
+from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import SKIPPED_IN_A_ROW, Recorder
 
 LARGEST_FLOAT16 = 65504.0
@@ -33,15 +34,14 @@ def train(monkeypatch, tmp_path: Path, scale: float | None, hook=limit_to_float1
     rows: list[dict] = []
     sizes: list[float] = []
 
-    def show(row: dict, batch) -> None:
-        rows.append(row)
-        sizes.append(max(p.abs().max().item() for n, p in parameters if "lora_B" in n))
+    class Keeping(Display):
+        def step(self, row: dict, *_) -> None:
+            rows.append(row)
+            sizes.append(max(p.abs().max().item() for n, p in parameters if "lora_B" in n))
 
     parameters = list(trainer.model.named_parameters())
     config = TrainConfig(num_generations=4, log_completions_steps=100, save_steps=STEPS)
-    recorder = Recorder(config, tmp_path, None, show, lambda row: None)
-    recorder.trainer = trainer
-    trainer.add_callback(recorder)
+    trainer.add_callback(Recorder(trainer, config, tmp_path, Keeping(quiet=True)))
     trainer.train()
     return trainer, rows, sizes
 

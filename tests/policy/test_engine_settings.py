@@ -1,16 +1,12 @@
 """What a vLLM engine sets aside; the engine itself is tested by `make test-vllm`."""
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.base import Placement
-from lora_grpo.policy.vllm import CPU_BLOCK, allowed_rank, cache_bytes, engine_settings, ram_folder
+from lora_grpo.policy.vllm import CPU_BLOCK, allowed_rank, cache_bytes, engine_settings
 
 CPU = Placement("cpu", "float32")
 
@@ -43,22 +39,3 @@ def test_the_cache_holds_the_keys_and_values_of_a_real_model(tiny_model_folder: 
     cache = model(torch.ones(1, CPU_BLOCK, dtype=torch.long), use_cache=True).past_key_values
     one = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cache_bytes(tiny_model_folder, settings) == one * (settings.max_num_seqs + 2)
-
-
-def test_the_next_run_clears_what_a_killed_one_left_in_memory() -> None:
-    code = (
-        "from lora_grpo.policy.vllm import ram_folder; f = ram_folder(); print(f.name, flush=True)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code + "\nimport time; time.sleep(60)"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    left = Path(child.stdout.readline().strip())
-    assert left.is_dir() and str(child.pid) not in left.name
-    with ram_folder(), ram_folder():
-        assert left.is_dir(), "the folder of a run that lives is left alone, whatever its number"
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    with ram_folder():
-        assert not left.exists()

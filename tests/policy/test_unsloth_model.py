@@ -13,7 +13,7 @@ from unsloth_stand_in import CONFIG, FastLanguageModel, folder_with_ends, stand_
 
 from lora_grpo.policy.adapter import save_adapter
 from lora_grpo.policy.base import load_tokenizer
-from lora_grpo.policy.unsloth import load_unsloth
+from lora_grpo.policy.unsloth import load_unsloth, refuse_what_unsloth_changes
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,10 +134,8 @@ def test_requests_leave_nothing_where_the_run_stands(
 def test_what_unsloth_would_change_is_refused(
     tiny_model_folder: Path, changes: dict, flag: str
 ) -> None:
-    FastLanguageModel.given = {}
     with pytest.raises(ValueError, match=flag):
-        load(tiny_model_folder, **changes)
-    assert not FastLanguageModel.given, "no weights are loaded first"
+        refuse_what_unsloth_changes(dataclasses.replace(CONFIG, **changes), tiny_model_folder)
 
 
 def test_sequences_that_were_shortened_are_refused(tiny_model_folder: Path) -> None:

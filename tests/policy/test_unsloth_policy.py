@@ -9,7 +9,6 @@ from unsloth_stand_in import CONFIG, folder_with_ends, stand_in
 
 from lora_grpo.data.problems import load_problems
 from lora_grpo.data.prompt import build_messages, render
-from lora_grpo.policy.adapter import save_adapter
 from lora_grpo.policy.base import load_tokenizer
 from lora_grpo.policy.generate import Completion, complete
 from lora_grpo.policy.unsloth import UnslothPolicy, open_unsloth
@@ -110,19 +109,6 @@ def test_a_training_model_goes_back_to_training_in_unsloths_way(
         assert policy.model.modes == ["inference", "inference", "training"]
         trained = [p for n, p in policy.model.named_parameters() if "lora_" in n]
         assert trained and all(parameter.requires_grad for parameter in trained)
-
-
-@pytest.mark.usefixtures("deleted")
-def test_a_saved_adapter_answers(
-    tiny_model_folder: Path, prompts: list[str], tmp_path: Path
-) -> None:
-    with opened(tiny_model_folder, "generate") as policy:
-        learn(policy)
-        save_adapter(policy.model, tmp_path)
-        wanted = plainly(policy, prompts)
-    with opened(tiny_model_folder, "generate") as policy:
-        policy.use_adapter(tmp_path)
-        assert policy.complete(prompts, LENGTH) == wanted
 
 
 def test_vllm_is_ended_however_the_block_ends(tiny_model_folder: Path, deleted: list) -> None:

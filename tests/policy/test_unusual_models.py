@@ -173,7 +173,7 @@ def test_stored_nf4_weights_are_those_of_loading_in_4bit(
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
         ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}}, "fp4"),
-        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "code of its own"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "is never run"),
         ({"model_type": "unheard-of"}, "unheard-of"),
     ],
 )

@@ -1,6 +1,7 @@
 """Trainers on the embedded model: this project's, and plain TRL's."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from trl import GRPOTrainer
 
 from lora_grpo.config.presets import PRESETS
 from lora_grpo.config.train_config import TrainConfig
-from lora_grpo.data.problems import load_problems
+from lora_grpo.data.problems import Problem, load_problems
 from lora_grpo.data.prompt import PLAIN
 from lora_grpo.grpo.groups import Replacements
 from lora_grpo.grpo.settings import build_dataset, grpo_config, lora_config
@@ -18,8 +19,6 @@ from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement, load_base, load_to
 from lora_grpo.rewards.builtin import Reward, build_rewards
 
 CPU = Placement("cpu", "float32")
-
-
 SMALL = {
     **PRESETS["tiny"],
     "max_steps": 1,
@@ -28,6 +27,12 @@ SMALL = {
     "per_device_train_batch_size": 16,
     "load_in_4bit": False,
 }
+
+
+@cache
+def first_problems() -> list[Problem]:
+    """The first of the built-in problems, which are read once per test process."""
+    return load_problems("arithmetic")[:64]
 
 
 def make_trainer(
@@ -43,9 +48,8 @@ def make_trainer(
     limit = config.max_completion_length
     rewards = rewards or build_rewards("default", max_completion_length=limit)
     model = load() if load else load_base(EMBEDDED_FOLDER, CPU, config.load_in_4bit, False)
-    problems = load_problems("arithmetic")[:64]
     args = grpo_config(config, tmp_path, CPU, config.max_steps, 0, rewards)
-    dataset = build_dataset(config, problems, PLAIN, config.max_steps)
+    dataset = build_dataset(config, first_problems(), PLAIN, config.max_steps)
     tokenizer = load_tokenizer(EMBEDDED_FOLDER)
     if trainer_class is LoraGRPOTrainer:
         trainer = LoraGRPOTrainer(

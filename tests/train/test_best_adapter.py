@@ -13,6 +13,7 @@ from transformers import set_seed
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.adapter import WEIGHTS, read_step
 from lora_grpo.policy.checkpoints import list_checkpoints
+from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import Recorder, best_step
 from lora_grpo.train.run import clear_leftovers, return_to_checkpoint
 
@@ -38,18 +39,13 @@ def train(run_dir: Path, seed: int, accuracies: list[float], kill_after: int | N
     trainer = make_trainer(run_dir, **settings)
     told = iter(accuracies)
 
-    def show_validation(row: dict[str, Any], kept: bool) -> None:
-        if row["step"] == kill_after:
-            raise Killed
+    class Killing(Display):
+        def validation(self, row: dict[str, Any], kept: bool) -> None:
+            if row["step"] == kill_after:
+                raise Killed
 
-    recorder = Recorder(
-        TrainConfig(num_generations=4, **settings),
-        run_dir,
-        lambda: result(next(told)),
-        lambda row, batch: None,
-        show_validation,
-    )
-    recorder.trainer = trainer
+    config, display = TrainConfig(num_generations=4, **settings), Killing(quiet=True)
+    recorder = Recorder(trainer, config, run_dir, display, lambda: result(next(told)))
     trainer.add_callback(recorder)
     checkpoint = return_to_checkpoint(run_dir)
     if checkpoint:

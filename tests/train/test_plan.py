@@ -10,7 +10,6 @@ import torch
 
 from lora_grpo.config.presets import PRESETS
 from lora_grpo.config.train_config import TrainConfig
-from lora_grpo.data.sources import load_hub
 from lora_grpo.machine.backend import Choice
 from lora_grpo.machine.hardware import GPU
 from lora_grpo.memory.fit import settle_unplanned
@@ -150,18 +149,6 @@ def test_the_base_is_asked_without_the_adapter(tmp_path: Path, four_bit: bool) -
         assert all(parameter.requires_grad for parameter in trainer.trained)
         policy.follow(trainer.model)
         assert evaluate_problems(plan, policy, "", display) != plain
-
-
-def test_a_default_dataset_that_cannot_be_reached_names_the_flags(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lora_grpo.data.sources.hub_answers", lambda repository: False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    load_hub.cache_clear()
-    config = small(tmp_path, dataset=TrainConfig.dataset, preset=None)
-    with pytest.raises(FileNotFoundError, match="Hub cannot be reached") as caught:
-        make_plan(config)
-    assert "without --dataset" in str(caught.value) and "Offline" not in str(caught.value)
 
 
 # Settings that are not read

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 
@@ -17,9 +18,9 @@ else:
 
 @pytest.fixture(autouse=True)
 def no_engine_left() -> Iterator[None]:
-    """No test leaves a folder in memory behind."""
-    from lora_grpo.policy.vllm import PREFIX, RAM_DISK
+    """No test leaves a temporary folder behind."""
+    from lora_grpo.policy.vllm import PREFIX
 
-    before = set(RAM_DISK.glob(f"{PREFIX}*"))
+    before = set(Path(gettempdir()).glob(f"{PREFIX}*"))
     yield
-    assert set(RAM_DISK.glob(f"{PREFIX}*")) <= before
+    assert set(Path(gettempdir()).glob(f"{PREFIX}*")) <= before

@@ -1,6 +1,7 @@
 """The engine answers as PEFT's policy does, follows it, and never touches the base's weights."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.grpo.vllm_rollout import sample_with_vllm
 from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
 from lora_grpo.policy.generate import complete
-from lora_grpo.policy.vllm import PREFIX, RAM_DISK, Engine, EngineSettings, open_engine
+from lora_grpo.policy.vllm import PREFIX, Engine, EngineSettings, open_engine
 from lora_grpo.rewards.builtin import build_rewards
 
 CPU = Placement("cpu", "float32")
@@ -265,9 +266,7 @@ def test_an_engine_that_runs_out_of_memory_samples_fewer_at_once(
     assert not engine.llm.llm_engine.has_unfinished_requests()
 
 
-def test_nothing_is_left_when_the_block_fails(base) -> None:
-
-    before = set(RAM_DISK.glob(f"{PREFIX}*"))
+def test_nothing_is_left_when_the_block_fails(base, tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import *
@@ -276,7 +275,8 @@ from test_engine import *
 base = load_base(EMBEDDED_FOLDER, CPU, load_in_4bit=True, double_quant=False)
 try:
     with open_engine(EMBEDDED_FOLDER, SETTINGS, [2], base) as opened:
-        assert torch.distributed.is_initialized() and list(RAM_DISK.glob(PREFIX + "*"))
+        assert torch.distributed.is_initialized()
+        assert list(Path({str(tmp_path)!r}).glob(PREFIX + "*"))
         raise KeyboardInterrupt
 except KeyboardInterrupt:
     assert not torch.distributed.is_initialized()
@@ -284,9 +284,15 @@ except KeyboardInterrupt:
     opened.close()
     print("closed")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout.endswith("closed\n"), done.stderr
-    assert set(RAM_DISK.glob(f"{PREFIX}*")) == before
+    assert not list(tmp_path.glob(f"{PREFIX}*"))
 
 
 def test_trl_calls_nothing_else_of_its_sampler() -> None:
