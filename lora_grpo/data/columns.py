@@ -56,8 +56,8 @@ def list_columns(rows: Sequence[Row]) -> dict[str, bool]:
 
 
 def match(columns: Iterable[str], name: str, nested: bool = True) -> str | None:
-    """Return the column of a name, exactly or but for letter case and separators, or the one that
-    ends on it inside of a struct."""
+    """Return the column of a name, exactly, or except for letter case and separators, or the one
+    inside of a struct that ends on it."""
     wanted, columns = squash(name), list(columns)
     if name in columns:
         return name

@@ -249,7 +249,7 @@ def describe_units(answers: Sequence[str]) -> list[str]:
 
 
 def describe_unreadable(answers: Sequence[str]) -> str:
-    """Return what gold answers look like of which none can be paid."""
+    """Return what gold answers look like where none of them can be paid."""
     if most(answers, is_readable):
         return "are numbers that `correctness` does not pay"
     choices = [CHOICE.fullmatch(answer) for answer in answers]

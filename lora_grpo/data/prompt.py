@@ -176,7 +176,7 @@ def try_to_render(
 
 def keep_settings(template: str) -> str:
     """Return a chat template that has `TEMPLATE_SETTINGS` as its defaults, where it knows them, so
-    that whoever runs the model asks as it was asked in training."""
+    that others who run the model get the prompts of training."""
     defaults = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {str(value).lower()} %}}"
         "{%- endif -%}\n"
@@ -189,6 +189,6 @@ def keep_settings(template: str) -> str:
 def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[int]:
     """Return each text's length in tokens, the template's own special tokens counted once."""
     batch = list(texts)
-    if not batch:  # of which a tokenizer makes an IndexError
+    if not batch:  # on which a tokenizer raises an IndexError
         return []
     return [len(ids) for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]]

@@ -201,7 +201,7 @@ def score(completion: str, answer: str, reward_set: str = "default") -> dict[str
 
 
 def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
-    """Return by its row what a reward is told of each problem: `question`, `answer` (the gold
+    """Return what a reward gets with each problem, by row number: `question`, `answer` (the gold
     answer alone), and every other column of the dataset as it was read, None where a row lacks it.
     """
     names = {name for problem in problems for name in problem.columns} - NAMES_OF_TRL
@@ -256,8 +256,8 @@ def check_gold(answers: list[str], rewards: Sequence[Reward], /, **columns: list
 
 
 def find_unpaid(problems: Sequence[Problem], rewards: Sequence[Reward]) -> list[Problem]:
-    """Return the problems whose gold answer `correctness` does not pay in full, told every column
-    as in training."""
+    """Return the problems whose gold answer `correctness` does not pay in full; it gets what it
+    gets in training."""
     if not problems:
         return []
     rows = list(reward_columns(problems).values())

@@ -158,10 +158,11 @@ def rank(rewards: list[Reward], reward_set: str, row: dict[str, Any] | None = No
     the user's own are there to pay for something else: the rules hold without them, and what they
     change is remarked. `row` holds the columns of a row of the data, for rewards that ask.
     """
-    told = {**(row or {}), "prompts": build_messages(QUESTION), "question": QUESTION}
-    told.pop("answer", None)
+    columns = {**(row or {}), "prompts": build_messages(QUESTION), "question": QUESTION}
+    columns.pop("answer", None)
     scores = [
-        (case, score_with(rewards, case.completion, case.answer, **told)) for case in build_corpus()
+        (case, score_with(rewards, case.completion, case.answer, **columns))
+        for case in build_corpus()
     ]
     rules = []
     if any(reward.name == "correctness" for reward in rewards):

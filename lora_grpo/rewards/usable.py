@@ -57,7 +57,7 @@ class Sieve:
         self.notes: list[str] = []
 
     def drop(self, name: str, problems: list[Problem], rows: list[int], why: str) -> list[Problem]:
-        """Return the problems except those of the given rows, of which some may be gone already.
+        """Return the problems except those of the given rows; some of these may be gone already.
 
         Raises:
             ValueError: there are such rows and the sieve is strict, or nothing is left.
@@ -99,7 +99,7 @@ def keep_usable(
 
 
 def explain_golds(problems: Sequence[Problem]) -> str:
-    """Say what gold answers look like of which none can be paid, and what to change."""
+    """Say what gold answers look like where none of them can be paid, and what to change."""
     shown = "; ".join(
         f"row {problem.row}: {problem.answer[:40]!r} from {problem.source[-60:]!r}"
         for problem in problems[:SHOWN_GOLDS]
