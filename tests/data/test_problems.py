@@ -10,7 +10,6 @@ from dataset_files import write_rows
 
 from lora_grpo.data.problems import Problem, Reading, load_problems, read_problems
 
-GSM8K = Path(__file__).parents[2].parent / "shared" / "gsm8k"
 ROWS = [
     {"question": "How many clips?", "answer": "48/2=24\n48+24=72\n#### 72"},
     {"question": 'Quotes ", commas, and\na line break', "answer": "3.5"},
@@ -42,15 +41,6 @@ def test_the_built_in_problems_need_no_file() -> None:
     assert all(problem.solution.endswith(f"={problem.answer}") for problem in test)
     with pytest.raises(ValueError, match="split must be one of train, validation, test, got 'dev'"):
         load_problems("arithmetic", "dev")
-
-
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs the real GSM8K in ../shared/gsm8k")
-def test_the_real_gsm8k_has_its_published_number_of_rows() -> None:
-    train, test = load_problems(str(GSM8K), "train"), load_problems(str(GSM8K), "test")
-    assert (len(train), len(test)) == (7473, 1319)
-    assert (train[0].answer, test[0].answer) == ("72", "18")
-    assert [sum("," in problem.answer for problem in part) for part in (train, test)] == [79, 14]
-    assert all(problem.solution and "####" not in problem.solution for problem in train)
 
 
 # Columns

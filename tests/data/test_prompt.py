@@ -28,18 +28,6 @@ def test_a_question_stands_alone_behind_the_system_prompt() -> None:
     assert build_messages("Why?", PromptStyle("Be brief."))[0]["content"] == "Be brief."
 
 
-def test_one_shot_shows_a_question_answered_as_asked() -> None:
-    system, asked, answered, question = build_messages("Why?", PromptStyle(example=EXAMPLE))
-    assert system["role"] == "system"
-    assert asked == {"role": "user", "content": "How many?"}
-    assert answered["role"] == "assistant"
-    assert question == {"role": "user", "content": "Why?"}
-    assert (
-        NUMBER_TASK.has_format(answered["content"])
-        and NUMBER_TASK.parse(answered["content"]) == "72"
-    )
-
-
 def test_the_perfect_completion_leaves_gsm8k_s_calculations_out() -> None:
     assert perfect_completion(EXAMPLE) == (
         "<reasoning>\n48/2=24 clips\n48+24=72\n</reasoning>\n<answer>\n72\n</answer>"
@@ -47,17 +35,18 @@ def test_the_perfect_completion_leaves_gsm8k_s_calculations_out() -> None:
     assert NUMBER_TASK.has_format(perfect_completion(Problem(1, "q", "5")))
 
 
-def test_rendering_ends_where_the_model_goes_on(tokenizer) -> None:
-    text = render(tokenizer, build_messages("Why?", PromptStyle("Be brief.", EXAMPLE)))
-    turns = text.split("<|im_start|>")[1:]
-    assert [turn.partition("\n")[0] for turn in turns] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
+def test_one_shot_shows_a_question_answered_as_asked(tokenizer) -> None:
+    messages = build_messages("Why?", PromptStyle("Be brief.", EXAMPLE))
+    assert messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": perfect_completion(EXAMPLE)},
+        {"role": "user", "content": "Why?"},
     ]
-    assert turns[-2:] == ["user\nWhy?<|im_end|>\n", "assistant\n"]
+    text = render(tokenizer, messages)
+    assert text.endswith(
+        "user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )  # for the model to continue
 
 
 def test_tokens_are_counted_as_the_template_counts_them(tokenizer) -> None:
