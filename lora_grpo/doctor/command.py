@@ -142,9 +142,9 @@ def to_json(report: Report) -> str:
     return json.dumps(found, indent=2)
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
+def print_report(report: Report) -> None:
     """Print one screen: the rows, what to do about those that are not right, and the choice."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDTH_IN_A_FILE
     console.print(build_table(report.rows))

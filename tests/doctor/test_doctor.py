@@ -1,23 +1,20 @@
 """The whole report: the choice, the exit status, what is hidden, and the script."""
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from commands import ROOT, run_script
 from doctor_machines import CRASH, T4, put_nvidia_smi, write_package, write_stack
 from huggingface_hub import constants
-from rich.console import Console
 
 from lora_grpo.doctor.command import DoctorConfig, Report, examine, print_report, to_json
 from lora_grpo.doctor.machine import Row
 from lora_grpo.doctor.probes import Outcome
 from lora_grpo.machine.terminal import command_line
 
-ROOT = Path(__file__).parents[2]
 BROKEN = Outcome(1.0, "ImportError: undefined symbol")
 
 
@@ -55,19 +52,9 @@ def find(report: Report, section: str, name: str) -> Row:
 
 
 def show(report: Report) -> str:
-    text = StringIO()
-    print_report(report, Console(file=text, highlight=False))
+    with redirect_stdout(StringIO()) as text:
+        print_report(report)
     return text.getvalue()
-
-
-def run_script(*flags: str, packages: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/doctor.py", *flags],
-        env={**os.environ, "PYTHONPATH": f"{packages or ''}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 def test_without_a_gpu_the_tiny_preset_trains() -> None:
@@ -120,7 +107,7 @@ def test_no_token_password_name_or_home_is_shown(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_script_on_this_machine() -> None:
-    done = run_script("--json")
+    done = run_script("doctor.py", "--json", home=ROOT)
     found = json.loads(done.stdout)
     assert done.returncode == (0 if found["can_train"] else 1), "busy machines lack the memory"
     assert found["preset"] == "tiny" and found["backend"] and found["command"]
@@ -134,10 +121,10 @@ def test_the_script_on_this_machine() -> None:
 
 def test_the_script_outlives_a_package_that_crashes(tmp_path: Path) -> None:
     write_package(write_stack(tmp_path), "torch", CRASH)
-    done = run_script(packages=tmp_path)
+    done = run_script("doctor.py", home=ROOT, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and done.stderr == ""
     assert "killed by SIGSEGV" in done.stdout and "It cannot train yet" in done.stdout
-    help_text = run_script("--help", packages=tmp_path)
+    help_text = run_script("doctor.py", "--help", home=ROOT, PYTHONPATH=str(tmp_path))
     assert help_text.returncode == 0 and "--probe-timeout" in help_text.stdout
-    wrong = run_script("--probe-timeout", "0")
+    wrong = run_script("doctor.py", "--probe-timeout", 0, home=ROOT)
     assert wrong.returncode == 2 and "--probe-timeout must be greater than 0" in wrong.stderr
