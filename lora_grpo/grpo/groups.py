@@ -8,10 +8,11 @@ would have made of the same rows.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from trl.trainer.utils import pad
 
 from lora_grpo.grpo.batch import Batch, join_batches
 
@@ -180,22 +181,17 @@ def join(draws: Sequence[Draw], kept: list[int], pad_token_id: int) -> Draw:
     # A ratio of 1 corrects nothing: vespo sums its logarithm over the padding too.
     fill = dict.fromkeys(("prompt_ids", "completion_ids"), pad_token_id)
     fill["importance_sampling_ratio"] = 1
-    joined = {
-        name: stack([output[name] for output in outputs], name, fill.get(name, 0))[kept]
-        for name in names - {"num_items_in_batch"}
-    }
+    joined = {}
+    for name in names - {"num_items_in_batch"}:
+        rows = list(chain.from_iterable(output[name] for output in outputs))
+        rows = [rows[index] for index in kept]
+        if name in PROMPT_FIELDS | COMPLETION_FIELDS:
+            side = "left" if name in PROMPT_FIELDS else "right"
+            joined[name] = pad(rows, fill.get(name, 0), side)
+        else:
+            joined[name] = torch.stack(rows)
     longest_prompt, longest = joined["prompt_mask"].sum(1).max(), max(batch.tokens)
     joined |= {name: joined[name][:, -longest_prompt:] for name in names & PROMPT_FIELDS}
     joined |= {name: joined[name][:, :longest] for name in names & COMPLETION_FIELDS}
     joined["num_items_in_batch"] = joined["completion_mask"].sum()
     return Draw(joined, batch)
-
-
-def stack(parts: Sequence[torch.Tensor], name: str, fill: float) -> torch.Tensor:
-    """Return tensors (B, W) as one, each padded to the widest on its field's side."""
-    if name not in PROMPT_FIELDS | COMPLETION_FIELDS:
-        return torch.cat(parts)
-    widest = max(part.shape[1] for part in parts)
-    room = [widest - part.shape[1] for part in parts]
-    sides = [(width, 0) if name in PROMPT_FIELDS else (0, width) for width in room]
-    return torch.cat([pad(part, side, value=fill) for part, side in zip(parts, sides, strict=True)])

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from lora_grpo.machine.allocator import giving_back
 from lora_grpo.machine.out_of_memory import UPDATE, RowLimit, release_memory
 from lora_grpo.policy.checkpoints import whole_checkpoint
 from lora_grpo.policy.layers import one_matrix
-from lora_grpo.policy.sampling import sample, why_not_sampled
+from lora_grpo.policy.sampling import sample
 from lora_grpo.rewards.builtin import Reward
 from lora_grpo.rewards.custom import RewardError
 
@@ -131,20 +132,18 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any, **more: Any) -> tuple:
         turn = super()._generate_single_turn
-        if self.packed and not self.use_vllm and not why_not_sampled(self.generation_config):
-
-            def turn(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple:
-                return self.sample_packed(prompt_ids), None
 
         def generate(rows: int) -> tuple[list[list[int]], list[list[float]] | None]:
-            parts = [
-                turn(prompt_ids[start : start + rows], *rest, **more)
-                for start in range(0, len(prompt_ids), rows)
-            ]
-            ids = [row for completion_ids, _ in parts for row in completion_ids]
-            if parts[0][1] is None:
-                return ids, None
-            return ids, [row for _, logprobs in parts for row in logprobs]
+            parts = []
+            for start in range(0, len(prompt_ids), rows):
+                part = prompt_ids[start : start + rows]
+                if self.packed and not self.use_vllm:
+                    parts.append((self.sample_packed(part), None))
+                else:
+                    parts.append(turn(part, *rest, **more))
+            ids, logprobs = zip(*parts, strict=True)
+            whole = None if logprobs[0] is None else list(chain(*logprobs))
+            return list(chain(*ids)), whole
 
         return self.generation_rows.run(generate, len(prompt_ids))
 

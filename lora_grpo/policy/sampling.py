@@ -1,9 +1,8 @@
 """Sample completions from the model itself, with one copy of each prompt's cache per group.
 
-A prompt goes through the model once. All G completions of its group then attend to the same cached
-keys and values, and each completion's own go into a buffer that is allocated once. Transformers'
-`generate` keeps a copy of the prompt's cache per completion, and copies the whole cache at every
-token.
+A prompt goes through the model once, and all G completions of its group attend to the same cached
+keys and values; a completion's own go into a buffer that is allocated once. Transformers'
+`generate` keeps a copy of the prompt's cache per completion and copies it at every token.
 """
 
 from collections.abc import Callable
@@ -34,7 +33,7 @@ class Decoding:
             tuple(part.new_empty(rows, part.shape[1], length, part.shape[3]) for part in pair)
             for pair in self.prompts
         ]
-        self.padding = ~prompt_mask.bool()[:, None, None]  # (U, 1, 1, P)
+        self.padding = ~prompt_mask.bool()[:, None, None, None]  # (U, 1, 1, 1, P)
         self.count = 0  # tokens of each completion before the next one
 
     def attend(
@@ -44,21 +43,19 @@ class Decoding:
         the query."""
         (prompt_keys, prompt_values), (keys, values) = self.prompts[layer], self.own[layer]
         keys[:, :, self.count], values[:, :, self.count] = key[:, :, 0], value[:, :, 0]
-        keys, values = (part[:, :, : self.count + 1] for part in (keys, values))
         prompts, heads, length, size = prompt_keys.shape
-        each = query.reshape(len(query), heads, -1, size)  # (B, heads, R, size), R queries a key
-        repeats, group = each.shape[2], len(query) // prompts
-        grouped = each.reshape(prompts, group, heads, repeats, size).transpose(1, 2)
-        grouped = grouped.reshape(prompts, heads, group * repeats, size)
-        seen = (grouped @ prompt_keys.mT).masked_fill_(self.padding, -torch.inf)
-        seen = seen.view(prompts, heads, group, repeats, length).transpose(1, 2)
-        scores = torch.cat([seen.reshape(len(query), heads, repeats, -1), each @ keys.mT], -1)
+        group = len(query) // prompts
+        each = query.reshape(prompts, group, heads, -1, size)  # R queries for each key's head
+        keys, values = (
+            part[:, :, : self.count + 1].unflatten(0, (prompts, group)) for part in (keys, values)
+        )
+        shared = torch.einsum("ughrd,uhpd->ughrp", each, prompt_keys)
+        shared = shared.masked_fill(self.padding, -torch.inf)
+        scores = torch.cat([shared, each @ keys.mT], -1)  # (U, G, heads, R, P + tokens)
         weights = (scores.float() * scale).softmax(-1).to(value.dtype)
         first, rest = weights.split([length, self.count + 1], -1)
-        first = first.reshape(prompts, group, heads, repeats, length).transpose(1, 2)
-        output = first.reshape(prompts, heads, group * repeats, length) @ prompt_values
-        output = output.view(prompts, heads, group, repeats, size).transpose(1, 2)
-        return (output.reshape(each.shape) + rest @ values).reshape(query.shape)
+        output = torch.einsum("ughrp,uhpd->ughrd", first, prompt_values) + rest @ values
+        return output.reshape(query.shape)
 
 
 def decoding_attention(
@@ -82,13 +79,6 @@ def decoding_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     output = decoding.attend(module.layer_idx, query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
-
-
-def why_not_sampled(settings: "GenerationConfig") -> str | None:
-    """Return which of TRL's generation settings is not supported here, or None."""
-    off = {"top_k": (0, None), "min_p": (0, None), "repetition_penalty": (1.0, None)}
-    strange = [name for name, values in off.items() if getattr(settings, name) not in values]
-    return f"generation has {', '.join(strange)}" if strange else None
 
 
 def once_each(prompts: list[list[int]]) -> list[list[int]]:

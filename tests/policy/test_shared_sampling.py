@@ -8,7 +8,7 @@ from trainers import make_trainer
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, set_seed
 from trl import GRPOTrainer
 
-from lora_grpo.policy.sampling import draw, once_each, sample, why_not_sampled
+from lora_grpo.policy.sampling import draw, once_each, sample
 
 
 def prompts_of(trainer: GRPOTrainer, group: int) -> list[list[int]]:
@@ -72,11 +72,6 @@ def test_logits_of_every_step_equal_a_whole_pass() -> None:
 def test_prompts_that_stand_unevenly_are_not_shared() -> None:
     assert once_each([[1], [1], [2], [2]]) == [[1], [2]]
     assert once_each([[1], [1], [2]]) == [[1], [1], [2]]
-
-
-def test_settings_that_are_not_understood_are_left_to_transformers() -> None:
-    assert why_not_sampled(GenerationConfig(top_k=0)) is None
-    assert why_not_sampled(GenerationConfig(top_k=5)) == "generation has top_k"
 
 
 def test_tokens_are_drawn_by_their_probability_and_never_without_one() -> None:
