@@ -124,7 +124,6 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
         PushError: the Hub failed, or does not hold what was sent.
     """
     from lora_grpo.deploy.hub_remote import (
-        Upload,
         connect,
         explained,
         list_questions,
@@ -142,21 +141,22 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     api = api or make_client()
     with explained(config.repo):
         connect(api)
-    uploads, remotes, links = [], [], []
+    folders = []
     for part in parts:
         if not part.folder.exists():
             part.make(report)
-        uploads.append(Upload(part.repo, list_files(part.folder, part.repo)))
-    for upload in uploads:
-        with explained(upload.repo):
-            remotes.append(read_remote(api, upload.repo))
-    pairs = list(zip(uploads, remotes, strict=True))
-    for upload, remote in pairs:  # all questions before anything is written to any of them
-        for question in list_questions(upload, remote, config.public):
+        folders.append(list_files(part.folder, part.repo))
+    remotes, links = [], []
+    for part in parts:
+        with explained(part.repo):
+            remotes.append(read_remote(api, part.repo))
+    pairs = list(zip(folders, remotes, strict=True))
+    for files, remote in pairs:  # all questions before anything is written to any of them
+        for question in list_questions(files, remote, config.public):
             ask(config.yes, question)
-    for upload, remote in pairs:
-        with explained(upload.repo):
-            links.append(push_files(api, upload, remote, config.public, report))
+    for files, remote in pairs:
+        with explained(remote.repo):
+            links.append(push_files(api, files, remote, config.public, report))
         report(f"done: {links[-1]}")
     return links
 

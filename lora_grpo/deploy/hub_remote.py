@@ -104,17 +104,10 @@ def limit_time(request: httpx.Request) -> None:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A repository and the files that it should hold."""
-
-    repo: str
-    files: list[Published]
-
-
-@dataclass(frozen=True)
 class Remote:
     """A repository before the push; one that does not exist has no commit and no files."""
 
+    repo: str
     head: str | None
     private: bool
     files: dict[str, RepoFile]
@@ -125,8 +118,8 @@ def read_remote(api: HfApi, repo: str) -> Remote:
     try:
         info = api.repo_info(repo)
     except RepositoryNotFoundError:
-        return Remote(None, True, {})
-    return Remote(info.sha, info.private, list_remote(api, repo, info.sha))
+        return Remote(repo, None, True, {})
+    return Remote(repo, info.sha, info.private, list_remote(api, repo, info.sha))
 
 
 def list_remote(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
@@ -135,7 +128,7 @@ def list_remote(api: HfApi, repo: str, revision: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
 
 
-def list_questions(upload: Upload, remote: Remote, public: bool) -> list[str]:
+def list_questions(files: list[Published], remote: Remote, public: bool) -> list[str]:
     """Return what the user must agree to before the push writes anything.
 
     Raises:
@@ -143,30 +136,29 @@ def list_questions(upload: Upload, remote: Remote, public: bool) -> list[str]:
     """
     if not remote.private and not public:
         raise PushRefused(
-            f"{upload.repo} is public already, so that what is pushed there is public: add "
+            f"{remote.repo} is public already, so that what is pushed there is public: add "
             "--public, or choose another --repo"
         )
     questions = []
     if remote.private and public:
         kind = "new" if remote.head is None else "private"
-        questions.append(f"make the {kind} repository {upload.repo} public")
-    replaced = [
-        file.name for file in list_changed(upload, remote.files) if file.name in remote.files
-    ]
-    foreign = [name for name in replaced if not is_pushed(remote.files[name])]
+        questions.append(f"make the {kind} repository {remote.repo} public")
+    changed = list_changed(files, remote.files)
+    foreign = [file.name for file in changed if is_foreign(remote.files.get(file.name))]
     if foreign:
-        questions.append(f"replace {', '.join(foreign)} in {upload.repo}, not written by a push")
+        questions.append(f"replace {', '.join(foreign)} in {remote.repo}, not written by a push")
     return questions
 
 
-def is_pushed(remote: RepoFile) -> bool:
-    """Return whether a push wrote a file as it is."""
-    return remote.last_commit is not None and remote.last_commit.title.endswith(SIGNATURE)
+def is_foreign(held: RepoFile | None) -> bool:
+    """Return whether a file is on the Hub that no push wrote as it is."""
+    last = held.last_commit if held else None
+    return held is not None and not (last and last.title.endswith(SIGNATURE))
 
 
-def list_changed(upload: Upload, held: dict[str, RepoFile]) -> list[Published]:
+def list_changed(files: list[Published], held: dict[str, RepoFile]) -> list[Published]:
     """Return the files that the Hub does not list with exactly their content."""
-    return [file for file in upload.files if not is_same(held.get(file.name), file)]
+    return [file for file in files if not is_same(held.get(file.name), file)]
 
 
 def is_same(remote: RepoFile | None, file: Published) -> bool:
@@ -178,7 +170,9 @@ def is_same(remote: RepoFile | None, file: Published) -> bool:
     return remote.blob_id == git_hash(file.read())
 
 
-def push_files(api: HfApi, upload: Upload, remote: Remote, public: bool, report: Report) -> str:
+def push_files(
+    api: HfApi, files: list[Published], remote: Remote, public: bool, report: Report
+) -> str:
     """Send what changed, compare the Hub's listing with the files, and return the link; only then
     is it made public.
 
@@ -187,22 +181,22 @@ def push_files(api: HfApi, upload: Upload, remote: Remote, public: bool, report:
         HfHubHTTPError, RuntimeError, httpx.HTTPError: the Hub or the way to it failed.
     """
     if remote.head is None:
-        remote = make_repository(api, upload.repo, report)
-    count = f"{len(upload.files)} files"
-    if changed := list_changed(upload, remote.files):
-        held = list_remote(api, upload.repo, commit(api, upload.repo, remote, changed, report))
-        if wrong := [file.name for file in list_changed(upload, held)]:
+        remote = make_repository(api, remote.repo, report)
+    count = f"{len(files)} files"
+    if changed := list_changed(files, remote.files):
+        held = list_remote(api, remote.repo, commit(api, remote, changed, report))
+        if wrong := [file.name for file in list_changed(files, held)]:
             raise PushError(
-                f"{upload.repo} does not hold what was sent, {', '.join(wrong)} differs or is "
+                f"{remote.repo} does not hold what was sent, {', '.join(wrong)} differs or is "
                 "missing: push again"
             )
-        report(f"{upload.repo}: {len(changed)} of {count} sent, all compared with its listing")
+        report(f"{remote.repo}: {len(changed)} of {count} sent, all compared with its listing")
     else:
-        report(f"{upload.repo}: nothing to send, it holds all {count} already")
+        report(f"{remote.repo}: nothing to send, it holds all {count} already")
     if public and remote.private:
-        api.update_repo_settings(upload.repo, private=False)
-        report(f"made {upload.repo} public")
-    return f"{api.endpoint}/{upload.repo}"
+        api.update_repo_settings(remote.repo, private=False)
+        report(f"made {remote.repo} public")
+    return f"{api.endpoint}/{remote.repo}"
 
 
 def make_repository(api: HfApi, repo: str, report: Report) -> Remote:
@@ -222,14 +216,15 @@ def make_repository(api: HfApi, repo: str, report: Report) -> Remote:
     return remote
 
 
-def commit(api: HfApi, repo: str, remote: Remote, files: list[Published], report: Report) -> str:
+def commit(api: HfApi, remote: Remote, files: list[Published], report: Report) -> str:
     """Send files in one commit on top of what was seen of the repository, and return its id."""
-    report(f"sending {len(files)} files to {repo}, {sum(file.size for file in files) / 1e6:.1f} MB")
+    size = sum(file.size for file in files) / 1e6
+    report(f"sending {len(files)} files to {remote.repo}, {size:.1f} MB")
     operations = [
         CommitOperationAdd(file.name, str(file.path) if file.data is None else file.data)
         for file in files
     ]
     message = f"Upload {len(files)} files {SIGNATURE}"
     return api.create_commit(
-        repo, operations, commit_message=message, parent_commit=remote.head
+        remote.repo, operations, commit_message=message, parent_commit=remote.head
     ).oid
