@@ -5,7 +5,8 @@
 
 Takes train_lora.py's flags. Without a GPU and without --gpu-memory it predicts the memory of the
 process on this CPU; --measure then makes two steps and prints the measured peak, expected within
-15 % (docs/memory.md). Exit status: 0 it fits, 1 nothing fits, 2 bad input.
+15 % where completions reach their limit (docs/memory.md). Exit status: 0 it fits, 1 nothing fits, 2
+bad input.
 """
 
 import sys

@@ -22,7 +22,7 @@ from lora_grpo.data.prompt import (
 )
 from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.allocator import gives_back
-from lora_grpo.machine.backend import Choice, choose_backend
+from lora_grpo.machine.backend import choose_backend
 from lora_grpo.machine.hardware import available_memory, find_gpu
 from lora_grpo.machine.process import resident_peak, run_alone
 from lora_grpo.memory.fit import MemoryPlan, as_record, gigabytes, plan_memory, print_plan
@@ -74,26 +74,24 @@ def make_plan(config: TrainConfig) -> tuple[MemoryPlan, tuple[str, ...]]:
     Raises:
         FileNotFoundError, ValueError: what is wrong and what to do, in one sentence.
     """
-    gpu, device, dtype = find_gpu(), "cuda", "bfloat16"
+    gpu = find_gpu()
     asked = None if config.gpu_memory is None else int(config.gpu_memory * GIB)
+    if gpu is not None:
+        device, dtype = "cuda", "bfloat16" if gpu.has_bfloat16 else "float16"
+        budget, total = asked or gpu.free_bytes, gpu.total_bytes
+        note = f"{gpu.name}: {gigabytes(gpu.free_bytes)} of {gigabytes(total)} free"
+    elif asked is not None:
+        device, dtype, budget, total = "cuda", "bfloat16", asked, asked
+        note = f"no GPU here: planned for a card of {config.gpu_memory:g} GB, all of it free"
+    else:
+        device, dtype, budget, total = "cpu", "float32", available_memory(), None
+        note = "no GPU: memory of the process on this CPU, against what is available now"
     if gpu is None and asked is not None:
         backend = "unsloth" if config.backend == "auto" else config.backend
         rollout = "vllm" if config.rollout == "auto" else config.rollout
-        choice, budget, total = Choice(backend, rollout, "assumed", "assumed"), asked, asked
-        note = (
-            f"no GPU here: planned for a card of {config.gpu_memory:g} GB, all of it free, with "
-            f"{backend} and {rollout} as requirements.txt installs them"
-        )
     else:
         choice = choose_backend(config.backend, config.rollout, gpu)
-        if gpu is None:
-            device, dtype = "cpu", "float32"
-            budget = total = available_memory()
-            note = "no GPU: memory of the process on this CPU, against what is available now"
-        else:
-            dtype = "bfloat16" if gpu.has_bfloat16 else "float16"
-            budget, total = asked or gpu.free_bytes, gpu.total_bytes
-            note = f"{gpu.name}: {gigabytes(gpu.free_bytes)} of {gigabytes(total)} free"
+        backend, rollout = choice.backend, choice.rollout
     shape, source = find_shape(config)
     prompt = longest_prompt(config)
     known = f"prompts of up to --max-prompt-length {config.max_prompt_length} tokens"
@@ -102,8 +100,8 @@ def make_plan(config: TrainConfig) -> tuple[MemoryPlan, tuple[str, ...]]:
     job = Job(
         shape=shape,
         config=config,
-        backend=choice.backend,
-        rollout=choice.rollout,
+        backend=backend,
+        rollout=rollout,
         device=device,
         dtype=config.dtype or dtype,
         prompt_length=prompt or config.max_prompt_length,

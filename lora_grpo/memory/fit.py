@@ -83,7 +83,7 @@ def smaller_settings(job: Job, given: TrainConfig) -> Iterator[dict[str, Any]]:
 
 def settle_vllm(job: Job) -> Job:
     """Give vLLM the share of the card and the sequences that the plan counts with."""
-    if job.rollout != "vllm" or job.device != "cuda" or job.total_bytes is None:
+    if job.rollout != "vllm" or job.total_bytes is None:
         return job
     count, share = sequences_in_flight(job), job.config.vllm_gpu_memory_utilization
     if share is None:
@@ -232,9 +232,8 @@ def verdict(plan: MemoryPlan) -> str:
     budget = gigabytes(plan.budget_bytes)
     if plan.fits:
         return f"fits: {peak} of {budget}"
-    bound = ""
-    if plan.job.config.loss_type == "bnpo":
-        bound = " (--loss-type bnpo allows no smaller micro-batch)"
+    bnpo = plan.job.config.loss_type == "bnpo"
+    bound = " (--loss-type bnpo allows no smaller micro-batch)" if bnpo else ""
     return f"does not fit: {peak} even with the smallest settings, budget {budget}{bound}; options:"
 
 

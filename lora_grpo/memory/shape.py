@@ -1,7 +1,7 @@
 """The shape of a model from its config.json alone: every linear layer, and what each part counts.
 
 No weights and no torch: a folder, a Hub id or a published table goes in, parameter counts come out,
-exact for the Llama, Qwen2 and Qwen3 families.
+exact for the Llama, Qwen2 and Qwen3 families (a Llama's optional biases are left out).
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class ModelShape:
     vocab_size: int
     tied: bool
     has_qk_norm: bool
-    biased: tuple[str, ...]
+    has_qkv_bias: bool
     stored_bytes: int
 
     @property
@@ -90,9 +90,9 @@ class ModelShape:
 
     @property
     def small_parameters(self) -> int:
-        """Norms and biases."""
+        """Norms, Qwen3's also of queries and keys; Qwen2's biases of queries, keys and values."""
         norms = 2 * self.hidden_size + 2 * self.head_dim * self.has_qk_norm
-        biases = sum(self.linear_layers[name][1] for name in self.biased)
+        biases = self.has_qkv_bias * (self.q_dim + 2 * self.kv_dim)
         return self.layers * (norms + biases) + self.hidden_size
 
     @property
@@ -117,16 +117,6 @@ class ModelShape:
     def cache_per_token(self, width: int) -> int:
         """Return the bytes of one token's keys and values, at `width` bytes per number."""
         return 2 * self.layers * self.kv_dim * width
-
-
-def find_biased(values: dict[str, Any]) -> tuple[str, ...]:
-    """Return the linear layers of a block that have a bias."""
-    family, biased = values["model_type"], ("q_proj", "k_proj", "v_proj")
-    if family == "qwen2":
-        return biased
-    biased = (*biased, "o_proj") if values.get("attention_bias") else ()
-    has_mlp = family == "llama" and values.get("mlp_bias")
-    return (*biased, "gate_proj", "up_proj", "down_proj") if has_mlp else biased
 
 
 def build_shape(values: dict[str, Any], source: str) -> ModelShape:
@@ -158,7 +148,7 @@ def build_shape(values: dict[str, Any], source: str) -> ModelShape:
         vocab_size=values["vocab_size"],
         tied=bool(values.get("tie_word_embeddings", False)),
         has_qk_norm=family == "qwen3",
-        biased=find_biased(values),
+        has_qkv_bias=family == "qwen2",
         stored_bytes=4 if stored == "float32" else 2,
     )
 

@@ -23,14 +23,14 @@ SMALL = {
 BARE = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
 CONFIGS = [
     ("llama", SMALL),
-    ("llama", SMALL | {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    ("llama", SMALL | {"head_dim": 12}),
     ("llama", SMALL | {"tie_word_embeddings": True, "head_dim": None}),
     ("llama", BARE),
     ("qwen2", SMALL),
     ("qwen2", SMALL | {"tie_word_embeddings": True}),
     ("qwen2", BARE | {"num_attention_heads": 32, "hidden_size": 64}),
     ("qwen3", SMALL | {"head_dim": 16, "tie_word_embeddings": True}),
-    ("qwen3", SMALL | {"attention_bias": True}),
+    ("qwen3", SMALL),
 ]
 
 
