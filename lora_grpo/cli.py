@@ -55,6 +55,17 @@ def evaluate() -> None:
         display.say(f"written: {config.output}")
 
 
+def report() -> None:
+    """Write report.html of a run, or of several side by side: verdict, curves and completions.
+
+    One file that needs no network, in the run's directory unless --output says otherwise; also for
+    a run that has not ended. Exit status: 0 written, 2 bad input.
+    """
+    from lora_grpo.report.command import ReportConfig, write
+
+    print(f"report: {write(parse(ReportConfig, report))}")
+
+
 def merge() -> None:
     """Merge a LoRA adapter into its base as a plain 16-bit model, proven to be the same policy.
 
@@ -168,6 +179,7 @@ def check_rewards() -> int:
 FUNCTIONS = {
     "train": train,
     "evaluate": evaluate,
+    "report": report,
     "merge": merge,
     "export": export,
     "push": push,

@@ -13,13 +13,20 @@ PACKAGE = ROOT / "lora_grpo"
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ROOMS = [
-    *("machine", "data", "config", "rewards", "policy", "grpo", "memory", "results", "train"),
-    *("proof", "merge", "export", "deploy", "doctor", "dev"),
+    *("machine", "data", "config", "rewards", "policy", "grpo", "memory", "results"),
+    *("report", "train", "proof", "merge", "export", "deploy", "doctor", "dev"),
 ]
 # What answers `--help`, wrong flags and the doctor's questions, and outside checks.
 WITHOUT_TORCH = [
     *("config.presets", "config.files", "data.problems", "data.prompt", "data.sources"),
-    *("machine.backend", "machine.terminal", "policy.open", "policy.unsloth", "policy.vllm"),
+    *(
+        "machine.backend",
+        "machine.terminal",
+        "report.command",
+        "policy.open",
+        "policy.unsloth",
+        "policy.vllm",
+    ),
     *("grpo.vllm_rollout", "rewards.check", "memory.command", "train.prepare"),
     *("merge.command", "export.command", "deploy.hub_files", "deploy.chat", "deploy.serve"),
     *("doctor.command", "cli"),

@@ -23,6 +23,7 @@ COMMAND = "lora-grpo"
 SCRIPTS = {
     "train": "train_lora.py",
     "evaluate": "evaluate.py",
+    "report": "report.py",
     "merge": "merge_adapter.py",
     "export": "export_model.py",
     "push": "push_to_hub.py",
