@@ -79,8 +79,9 @@ def chat(config: ChatConfig, stdin: TextIO | None = None) -> None:
         KeyboardInterrupt: Ctrl-C, but not while a person at a terminal waits for an answer.
     """
     from lora_grpo.deploy.chat_model import ChatModel, Decoding, build_prompt
-    from lora_grpo.deploy.chat_screen import make_console, note, show
+    from lora_grpo.deploy.chat_screen import note, show
     from lora_grpo.deploy.source import find_source
+    from lora_grpo.machine.terminal import make_console
 
     stdin = stdin or sys.stdin
     at_terminal = config.ask is None and stdin.isatty()
@@ -119,7 +120,8 @@ def chat(config: ChatConfig, stdin: TextIO | None = None) -> None:
 
 def converse(model: "ChatModel") -> None:
     """Ask the person for questions until they end it."""
-    from lora_grpo.deploy.chat_screen import make_console, note, show
+    from lora_grpo.deploy.chat_screen import note, show
+    from lora_grpo.machine.terminal import make_console
 
     with suppress(ImportError):  # arrow keys, where Python was built with them
         import readline  # noqa: F401

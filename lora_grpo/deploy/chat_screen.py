@@ -11,7 +11,6 @@ from rich.text import Text
 
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.policy.generate import Completion
-from lora_grpo.train.console import LOG_WIDTH
 
 if TYPE_CHECKING:
     from lora_grpo.deploy.chat_model import ChatModel
@@ -53,14 +52,6 @@ def paint(completion: str, finished: bool = True) -> Text:
         # A model's escape codes are not for the terminal to obey.
         painted.append(text.replace("\x1b", "\u241b"), STYLES[kind])
     return painted
-
-
-def make_console() -> Console:
-    """Return a console for the standard output, of one width where that is no terminal."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    return console
 
 
 def note(console: Console, text: str) -> None:

@@ -25,9 +25,8 @@ from lora_grpo.doctor.packages import import_rows, read_pins, version_rows
 from lora_grpo.doctor.probes import Outcome, run_probes
 from lora_grpo.machine.backend import Choice, choose_backend, installed
 from lora_grpo.machine.hardware import GPU, find_gpu
-from lora_grpo.machine.terminal import command_line
+from lora_grpo.machine.terminal import command_line, make_console
 
-WIDTH_IN_A_FILE = 120
 Prober = Callable[[Sequence[str], float], dict[str, Outcome]]
 MARKS = {"ok": ("ok", "green"), "warning": ("warn", "yellow"), "problem": ("FAIL", "bold red")}
 
@@ -144,9 +143,7 @@ def to_json(report: Report) -> str:
 
 def print_report(report: Report) -> None:
     """Print one screen: the rows, what to do about those that are not right, and the choice."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH_IN_A_FILE
+    console = make_console()
     console.print(build_table(report.rows))
     advised = [row for row in report.rows if row.advice]
     if advised:

@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 128 + 2, 128 + 13
@@ -33,6 +37,7 @@ SCRIPTS = {
     "plan": "plan_memory.py",
     "check-rewards": "check_rewards.py",
 }
+WIDTH_IN_A_FILE = 120
 NEEDED = ((3, 11), (3, 13))  # pyproject.toml: requires-python, the upper one excluded
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -76,6 +81,16 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
         if isinstance(error, (OSError, ValueError)):
             return complain(str(error), BAD_INPUT)
         raise
+
+
+def make_console(console: Console | None = None) -> Console:
+    """Return this console, or one for the standard output, of one width where it is no terminal."""
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_IN_A_FILE
+    return console
 
 
 def complain(sentence: str, status: int) -> int:

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lora_grpo.data.problems import load_problems
+from lora_grpo.machine.terminal import make_console
 from lora_grpo.rewards.builtin import (
     Reward,
     build_rewards,
@@ -20,7 +20,6 @@ from lora_grpo.rewards.corpus import Ranking, rank
 from lora_grpo.rewards.custom import RewardError
 
 SHOWN_ROWS = 10
-WIDTH_IN_A_FILE = 120
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,7 @@ def print_scores(rewards: list[Reward], ranking: Ranking) -> None:
     for case, values in ranking.scores:
         cells = [f"{values[name]:.3g}" if name in values else "-" for name in names]
         table.add_row(case.name, case.answer, case.standing, *cells)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH_IN_A_FILE)
-    console.print(table)
+    make_console().print(table)
 
 
 def ranking_lines(ranking: Ranking) -> list[str]:

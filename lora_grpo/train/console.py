@@ -19,11 +19,10 @@ from rich.table import Table
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.grpo.batch import Batch, mean
-from lora_grpo.machine.terminal import command_line
+from lora_grpo.machine.terminal import command_line, make_console
 from lora_grpo.memory.terms import GIB
 
 LINES = 50
-LOG_WIDTH = 120
 
 
 def format_seconds(seconds: float) -> str:
@@ -52,9 +51,7 @@ class Display:
     """Prints a run to one console; a quiet one prints only warnings and the final table."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = LOG_WIDTH
+        self.console = make_console(console)
         self.quiet = quiet
         self.progress: Progress | None = None
         self.started = time.perf_counter()
