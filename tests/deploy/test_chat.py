@@ -117,17 +117,17 @@ def model(run_dir) -> ChatModel:
     return ChatModel(find_source(run_dir), Decoding(LENGTH))
 
 
-def draw(model: ChatModel, *sides: str, **knobs) -> dict[str, Completion]:
+def draw(model: ChatModel, *sides: str, **flags) -> dict[str, Completion]:
     """Ask a loaded model as one that was opened with these settings."""
     asked = copy.copy(model)
-    asked.decoding, asked.sides = Decoding(LENGTH, **knobs), sides
+    asked.decoding, asked.sides = Decoding(LENGTH, **flags), sides
     return asked.answer(QUESTIONS[0])
 
 
-@pytest.mark.parametrize("knobs", [{}, {"temperature": 1.0, "seed": 3}])
-def test_one_side_alone_says_what_it_says_beside_the_other(model, knobs) -> None:
-    both = draw(model, *SIDES, **knobs)
-    assert draw(model, "adapter", **knobs)["adapter"] == both["adapter"]
+@pytest.mark.parametrize("flags", [{}, {"temperature": 1.0, "seed": 3}])
+def test_one_side_alone_says_what_it_says_beside_the_other(model, flags) -> None:
+    both = draw(model, *SIDES, **flags)
+    assert draw(model, "adapter", **flags)["adapter"] == both["adapter"]
 
 
 def test_a_seed_decides_the_sampling_and_greedy_needs_none(model) -> None:
@@ -286,7 +286,7 @@ def test_a_tag_counts_only_where_its_block_may_begin_or_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("flags", "said"),
     [
         ({"folder": "nowhere"}, "nowhere does not exist"),
         ({"folder": "."}, "is not an adapter directory, it has no adapter_config.json"),
@@ -305,7 +305,7 @@ def test_a_tag_counts_only_where_its_block_may_begin_or_end() -> None:
     ],
 )
 def test_mistakes_are_refused_before_any_weights_load(
-    run_dir, tiny_model_folder, tmp_path, monkeypatch, knobs, said
+    run_dir, tiny_model_folder, tmp_path, monkeypatch, flags, said
 ) -> None:
     (tmp_path / "run").symlink_to(run_dir)
     (run_dir / "checkpoint-5").mkdir(exist_ok=True)
@@ -314,15 +314,15 @@ def test_mistakes_are_refused_before_any_weights_load(
     (tmp_path / "empty/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chat_model, "load_base", lambda *_: pytest.fail("weights were loaded"))
-    knobs = {"folder": "run", "stdin": io.StringIO("What is 1 + 1?"), **knobs}
-    stdin = knobs.pop("stdin")
-    folder = Path(knobs.pop("folder"))
+    flags = {"folder": "run", "stdin": io.StringIO("What is 1 + 1?"), **flags}
+    stdin = flags.pop("stdin")
+    folder = Path(flags.pop("folder"))
     with pytest.raises((OSError, ValueError), match=said):
-        chat(ChatConfig(folder, **knobs), stdin=stdin)
+        chat(ChatConfig(folder, **flags), stdin=stdin)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("flags", "said"),
     [
         ({"ask": " "}, "--ask is blank"),
         ({"temperature": -1.0}, "--temperature must be 0 or more"),
@@ -332,9 +332,9 @@ def test_mistakes_are_refused_before_any_weights_load(
         ({"max_completion_length": 0}, "--max-completion-length must be at least 1"),
     ],
 )
-def test_wrong_flags(knobs, said) -> None:
+def test_wrong_flags(flags, said) -> None:
     with pytest.raises(ValueError, match=said):
-        ChatConfig(Path("run"), **knobs)
+        ChatConfig(Path("run"), **flags)
 
 
 def test_a_person_at_a_terminal_is_greeted_and_answered(run_dir, monkeypatch, capsys) -> None:

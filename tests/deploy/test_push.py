@@ -52,9 +52,9 @@ def adapter() -> Path:
     return folder
 
 
-def push(hub: Hub, adapter: Path, token: str | None = TOKEN, **knobs) -> list[str]:
+def push(hub: Hub, adapter: Path, token: str | None = TOKEN, **flags) -> list[str]:
     said: list[str] = []
-    config = PushConfig(adapter, **{"repo": REPO, **knobs})
+    config = PushConfig(adapter, **{"repo": REPO, **flags})
     api = HfApi(endpoint=hub.url, token=token)
     push_to_hub(config, api, said.append)
     return said
@@ -185,7 +185,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_a_sentence_and_the_next_push_goes_on(
+def test_a_fault_is_a_sentence_and_the_next_push_succeeds(
     name: str, hub: Hub, adapter: Path
 ) -> None:
     part, fault, sentence = FAULTS[name]
@@ -194,7 +194,7 @@ def test_a_fault_is_a_sentence_and_the_next_push_goes_on(
     with pytest.raises(PushError, match=sentence):
         said += push(hub, adapter)
     assert not [line for line in said if line.startswith("done")]
-    assert hub.count(" ") < 100, "it did not go on asking"
+    assert hub.count(" ") < 100, "it kept asking"
     hub.faults.clear()
     assert push(hub, adapter)[-1] == f"done: {hub.url}/{REPO}"
 
@@ -375,7 +375,7 @@ def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("flags", "said"),
     [
         ({"repo": "run"}, "--repo run is no repository name: give you/name"),
         ({"repo": "me/a--b"}, "--repo me/a--b is no repository name"),
@@ -383,9 +383,9 @@ def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> N
         ({"repo": REPO, "gguf": ("q3",)}, "--gguf q3: allowed are f16"),
     ],
 )
-def test_a_wrong_flag_is_one_sentence(knobs, said, tmp_path: Path) -> None:
+def test_a_wrong_flag_is_one_sentence(flags, said, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=said):
-        PushConfig(tmp_path, **knobs)
+        PushConfig(tmp_path, **flags)
 
 
 def test_the_token_has_no_flag(adapter: Path, tmp_path: Path) -> None:
