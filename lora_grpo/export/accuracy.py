@@ -2,86 +2,70 @@
 model and by each export, and compared pair by pair."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.export.source import ExportedFormat, Say, Source
-from lora_grpo.policy.adapter import read_record, read_train_config
 from lora_grpo.policy.base import choose_placement, load_tokenizer
+from lora_grpo.policy.open import TransformersPolicy
+from lora_grpo.proof.reference import quiet_transformers
 from lora_grpo.results.evaluate import EvaluateConfig, evaluate_model, held_out_problems
-from lora_grpo.results.scoring import Item, mcnemar_p, summarise
+from lora_grpo.results.scoring import mcnemar_p, summarise
 
 if TYPE_CHECKING:
+    from lora_grpo.export.config import ExportConfig
     from lora_grpo.policy.open import Policy
 
-DEFAULT_LENGTH, DEFAULT_BATCH = 512, 32
 
+def add_accuracy(
+    config: "ExportConfig",
+    source: Source,
+    exported: dict[str, ExportedFormat],
+    folders: dict[str, Path],
+    say: Say,
+) -> dict[str, ExportedFormat]:
+    """Return the formats with the accuracy of each file, by its folder, among their figures."""
+    asked = EvaluateConfig(adapter_dir=source.record.folder, num_items=config.num_items)
+    problems, *_ = held_out_problems(asked, source.record)
+    tokenizer = load_tokenizer(source.merged)
 
-class Accuracy:
-    """Answers the first `num_items` held-out problems of a run; does nothing where that is None."""
+    def answer(policy: "Policy", name: str) -> list[Any]:
+        say(f"answering {len(problems)} problems: {name}")
+        length = source.record.max_completion_length
+        return evaluate_model(policy, tokenizer, problems, source.style, length)
 
-    def __init__(
-        self,
-        source: Source,
-        num_items: int | None,
-        batch_size: int,
-        say: Say,
-    ) -> None:
-        self.source, self.batch_size, self.say = source, batch_size, say
-        self.problems, self.merged = [], None
-        if num_items is not None:
-            asked = EvaluateConfig(adapter_dir=source.records, num_items=num_items)
-            self.problems, *_ = held_out_problems(asked, read_record(source.records))
+    merged = answer(open_folder(source.merged, config.batch_size), "merged")
 
-    def add(self, outcome: ExportedFormat, name: str, folder: Path) -> ExportedFormat:
-        """Return the outcome with the accuracy of each of its files among the figures."""
-        if not self.problems or not all(check.passed for check in outcome.checks):
-            return outcome
-        figures = dict(outcome.figures)
-        for path in sorted(folder.glob("*.gguf")) if name != "gguf-adapter" else []:
-            quant = path.stem.rpartition("-")[2].lower()
-            with open_gguf(path, self.source.merged) as policy:
-                found = self.compare(policy, path.name)
-            figures[quant] = {**figures[quant], "accuracy": found}
-        if not list(folder.glob("*.gguf")):
-            with open_folder(folder, self.batch_size) as policy:
-                figures["accuracy"] = self.compare(policy, name)
-        return replace(outcome, figures=figures)
-
-    def compare(self, policy: "Policy", name: str) -> dict[str, Any]:
-        """Return the figures of `eval.json` for one export, and the paired test against the merged
-        model."""
-        if self.merged is None:
-            self.say(f"answering {len(self.problems)} problems: merged")
-            with open_folder(self.source.merged, self.batch_size) as merged:
-                self.merged = self.answer(merged)
-        self.say(f"answering {len(self.problems)} problems: {name}")
-        items = self.answer(policy)
-        strict = [[item.strict for item in found] for found in (self.merged, items)]
+    def compare(policy: "Policy", name: str) -> dict[str, Any]:
+        items = answer(policy, name)
+        strict = [[item.strict for item in found] for found in (merged, items)]
         return {
             "num_items": len(items),
-            "merged": summarise(self.merged),
+            "merged": summarise(merged),
             "export": summarise(items),
             "mcnemar_p": mcnemar_p(*strict),
         }
 
-    def answer(self, policy: "Policy") -> list[Item]:
-        trained = read_train_config(self.source.records)
-        length = trained.get("max_completion_length", DEFAULT_LENGTH)
-        tokenizer = load_tokenizer(self.source.merged)
-        return evaluate_model(policy, tokenizer, self.problems, self.source.style, length)
+    measured = dict(exported)
+    for name, one in exported.items():
+        figures = dict(one.figures)
+        files = sorted(folders[name].glob("*.gguf"))
+        if not files:
+            figures["accuracy"] = compare(open_folder(folders[name], config.batch_size), name)
+        for path in files if name != "gguf-adapter" else []:
+            quant = path.stem.rpartition("-")[2].lower()
+            with open_gguf(path, source.merged, config.batch_size) as policy:
+                figures[quant] = {**figures[quant], "accuracy": compare(policy, path.name)}
+        measured[name] = replace(one, figures=figures)
+    return measured
 
 
-@contextmanager
-def open_folder(folder: Path, batch_size: int) -> Iterator["Policy"]:
+def open_folder(folder: Path, batch_size: int) -> "Policy":
     """Load a folder in the type that it is stored in, whatever its weights are packed in."""
     from transformers import AutoModelForCausalLM
-
-    from lora_grpo.policy.open import TransformersPolicy
-    from lora_grpo.proof.reference import quiet_transformers
 
     with quiet_transformers(), redirect_stderr(StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
@@ -90,26 +74,20 @@ def open_folder(folder: Path, batch_size: int) -> Iterator["Policy"]:
             device_map={"": choose_placement().device},
             trust_remote_code=False,
         ).eval()
-    yield TransformersPolicy(model, load_tokenizer(folder), batch_size)
+    return TransformersPolicy(model, load_tokenizer(folder), batch_size)
 
 
 @contextmanager
-def open_gguf(path: Path, merged: Path) -> Iterator["Policy"]:
+def open_gguf(path: Path, merged: Path, batch_size: int) -> Iterator["Policy"]:
     """Load a GGUF file in llama.cpp, or where that is not installed by transformers."""
     from lora_grpo.export.gguf.llamacpp import LlamaCpp, is_installed
-
-    if is_installed():
-        model = LlamaCpp(path, n_ctx=0)
-        try:
-            yield model
-        finally:
-            model.close()
-        return
     from lora_grpo.export.gguf.proof import load_file
     from lora_grpo.export.gguf.write import read_model
-    from lora_grpo.policy.open import TransformersPolicy
-    from lora_grpo.proof.reference import quiet_transformers
 
+    if is_installed():
+        with closing(LlamaCpp(path, n_ctx=0)) as model:
+            yield model
+        return
     with quiet_transformers():
         model = load_file(path, read_model(merged))
-    yield TransformersPolicy(model, load_tokenizer(merged), DEFAULT_BATCH)
+    yield TransformersPolicy(model, load_tokenizer(merged), batch_size)

@@ -9,7 +9,6 @@ import torch
 
 from lora_grpo.export.reload import describe_difference, prove_folder
 from lora_grpo.export.source import HERE, ExportedFormat, Say, Source
-from lora_grpo.policy.adapter import read_train_config
 from lora_grpo.policy.base import choose_placement, load_base
 from lora_grpo.proof.reference import Reference, quiet_transformers
 
@@ -21,7 +20,7 @@ LARGEST_KL = 1.0
 
 def write_bnb(source: Source, folder: Path, reference: Reference, say: Say) -> ExportedFormat:
     """Quantise the merged model, save it, and prove the folder by loading it again."""
-    double_quant = read_train_config(source.records).get("bnb_4bit_use_double_quant", True)
+    double_quant = source.record.double_quant
     with quiet_transformers():
         model = load_base(source.merged, choose_placement("bfloat16"), True, double_quant)
         model.save_pretrained(folder)

@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_grpo.export.calibration import Calibration, find_calibration, load_rows
+from lora_grpo.data.arithmetic import generate_problems
 from lora_grpo.export.reload import describe_difference, prove_folder
 from lora_grpo.export.source import HERE, ExportedFormat, Say, Source
-from lora_grpo.machine.files import read_json
-from lora_grpo.proof.reference import Reference, quiet_transformers
+from lora_grpo.machine.files import read_json, read_jsonl
+from lora_grpo.policy.adapter import COMPLETIONS
+from lora_grpo.proof.distance import continue_greedily
+from lora_grpo.proof.reference import Reference, quiet_transformers, render_question
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GROUPS = (128, 64, 32)
+NUM_ROWS, MAX_NEW_TOKENS = 128, 64
 Weights = dict[str, torch.Tensor]
 
 
@@ -97,12 +101,12 @@ def write_compressed(
             source.merged, dtype=torch.bfloat16, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source.merged, trust_remote_code=False)
-        calibration, how = None, "rounded to nearest"
+        rows, how = [], "rounded to nearest"
         if SCHEMES[name].calibrated:
-            calibration = find_calibration(source, model, tokenizer)
-            how = f"GPTQ on {calibration.origin}"
-            say(f"calibrating {name} on {calibration.origin}")
-        quantize(model, settings(name, source.merged), calibration)
+            rows, origin = find_calibration(source, model, tokenizer)
+            how = f"GPTQ on {origin}"
+            say(f"calibrating {name} on {origin}")
+        quantize(model, settings(name, source.merged), rows)
         chosen = read_quantized(model)
         model.save_pretrained(folder, save_compressed=True)
         del model
@@ -123,9 +127,41 @@ def settings(name: str, merged: Path) -> dict[str, dict[str, Any] | None]:
     return {"weights": {**known, **weights}, "input_activations": {**known, **tokens}}
 
 
-def quantize(
-    model: "PreTrainedModel", asked: dict[str, Any], calibration: Calibration | None
-) -> None:
+def find_calibration(
+    source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[list[int]], str]:
+    """Return up to 128 sequences of a prompt and its completion, and where they come from: the
+    run's own prompts with its policy's last samples, or built-in problems and the merged model's
+    greedy answers."""
+
+    def ask(question: str) -> str:
+        return render_question(tokenizer, question, source.style)
+
+    sampled = {row["question"]: row for row in read_jsonl(source.record.records / COMPLETIONS)}
+    if not sampled:
+        prompts = [ask(row["question"]) for row in generate_problems(NUM_ROWS, "train")]
+        rows = continue_greedily(model, tokenizer, prompts, MAX_NEW_TOKENS)
+        return rows, f"{len(rows)} built-in problems, answered by the merged model"
+    texts = [
+        ask(question)
+        + row["completion"].removeprefix(source.style.prefill)
+        + ("" if row["truncated"] else tokenizer.eos_token)
+        for question, row in list(sampled.items())[-NUM_ROWS:]
+    ]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return rows, f"{len(rows)} prompts of the run with its last samples"
+
+
+def load_rows(rows: list[list[int]]) -> "DataLoader":
+    """Return what llm-compressor takes: one sequence per step, (1, T)."""
+    from torch.utils.data import DataLoader
+
+    ids = [torch.tensor([row]) for row in rows]
+    batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    return DataLoader(batches, batch_size=None)
+
+
+def quantize(model: "PreTrainedModel", asked: dict[str, Any], rows: list[list[int]]) -> None:
     """Let llm-compressor quantise every linear layer but the output layer, in place."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -134,9 +170,9 @@ def quantize(
 
     for package in ("llmcompressor", "compressed_tensors"):
         logger.disable(package)
-    modifier = GPTQModifier if calibration else QuantizationModifier
+    modifier = GPTQModifier if rows else QuantizationModifier
     groups = {"group_0": {"targets": ["Linear"], **asked}}
-    data = {"dataset": load_rows(calibration.rows)} if calibration else {}
+    data = {"dataset": load_rows(rows)} if rows else {}
     oneshot(model=model, recipe=modifier(config_groups=groups, ignore=["lm_head"]), **data)
 
 

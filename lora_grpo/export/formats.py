@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.export.report import SYSTEM_PROMPT
-from lora_grpo.export.source import HERE, ExportedFormat, Say, Source
+from lora_grpo.export.source import HERE, ExportedFormat, Say, Source, copy_companions
 from lora_grpo.merge.command import (
     MergeConfig,
     MergeProofError,
@@ -15,12 +14,13 @@ from lora_grpo.merge.command import (
     failure_report,
     merge_adapter,
 )
-from lora_grpo.merge.write import TOKENIZER_FILES
 from lora_grpo.proof.checks import Check
 
 if TYPE_CHECKING:
     from lora_grpo.export.config import ExportConfig
     from lora_grpo.proof.reference import Reference
+
+COMPRESSED = ("fp8", "int8", "w4a16")
 
 
 def check_formats(config: "ExportConfig", source: Source) -> None:
@@ -34,7 +34,7 @@ def check_formats(config: "ExportConfig", source: Source) -> None:
             from lora_grpo.export.ollama import check_ollama
 
             check_ollama(source, config.quants)
-        elif name in ("fp8", "int8", "w4a16"):
+        elif name in COMPRESSED:
             from lora_grpo.export.compressed import check_compressed
 
             check_compressed(source.merged, name)
@@ -44,35 +44,37 @@ def write_formats(
     config: "ExportConfig", source: Source, staged: Path, say: Say
 ) -> dict[str, ExportedFormat]:
     """Merge once, then write and prove each format; the merge stays only where it is a format."""
-    from lora_grpo.export.accuracy import Accuracy
+    from lora_grpo.export.accuracy import add_accuracy
     from lora_grpo.proof.reference import observe_merged
 
+    exported: dict[str, ExportedFormat] = {}
+    others = [name for name in config.formats if name != "safetensors"]
     merge = reference = None
-    kept = "safetensors" in config.formats
     if source.plan:
-        merged = staged / ("safetensors" if kept else ".merged")
+        merged = staged / ("safetensors" if "safetensors" in config.formats else ".merged")
         merge = merge_for(config, source, merged, say)
         source, reference = replace(source, merged=merged), merge.reference
-    accuracy = Accuracy(source, config.num_items, config.batch_size, say)
-    exported: dict[str, ExportedFormat] = {}
-    if merge and kept:
-        exported["safetensors"] = accuracy.add(describe_merge(merge), "safetensors", source.merged)
-    others = [name for name in config.formats if name != "safetensors"]
+        exported["safetensors"] = describe_merge(merge)
+    folders = {name: config.folder(staged, name) for name in others}
     if others and reference is None:
-        reference = observe_merged(source.merged, source.records, source.style, config.num_prompts)
-    for name in others:
+        reference = observe_merged(
+            source.merged, source.record.records, source.style, config.num_prompts
+        )
+    for name, folder in folders.items():
         say(f"writing {name}")
-        folder = config.folder(staged, name)
         folder.mkdir(exist_ok=True)
         copy_companions(source, folder)
-        written = write_format(name, config.quants, source, folder, reference, say)
-        exported[name] = accuracy.add(written, name, folder)
+        exported[name] = write_format(name, config.quants, source, folder, reference, say)
+    exported = {name: exported[name] for name in config.formats}
+    if config.num_items is not None and not any(one.failed for one in exported.values()):
+        folders["safetensors"] = source.merged
+        exported = add_accuracy(config, source, exported, folders, say)
     if merge and not others:  # the only format stands in the export's own folder
         for path in list(source.merged.iterdir()):
             path.rename(staged / path.name)
-    if merge and not (kept and others):
+    if merge and not ("safetensors" in config.formats and others):
         shutil.rmtree(source.merged)
-    return {name: exported[name] for name in config.formats}
+    return exported
 
 
 def merge_for(config: "ExportConfig", source: Source, merged: Path, say: Say) -> MergeResult:
@@ -81,8 +83,7 @@ def merge_for(config: "ExportConfig", source: Source, merged: Path, say: Say) ->
     try:
         return merge_adapter(replace(settings, num_prompts=config.num_prompts), say, source.plan)
     except MergeProofError as error:
-        said = merged.with_name(f"{merged.name}.failed.json")
-        kept = failure_report(config.target)
+        said, kept = merged.with_name(f"{merged.name}.failed.json"), failure_report(config.target)
         shutil.copyfile(said, kept)
         raise MergeProofError(str(error).replace(str(said), str(kept))) from error
 
@@ -103,7 +104,7 @@ def write_format(
     reference: "Reference",
     say: Say,
 ) -> ExportedFormat:
-    """Write one format into its empty folder, and prove it."""
+    """Write one format into its folder, and prove it."""
     if name == "gguf":
         from lora_grpo.export.gguf.files import write_gguf
 
@@ -123,13 +124,3 @@ def write_format(
     from lora_grpo.export.compressed import write_compressed
 
     return write_compressed(source, folder, name, reference, say)
-
-
-def copy_companions(source: Source, folder: Path) -> None:
-    """Put tokenizer, template, generation config, licence and system prompt beside the weights."""
-    names = [*TOKENIZER_FILES, "generation_config.json"]
-    names += [path.name for path in source.merged.glob("LICENSE*")]
-    for name in names:
-        if (source.merged / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source.merged / name, folder / name)
-    (folder / SYSTEM_PROMPT).write_text(source.style.system_prompt, encoding="utf-8")

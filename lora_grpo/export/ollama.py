@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_grpo.data.prompt import Message, PromptStyle, build_messages
+from lora_grpo.data.prompt import PromptStyle, build_messages
 from lora_grpo.export.config import plain_name
 from lora_grpo.export.gguf.files import name_file, write_gguf
 from lora_grpo.export.ollama_template import (
     ChatFormat,
-    check_format,
     describe_difference,
     expected_prompt,
     find_chat_format,
@@ -24,10 +23,11 @@ from lora_grpo.proof.reference import Reference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MODELFILE = "Modelfile"
 # What Ollama itself takes on a small card; room for a few turns.
 CONVERSATION_TOKENS = 4096
 NAMES = ("FROM", "TEMPLATE", "SYSTEM", "MESSAGE", "PARAMETER", "LICENSE")
-GREEDY = {"temperature": "0", "repeat_penalty": "1"}
+QUESTION = "What is 12 + 34?"
 Command = tuple[str, str]
 
 
@@ -41,35 +41,37 @@ def build_modelfile(
     """
     tokenizer = load_tokenizer(merged)
     chat_format = find_chat_format(tokenizer)
+    family = chat_format.family
+    note = f"{family.name}, as the tokenizer's chat template writes it"
+    note += "; that trims white space around a message, Ollama does not." if family.trims else "."
+    ends = [
+        tokenizer.decode([index], skip_special_tokens=False)
+        for index in declared_end_ids(merged, tokenizer)
+    ]
+    licences = [path.read_text(encoding="utf-8") for path in sorted(merged.glob("LICENSE*"))]
     sections = [
         ("", [("FROM", f"./{gguf_name}")]),
-        (describe_template(chat_format), [("TEMPLATE", chat_format.go_template())]),
+        (note, [("TEMPLATE", chat_format.go_template())]),
         (
             "Used unless a request has a system message of its own.",
-            write_prompt(chat_format, style),
+            list_messages(chat_format, style),
         ),
-        (
-            "What ends a completion.",
-            [("PARAMETER stop", text) for text in end_texts(merged, tokenizer)],
-        ),
+        ("What ends a completion.", [("PARAMETER stop", text) for text in ends]),
         (
             "Greedy, as evaluated: Ollama would sample, and may punish repeated numbers.",
-            [(f"PARAMETER {name}", value) for name, value in GREEDY.items()],
+            [("PARAMETER temperature", "0"), ("PARAMETER repeat_penalty", "1")],
         ),
-        *write_limits(merged, max_completion_length),
-        ("", [("LICENSE", text) for text in read_licences(merged)]),
+        *list_limits(merged, max_completion_length),
+        ("", [("LICENSE", keep_printable(text)) for text in licences]),
     ]
-    return "\n".join(write_section(note, commands) for note, commands in sections if commands)
+    return "\n".join(
+        (f"# {note}\n" if note else "") + "".join(map(write_command, commands))
+        for note, commands in sections
+        if commands
+    )
 
 
-def describe_template(chat_format: ChatFormat) -> str:
-    note = f"{chat_format.family.name}, as the tokenizer's chat template writes it"
-    if chat_format.family.trims:
-        return f"{note}; that trims white space around a message, Ollama does not."
-    return f"{note}."
-
-
-def write_prompt(chat_format: ChatFormat, style: PromptStyle) -> list[Command]:
+def list_messages(chat_format: ChatFormat, style: PromptStyle) -> list[Command]:
     """Return SYSTEM, and MESSAGE lines for a worked example."""
     commands = []
     for message in build_messages("", replace(style, system_role=True))[:-1]:
@@ -79,15 +81,7 @@ def write_prompt(chat_format: ChatFormat, style: PromptStyle) -> list[Command]:
     return commands
 
 
-def end_texts(merged: Path, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return the text of every token that ends a completion, the end of a turn first."""
-    ids = declared_end_ids(merged, tokenizer)
-    return [tokenizer.decode([index], skip_special_tokens=False) for index in ids]
-
-
-def write_limits(
-    merged: Path, max_completion_length: int | None
-) -> list[tuple[str, list[Command]]]:
+def list_limits(merged: Path, max_completion_length: int | None) -> list[tuple[str, list[Command]]]:
     positions = read_config(merged).get_text_config().max_position_embeddings
     trained = read_train_config(merged).get("max_prompt_length", 0) + (max_completion_length or 0)
     room = min(positions, max(CONVERSATION_TOKENS, trained))
@@ -104,38 +98,26 @@ def write_limits(
     return limits
 
 
-def read_licences(merged: Path) -> list[str]:
-    texts = [path.read_text(encoding="utf-8") for path in sorted(merged.glob("LICENSE*"))]
-    return [keep_printable(text) for text in texts]
-
-
-def write_section(note: str, commands: list[Command]) -> str:
-    lines = [f"# {note}\n"] if note else []
-    return "".join([*lines, *(write_command(name, value) for name, value in commands)])
-
-
-def write_command(name: str, value: str) -> str:
+def write_command(command: Command) -> str:
     """Return one command, in the quotes that its value needs.
 
     Raises:
         ValueError: Ollama would not read back what was written.
     """
+    name, value = command
     plain = value.isprintable() and value == value.strip() != "" and '"' not in value
     text = f"{name} {value}\n" if plain else f'{name} """{value}"""\n'
-    if not reads_back(text, (name, value)):
+    try:
+        found = parse_modelfile(text)
+    except ValueError:
+        found = []
+    if found != [command]:
         raise ValueError(
             f"{name} cannot be written to an Ollama Modelfile: a line of it ends with three double "
             "quotes, or it holds characters that Ollama drops (control characters, no-break and "
             "zero-width spaces). Export gguf instead, or train with another prompt"
         )
     return text
-
-
-def reads_back(text: str, command: Command) -> bool:
-    try:
-        return parse_modelfile(text) == [command]
-    except ValueError:
-        return False
 
 
 def keep_printable(text: str) -> str:
@@ -186,19 +168,6 @@ def values_of(commands: list[Command], name: str) -> list[str]:
     return [value for found, value in commands if found == name]
 
 
-def embedded_messages(commands: list[Command]) -> tuple[str, list[Message]]:
-    """Return the system prompt and the example's messages of a Modelfile."""
-    messages = [
-        {"role": name.removeprefix("MESSAGE "), "content": value}
-        for name, value in commands
-        if name.startswith("MESSAGE ")
-    ]
-    return "".join(values_of(commands, "SYSTEM")[-1:]), messages
-
-
-QUESTION = "What is 12 + 34?"
-
-
 def prove_modelfile(text: str, merged: Path, style: PromptStyle) -> list[Check]:
     """Read a Modelfile back and compare it with the merged folder that it was made for.
 
@@ -206,33 +175,19 @@ def prove_modelfile(text: str, merged: Path, style: PromptStyle) -> list[Check]:
         ValueError: the folder's chat template is none that is written for Ollama.
     """
     tokenizer = load_tokenizer(merged)
+    chat_format = find_chat_format(tokenizer)
     try:
         commands = parse_modelfile(text)
     except ValueError as error:
         return [Check("modelfile", False, str(error))]
-    files, templates = values_of(commands, "FROM"), values_of(commands, "TEMPLATE")
-    if len(files) != 1 or len(templates) != 1:
-        detail = f"{len(files)} FROM and {len(templates)} TEMPLATE commands, expected one of each"
-        return [Check("modelfile", False, detail)]
-    chat_format = find_chat_format(tokenizer)
+    name, template = chat_format.family.name, "".join(values_of(commands, "TEMPLATE"))
+    difference = describe_difference(template, chat_format.go_template())
     return [
-        Check("modelfile", True, f"{len(commands)} commands for {files[0]}"),
-        check_template(templates[0], chat_format, tokenizer),
+        Check("modelfile", len(values_of(commands, "FROM")) == 1, f"{len(commands)} commands"),
+        Check("template", not difference, difference or f"{name}, as the tokenizer's own writes"),
         check_trained_prompt(commands, chat_format, tokenizer, style),
         check_stops(values_of(commands, "PARAMETER stop"), merged, tokenizer),
-        check_greedy(commands),
     ]
-
-
-def check_template(
-    template: str, chat_format: ChatFormat, tokenizer: "PreTrainedTokenizerBase"
-) -> Check:
-    """Compare the Go template with the family's, whose renderer equals the tokenizer's template."""
-    name = chat_format.family.name
-    if difference := describe_difference(template, chat_format.go_template()):
-        return Check("template", False, f"it is not that of {name}: {difference}")
-    count = check_format(chat_format, tokenizer)
-    return Check("template", True, f"{name}: {count} conversations as the tokenizer writes them")
 
 
 def check_trained_prompt(
@@ -241,35 +196,23 @@ def check_trained_prompt(
     tokenizer: "PreTrainedTokenizerBase",
     style: PromptStyle,
 ) -> Check:
-    """Compare a bare question to the model with the prompt that it was trained on, then the same
-    question with a system message of its own."""
-    system, example = embedded_messages(commands)
-    question = {"role": "user", "content": QUESTION}
-    for asked in (style.system_prompt, "Be brief."):
-        said = system if asked == style.system_prompt else asked
-        found = chat_format.render([{"role": "system", "content": said}, *example, question])
-        messages = build_messages(QUESTION, replace(style, system_prompt=asked, system_role=True))
-        expected = expected_prompt(tokenizer, messages, chat_format.system_role)
-        if difference := describe_difference(found, expected):
-            return Check("trained_prompt", False, difference)
-    return Check("trained_prompt", True, "a bare question gives the prompt of training")
+    """Compare a bare question to the model with the prompt that it was trained on."""
+    said = [("system", text) for text in values_of(commands, "SYSTEM")[-1:]]
+    said += [(name[8:], text) for name, text in commands if name.startswith("MESSAGE ")]
+    messages = [{"role": role, "content": text} for role, text in (*said, ("user", QUESTION))]
+    trained = build_messages(QUESTION, replace(style, system_role=True))
+    expected = expected_prompt(tokenizer, trained, chat_format.system_role)
+    difference = describe_difference(chat_format.render(messages), expected)
+    detail = difference or "a bare question gives the prompt of training"
+    return Check("trained_prompt", not difference, detail)
 
 
 def check_stops(found: list[str], merged: Path, tokenizer: "PreTrainedTokenizerBase") -> Check:
-    """Hold the stop texts against the ids that end a completion: each one token, none left."""
+    """Compare the stop texts with the ids that end a completion: each one token, none left."""
     expected = sorted(declared_end_ids(merged, tokenizer))
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in found]
     fits = sorted(tokens) == [[index] for index in expected]
     return Check("stops", fits, f"stops on {found}, tokens {tokens}; the model ends on {expected}")
-
-
-def check_greedy(commands: list[Command]) -> Check:
-    found = {name: values_of(commands, f"PARAMETER {name}") for name in GREEDY}
-    fits = all(found[name] == [value] for name, value in GREEDY.items())
-    return Check("greedy_parameters", fits, f"{found}, evaluated with {GREEDY}")
-
-
-MODELFILE = "Modelfile"
 
 
 def check_ollama(source: Source, quants: tuple[str, ...]) -> None:
@@ -290,22 +233,12 @@ def write_ollama(
         ValueError: a weight does not fit the type, or the system prompt cannot be said.
     """
     written = write_gguf(source, folder, (quant,), reference, say)
-    length = read_train_config(source.records).get("max_completion_length")
+    length = source.record.trained.get("max_completion_length")
     text = build_modelfile(source.merged, name_file(source, quant), source.style, length)
     write_text(folder / MODELFILE, text)
     say(f"proving {MODELFILE}")
-    checks = prove_modelfile_at(folder / MODELFILE, source)
+    text = (folder / MODELFILE).read_text(encoding="utf-8")
+    checks = prove_modelfile(text, source.merged, source.style)
     name = plain_name(source.name)
     commands = (("ollama", "create", name, "-f", Path(MODELFILE)), ("ollama", "run", name))
     return ExportedFormat((*written.checks, *checks), written.figures, commands)
-
-
-def prove_modelfile_at(path: Path, source: Source) -> list[Check]:
-    """Prove a Modelfile as it lies on disk, the file that it names included."""
-    text = path.read_text(encoding="utf-8")
-    checks = prove_modelfile(text, source.merged, source.style)
-    if any(check.name == "modelfile" and not check.passed for check in checks):
-        return checks
-    named = dict(parse_modelfile(text))["FROM"]
-    there = (path.parent / named).is_file()
-    return [*checks, Check("from", there, f"{named} {'lies beside it' if there else 'is missing'}")]

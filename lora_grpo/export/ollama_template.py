@@ -208,26 +208,21 @@ def expected_prompt(
     return render(tokenizer, messages)
 
 
-def check_format(chat_format: ChatFormat, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return on how many conversations the renderer writes what the tokenizer writes: all.
-
-    Raises:
-        ValueError: it writes something else for one; the message shows where.
-    """
-    talks = list(conversations(chat_format.family.trims))
-    for talk in talks:
+def check_format(chat_format: ChatFormat, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise a ValueError for the first conversation of which the renderer writes something else
+    than the tokenizer; the message shows where."""
+    for talk in conversations(chat_format.family.trims):
         expected = expected_prompt(tokenizer, talk, chat_format.system_role)
         if difference := describe_difference(chat_format.render(talk), expected):
             raise ValueError(difference)
-    return len(talks)
 
 
 def describe_difference(found: str, expected: str) -> str:
     """Return where two texts part, or nothing where they are the same."""
     if found == expected:
         return ""
-    pairs = enumerate(zip(found, expected, strict=False))
-    shorter = min(len(found), len(expected))
-    place = next((index for index, (left, right) in pairs if left != right), shorter)
+    place = 0
+    while found[: place + 1] == expected[: place + 1]:
+        place += 1
     shown = slice(max(place - 10, 0), place + 20)
     return f"{found[shown]!r} where the tokenizer writes {expected[shown]!r}"

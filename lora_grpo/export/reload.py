@@ -1,6 +1,7 @@
 """A quantised folder, loaded as any user loads it and compared with the merged model."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,8 @@ from lora_grpo.machine.files import read_json
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.inputs import read_base
 from lora_grpo.merge.tensors import read_tensor
-from lora_grpo.proof.checks import (
-    Check,
-    check_folder,
-    check_kl,
-    check_reload,
-    describe_distance,
-)
-from lora_grpo.proof.distance import collect_logits
+from lora_grpo.proof.checks import Check, check_folder, check_kl, check_reload
+from lora_grpo.proof.distance import collect_logits, measure_distance
 from lora_grpo.proof.reference import Reference
 
 if TYPE_CHECKING:
@@ -52,8 +47,8 @@ def prove_folder(
         logits = list(collect_logits(model.eval(), reference.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         check = Check("reload", False, f"{type(error).__name__}: {error}")
-        return ExportedFormat((check,), {}, ())
-    distance = describe_distance(reference.logits, logits)
+        return ExportedFormat((check,), {})
+    distance = measure_distance(reference.logits, logits)
     checks = (
         check_reload(loading),
         weights,
@@ -62,7 +57,7 @@ def prove_folder(
         *check_folder(source.merged, folder, model),
     )
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return ExportedFormat(checks, {"bytes": size, "from_merged": distance}, ())
+    return ExportedFormat(checks, {"bytes": size, "from_merged": asdict(distance)})
 
 
 def check_weights(merged: Path, model: "PreTrainedModel", compare: Compare) -> Check:

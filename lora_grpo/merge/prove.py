@@ -192,7 +192,7 @@ def compare_logits(
     if found is None:
         return checks, Distances(None, noise, bare_base, None), None
     merged, drift = measure_distance(logits, found), None
-    checks += check_distance(merged, noise, ROUNDING_FACTOR, ROUNDING_FACTOR)
+    checks += check_distance(merged, noise, ROUNDING_FACTOR)
     if plan.four_bit is not None:
         report("measuring the drift from the 4-bit policy")
         trained = load_adapter(load_4bit_base(plan), plan.record.folder).eval()

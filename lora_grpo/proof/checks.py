@@ -1,13 +1,11 @@
 """Checks that every exported transformers folder passes: config, tokenizer, ends, ties."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_grpo.policy.base import declared_end_ids, read_config, read_tokenizer
-from lora_grpo.proof.distance import Distance, measure_distance
+from lora_grpo.proof.distance import Distance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,11 +40,11 @@ def check_folder(merged: Path, folder: Path, model: "PreTrainedModel") -> list[C
     ]
 
 
-def check_kl(distance: dict[str, Any], largest: float) -> Check:
-    """Compare an export's mean KL from the merged model with the largest one allowed."""
-    agreed = f"{distance['greedy_agreement']:.2%} of {distance['positions']} choices agree"
-    detail = f"{distance['mean_kl']:.3g} nats per token, allowed {largest:g}; {agreed}"
-    return Check("kl", distance["mean_kl"] <= largest, detail)
+def check_kl(distance: Distance, largest: float, name: str = "kl") -> Check:
+    """Compare a model's mean KL from its reference with the largest one allowed."""
+    agreed = f"{distance.greedy_agreement:.2%} of {distance.positions} choices agree"
+    detail = f"{distance.mean_kl:.3g} nats per token, allowed {largest:g}; {agreed}"
+    return Check(name, distance.mean_kl <= largest, detail)
 
 
 def check_same_config(merged: Path, folder: Path) -> Check:
@@ -59,11 +57,6 @@ def check_same_config(merged: Path, folder: Path) -> Check:
     )
     detail = f"differs in {', '.join(keys)}" if keys else "the merged model's"
     return Check("config", not keys, detail)
-
-
-def describe_distance(reference: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, Any]:
-    """Return how far logits are from the merged model's, as the report holds it."""
-    return asdict(measure_distance(reference, found))
 
 
 def check_tokenizer(folder: Path, expected: "PreTrainedTokenizerBase", texts: list[str]) -> Check:
@@ -124,31 +117,15 @@ def check_reload(loading: dict[str, set]) -> Check:
     return Check("reload", not faults, "; ".join(faults) or "every weight found its place")
 
 
-def check_distance(
-    merged: Distance,
-    noise: Distance,
-    logit_factor: float,
-    kl_factor: float,
-) -> list[Check]:
+def check_distance(found: Distance, noise: Distance, factor: float) -> list[Check]:
     """Compare a model's distance from its reference with that of noise of the expected size.
 
     A greedy choice may flip only where the reference's lead was within the logit bound.
     """
-    bound, kl_bound = logit_factor * noise.max_logit_difference, kl_factor * noise.mean_kl
-    difference, kl, margin = (
-        merged.max_logit_difference,
-        merged.mean_kl,
-        merged.largest_flipped_margin,
-    )
-    share = f"{merged.greedy_agreement:.2%} of {merged.positions} choices agree"
+    bound, lead = factor * noise.max_logit_difference, found.largest_flipped_margin
+    detail = f"differ by up to {found.max_logit_difference:.3g}, allowed {bound:.3g}"
     return [
-        Check(
-            "logits", difference <= bound, f"differ by up to {difference:.3g}, allowed {bound:.3g}"
-        ),
-        Check("kl", kl <= kl_bound, f"{kl:.3g} nats per token, allowed {kl_bound:.3g}"),
-        Check(
-            "greedy",
-            margin <= bound,
-            f"{share}, largest lead lost {margin:.3g}, allowed {bound:.3g}",
-        ),
+        Check("logits", found.max_logit_difference <= bound, detail),
+        check_kl(found, factor * noise.mean_kl),
+        Check("greedy", lead <= bound, f"largest lead lost {lead:.3g}, allowed {bound:.3g}"),
     ]

@@ -60,16 +60,10 @@ def continue_greedily(
         output = model.generate(
             input_ids=input_ids, attention_mask=mask, generation_config=settings
         )
-    completions = (cut(row, tokenizer.eos_token_id) for row in output[:, width:].tolist())
-    return [row + completion for row, completion in zip(rows, completions, strict=True)]
-
-
-def cut(completion: list[int], eos_token_id: int | None) -> list[int]:
-    return (
-        completion[: completion.index(eos_token_id) + 1]
-        if eos_token_id in completion
-        else completion
-    )
+    for row, completion in zip(rows, output[:, width:].tolist(), strict=True):
+        eos = tokenizer.eos_token_id
+        row += completion[: completion.index(eos) + 1] if eos in completion else completion
+    return rows
 
 
 def collect_logits(

@@ -29,14 +29,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_grpo.export import formats as export_formats
-from lora_grpo.export.command import ExportProofError, export_model
+from lora_grpo.export.command import ExportProofError, build_table, export_model
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.export.gguf import files as export_gguf
 from lora_grpo.export.gguf import files as export_gguf_adapter
 from lora_grpo.export.gguf import llamacpp
 from lora_grpo.export.gguf.write import GGUFModel
 from lora_grpo.export.ollama import parse_modelfile
-from lora_grpo.export.report import build_table
 from lora_grpo.merge.command import MergeProofError
 
 SCRIPT = ROOT / "scripts" / "export_model.py"

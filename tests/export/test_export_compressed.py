@@ -7,10 +7,10 @@ import pytest
 from merge_models import make_base
 
 from lora_grpo.data.prompt import PLAIN
-from lora_grpo.export.calibration import find_calibration
-from lora_grpo.export.compressed import choose_group
+from lora_grpo.export.compressed import choose_group, find_calibration
 from lora_grpo.export.source import Source
 from lora_grpo.machine.files import write_jsonl
+from lora_grpo.policy.adapter import read_record
 from lora_grpo.policy.base import load_tokenizer
 
 
@@ -43,7 +43,7 @@ def test_rows_without_a_group_are_refused(tmp_path: Path) -> None:
 
 
 def source_of(records: Path) -> Source:
-    return Source("run", make_base(), make_base(), records, PLAIN)
+    return Source("run", make_base(), make_base(), read_record(records), PLAIN)
 
 
 def test_calibration_takes_the_last_sample_of_each_prompt(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_calibration_takes_the_last_sample_of_each_prompt(tmp_path: Path) -> Non
     told = [("a?", "old", False), ("b?", "cut", True), ("a?", "new", False)]
     rows = [{"question": q, "completion": c, "truncated": t} for q, c, t in told]
     write_jsonl(tmp_path / "completions.jsonl", rows)
-    found = find_calibration(source_of(tmp_path), None, tokenizer)
-    first, second = (tokenizer.decode(row) for row in found.rows)
+    rows, origin = find_calibration(source_of(tmp_path), None, tokenizer)
+    first, second = (tokenizer.decode(row) for row in rows)
     assert first.endswith(f"new{tokenizer.eos_token}") and "a?" in first and "old" not in first
-    assert second.endswith("cut") and "2 prompts of the run" in found.origin
+    assert second.endswith("cut") and "2 prompts of the run" in origin

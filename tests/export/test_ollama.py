@@ -194,8 +194,6 @@ def test_a_trimming_template_gets_trimmed_prompts(merged: Path) -> None:
         (("{{ else if eq", "{{- else if eq"), "template"),
         (("following format", "following form"), "trained_prompt"),
         (("MESSAGE user", "MESSAGE assistant"), "trained_prompt"),
-        (("temperature 0", "temperature 0.8"), "greedy_parameters"),
-        (("PARAMETER repeat_penalty 1\n", ""), "greedy_parameters"),
         (("FROM ./x.gguf\n", ""), "modelfile"),
         (("TEMPLATE ", "TEMPLATES "), "modelfile"),
         (("SYSTEM ", 'SYSTEM """'), "trained_prompt"),
@@ -238,7 +236,7 @@ def test_a_bos_that_training_did_not_have_is_refused(merged: Path) -> None:
     "value", ["", " x ", "x", '"', '"x"', '"""', 'a"""b', "a\n\n", '\n"x"\n\t', "#x"]
 )
 def test_values_survive_quoting(value: str) -> None:
-    text = "# note\n" + write_command("SYSTEM", value) + "FROM ./x.gguf\n"
+    text = "# note\n" + write_command(("SYSTEM", value)) + "FROM ./x.gguf\n"
     assert parse_modelfile(text) == [("SYSTEM", value), ("FROM", "./x.gguf")]
 
 

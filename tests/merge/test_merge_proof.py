@@ -154,8 +154,8 @@ def test_the_proof_follows_the_free_memory(monkeypatch):
 
 def test_a_greedy_choice_may_flip_only_within_the_logit_bound():
     noise = Distance(0.1, 1e-4, 1.0, 0.0, 100)
-    close = check_distance(Distance(0.2, 1e-4, 0.99, 0.25, 100), noise, 3, 4)
-    far = check_distance(Distance(0.2, 1e-4, 0.99, 0.35, 100), noise, 3, 4)
+    close = check_distance(Distance(0.2, 1e-4, 0.99, 0.25, 100), noise, 3)
+    far = check_distance(Distance(0.2, 1e-4, 0.99, 0.35, 100), noise, 3)
     assert [check.passed for check in close] == [True, True, True]
     assert [check.passed for check in far] == [True, True, False]
 

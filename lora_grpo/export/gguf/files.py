@@ -1,4 +1,5 @@
-"""The LoRA adapter alone as GGUF, which llama.cpp puts on the base's GGUF file: `--lora`."""
+"""GGUF files, written and proven: a merged model in several types, or the LoRA adapter alone, which
+llama.cpp puts on the base's file (`--lora`)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from lora_grpo.export.config import plain_name
 from lora_grpo.export.gguf.llamacpp import HOW_TO_INSTALL, can_quantize, quantize_file
 from lora_grpo.export.gguf.proof import prove_file
 from lora_grpo.export.gguf.quants import QUANTS
-from lora_grpo.export.gguf.tokenizer import Vocabulary, describe_tokenizer
+from lora_grpo.export.gguf.tokenizer import describe_tokenizer
 from lora_grpo.export.gguf.write import (
     GGUFModel,
     check_config,
@@ -21,8 +22,7 @@ from lora_grpo.export.gguf.write import (
     write_adapter,
     write_model,
 )
-from lora_grpo.export.report import SYSTEM_PROMPT
-from lora_grpo.export.source import ExportedFormat, Say, Source
+from lora_grpo.export.source import SYSTEM_PROMPT, ExportedFormat, Say, Source
 from lora_grpo.machine.files import read_json
 from lora_grpo.merge.deltas import Delta
 from lora_grpo.policy.adapter import CONFIG
@@ -48,30 +48,20 @@ def check_gguf(source: Source, quants: tuple[str, ...]) -> None:
         )
 
 
-def describe_vocabulary(folder: Path, model: GGUFModel) -> Vocabulary:
-    """Return a merged folder's tokenizer as GGUF holds it."""
-    tokenizer = read_tokenizer(folder)
+def make_file(path: Path, folder: Path, name: str, quant: str) -> GGUFModel:
+    """Write one GGUF file of a 16-bit model, by llama.cpp where the type asks for it."""
+    model, tokenizer = read_model(folder), read_tokenizer(folder)
     ends = declared_end_ids(folder, tokenizer)
-    return describe_tokenizer(tokenizer, model.config.vocab_size, ends)
-
-
-def make_file(path: Path, source: Source, quant: str) -> GGUFModel:
-    """Write one GGUF file of the merged model, by llama.cpp where the type asks for it."""
-    model = read_model(source.merged)
-    vocabulary = describe_vocabulary(source.merged, model)
+    vocabulary = describe_tokenizer(tokenizer, model.config.vocab_size, ends)
     if not QUANTS[quant].needs_llamacpp:
-        write_model(path, model, vocabulary, quant, source.name)
+        write_model(path, model, vocabulary, quant, name)
         return model
     exact = path.with_name(f".{path.name}.16bit")
-    write_model(exact, model, vocabulary, sixteen_bit(model), source.name)
+    in_float16 = {tensor.dtype for tensor in model.tensors.values()} == {"F16"}
+    write_model(exact, model, vocabulary, "f16" if in_float16 else "bf16", name)
     quantize_file(exact, path, quant)
     exact.unlink()
     return model
-
-
-def sixteen_bit(model: GGUFModel) -> str:
-    """Return the type of 16 bits that holds the merged weights as they are."""
-    return "f16" if {tensor.dtype for tensor in model.tensors.values()} == {"F16"} else "bf16"
 
 
 def name_file(source: Source, quant: str) -> str:
@@ -91,7 +81,7 @@ def write_gguf(
     checks, figures, commands = [], {}, []
     for quant in quants:
         path = folder / name_file(source, quant)
-        model = make_file(path, source, quant)
+        model = make_file(path, source.merged, source.name, quant)
         say(f"proving {path.name}")
         proof = prove_file(path, source.merged, model, quant, reference)
         checks += [replace(check, name=f"{quant} {check.name}") for check in proof.checks]
@@ -162,7 +152,7 @@ def run_on_base(
     from lora_grpo.proof.distance import collect_logits
 
     base = path.with_name(".base.gguf")
-    make_file(base, replace(source, merged=source.plan.base_folder), "bf16")
+    make_file(base, source.plan.base_folder, source.name, "bf16")
     plain = load_base(source.plan.base_folder, Placement("cpu", "float32"), load_in_4bit=False)
     policy = load_adapter(plain, source.plan.record.folder).eval()
     expected: list[torch.Tensor] = list(collect_logits(policy, reference.sequences))

@@ -6,11 +6,10 @@ to 16 beside 16-bit ones), so its logits differ from those of the same weights i
 
 import ctypes
 import importlib.util
+import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,8 @@ from lora_grpo.export.gguf.tokenizer import PROBE
 from lora_grpo.machine.terminal import FailedError
 from lora_grpo.policy.base import declared_end_ids, read_tokenizer
 from lora_grpo.policy.generate import Advance, Completion
-from lora_grpo.proof.checks import Check
-from lora_grpo.proof.distance import KEPT_POSITIONS, Distance, measure_distance
+from lora_grpo.proof.checks import Check, check_kl
+from lora_grpo.proof.distance import KEPT_POSITIONS, measure_distance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ def quantize_file(source: Path, target: Path, quant: str) -> None:
     if is_installed():
         import llama_cpp
 
-        llama_cpp.llama_log_set(silent(), ctypes.c_void_p())
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = QUANTS[quant].file_type
         names = (bytes(source), bytes(target))
@@ -69,17 +68,6 @@ def quantize_file(source: Path, target: Path, quant: str) -> None:
         failed, said = done.returncode, (done.stderr.strip().splitlines() or ["nothing"])[-1]
     if failed or not target.is_file():
         raise FailedError(f"llama.cpp did not quantise {source.name} to {quant}: {said}")
-
-
-@cache
-def silent() -> object:
-    """Return a log function of llama.cpp's type that drops what it is told.
-
-    It is made once and kept, since C holds no more than its address.
-    """
-    import llama_cpp
-
-    return llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
 class LlamaCpp:
@@ -125,15 +113,13 @@ class LlamaCpp:
 
     def continue_greedily(self, prompt: list[int], max_new_tokens: int) -> list[int]:
         """Return the greedy completion of a prompt, the token that ends it included."""
-        return list(self.stream(prompt, max_new_tokens))
-
-    def stream(self, prompt: list[int], max_new_tokens: int) -> Iterator[int]:
         self.model.reset()
-        tokens = self.model.generate(prompt, temp=0.0, repeat_penalty=1.0)
-        for _, token in zip(range(max_new_tokens), tokens, strict=False):
-            yield token
-            if self.ends(token):
-                return
+        ids = []
+        for token in self.model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            ids.append(token)
+            if len(ids) == max_new_tokens or self.ends(token):
+                break
+        return ids
 
     def complete(
         self, prompts: list[str], max_completion_length: int, advance: Advance = lambda count: None
@@ -184,7 +170,8 @@ def prove_in_llamacpp(
     finally:
         model.close()
     distance = measure_distance(expected, logits)
-    checks.append(check_llamacpp_distance(distance, quant))
+    bound = KL_BOUND_16 if quant in SIXTEEN_BITS else KL_BOUND_LESS
+    checks.append(check_kl(distance, bound, "llamacpp_logits"))
     figures = {
         "llamacpp_from_same_weights": asdict(distance),
         "llamacpp_from_merged": asdict(measure_distance(reference.logits, logits)),
@@ -200,14 +187,6 @@ def count_same_answers(model: LlamaCpp, reference: "Reference") -> int:
         model.continue_greedily(prompt, len(sequence) - len(prompt)) == sequence[len(prompt) :]
         for prompt, sequence in pairs
     )
-
-
-def check_llamacpp_distance(distance: Distance, quant: str) -> Check:
-    """Hold llama.cpp's distance from the same weights in float32 against the bound."""
-    bound = KL_BOUND_16 if quant in SIXTEEN_BITS else KL_BOUND_LESS
-    agreed = f"{distance.greedy_agreement:.2%} of {distance.positions} choices agree"
-    detail = f"{distance.mean_kl:.3g} nats per token, allowed {bound:g}; {agreed}"
-    return Check("llamacpp_logits", distance.mean_kl <= bound, detail)
 
 
 def check_ids(model: LlamaCpp, tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Check:

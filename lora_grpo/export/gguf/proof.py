@@ -6,8 +6,9 @@ model that comes out are compared with the merged model's. Where llama.cpp is in
 file too.
 """
 
+from collections import Counter
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from lora_grpo.export.gguf.tokenizer import (
     read_vocabulary,
 )
 from lora_grpo.export.gguf.write import ROPE_FREQUENCIES, GGUFModel, describe_model, name_map
+from lora_grpo.export.source import ExportedFormat
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.tensors import read_tensor
 from lora_grpo.policy.base import declared_end_ids, read_tokenizer
@@ -32,10 +34,9 @@ from lora_grpo.proof.checks import (
     Check,
     check_kl,
     check_ties,
-    describe_distance,
     shares_embeddings,
 )
-from lora_grpo.proof.distance import collect_logits
+from lora_grpo.proof.distance import collect_logits, measure_distance
 from lora_grpo.proof.reference import quiet_transformers
 
 if TYPE_CHECKING:
@@ -48,17 +49,9 @@ if TYPE_CHECKING:
 ENDS = ("eos", "eot", "eom")
 
 
-@dataclass(frozen=True)
-class Proof:
-    """The checks of one file, and its distances from the merged model."""
-
-    checks: tuple[Check, ...]
-    figures: dict[str, Any]
-
-
 def prove_file(
     path: Path, folder: Path, model: GGUFModel, quant: str, reference: "Reference"
-) -> Proof:
+) -> ExportedFormat:
     """Read a GGUF file back and compare it with the merged folder that it was made from."""
     from gguf import GGUFReader
 
@@ -67,44 +60,35 @@ def prove_file(
     try:
         reader = GGUFReader(path)
     except (ValueError, KeyError, IndexError) as error:
-        return Proof((Check("read", False, f"gguf cannot read it: {error}"),), {})
+        return ExportedFormat((Check("read", False, f"gguf cannot read it: {error}"),), {})
     checks = [check_keys(reader, model, quant), *check_vocabulary(reader, folder, reference.texts)]
     with quiet_transformers():
         logits, found = observe_file(path, reader, model, quant, reference)
         checks += found
-        figures = {"bytes": path.stat().st_size, "types": count_types(reader)}
+        types = Counter(sorted(tensor.tensor_type.name for tensor in reader.tensors))
+        figures: dict[str, Any] = {"bytes": path.stat().st_size, "types": types}
         if logits is not None:
-            distance = describe_distance(reference.logits, logits)
+            distance = measure_distance(reference.logits, logits)
             checks.append(check_kl(distance, QUANTS[quant].largest_kl))
-            figures["from_merged"] = distance
+            figures["from_merged"] = asdict(distance)
     if logits is not None and is_installed():
         from lora_grpo.export.gguf.llamacpp import prove_in_llamacpp
 
         found, measured = prove_in_llamacpp(path, folder, reference, logits, quant)
         checks += found
         figures |= measured
-    return Proof(tuple(checks), figures)
-
-
-def count_types(reader: "GGUFReader") -> dict[str, int]:
-    """Return how many tensors are of each type."""
-    kinds = [tensor.tensor_type.name for tensor in reader.tensors]
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+    return ExportedFormat(tuple(checks), figures)
 
 
 def check_keys(reader: "GGUFReader", model: GGUFModel, quant: str) -> Check:
     """Compare the architecture's keys with the merged model's config."""
-
-    def get(key: str) -> Any:
-        field = reader.get_field(key)
-        return None if field is None else field.contents()
-
     expected = {f"{model.architecture}.{k}": v for k, v in describe_model(model.config).items()}
     expected |= {"general.architecture": model.architecture, "general.type": "model"}
     expected |= {"general.file_type": QUANTS[quant].file_type}
     faults = []
     for key, value in expected.items():
-        found = get(key)
+        field = reader.get_field(key)
+        found = None if field is None else field.contents()
         wanted = float(np.float32(value)) if isinstance(value, float) else value
         if found != wanted:
             faults.append(f"{key} is {found}, expected {wanted}")

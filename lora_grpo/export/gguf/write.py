@@ -4,8 +4,9 @@ Memory stays near the largest tensor, whatever the size of the model.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from lora_grpo.merge.tensors import StoredTensor, read_tensor
 from lora_grpo.policy.base import read_config
 
 if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
     from transformers import PretrainedConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -39,13 +41,13 @@ class GGUFModel:
     def architecture(self) -> str:
         return self.config.model_type
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
     def read(self, name: str) -> np.ndarray:
         """Return one tensor's values in float32, in GGUF's order of rows."""
-        values = read_tensor(self.tensors[name]).float().numpy()
-        return permute(self.config, name, values)
+        return permute(self.config, name, read_floats(self.tensors[name]))
+
+
+def read_floats(stored: StoredTensor) -> np.ndarray:
+    return read_tensor(stored).float().numpy()
 
 
 def read_model(folder: Path) -> GGUFModel:
@@ -127,25 +129,25 @@ def permute(config: "PretrainedConfig", name: str, values: np.ndarray) -> np.nda
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
-def extra_tensors(config: "PretrainedConfig") -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what GGUF stores and transformers computes: Llama 3's factors of the rotary
-    frequencies, (head_dim / 2,), by which llama.cpp divides them."""
-    rope = config.rope_parameters
-    if rope["rope_type"] != "llama3":
-        return
+def rope_factors(config: "PretrainedConfig") -> np.ndarray:
+    """Return Llama 3's factors of the rotary frequencies, (head_dim / 2,), by which llama.cpp
+    divides them; transformers computes them and GGUF stores them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
-    plain = torch.exp(-exponents * math.log(rope["rope_theta"]))
-    yield ROPE_FREQUENCIES, (plain / scaled).numpy()
+    plain = torch.exp(-exponents * math.log(config.rope_parameters["rope_theta"]))
+    return (plain / scaled).numpy()
 
 
-Produce = Callable[[], np.ndarray]
+# A tensor's shape, its type, and what gives its values in float32.
+Part = tuple[tuple[int, ...], "GGMLQuantizationType", Callable[[], np.ndarray]]
 
 
-def write_model(path: Path, model: GGUFModel, vocabulary: Vocabulary, quant: str, name: str) -> int:
-    """Write a model's file and return its size in bytes; `name` is what people will call it.
+def write_model(
+    path: Path, model: GGUFModel, vocabulary: Vocabulary, quant: str, name: str
+) -> None:
+    """Write a model's file; `name` is what people will call it.
 
     Raises:
         ValueError: a value does not fit the type.
@@ -157,26 +159,22 @@ def write_model(path: Path, model: GGUFModel, vocabulary: Vocabulary, quant: str
     writer.add_name(name)
     writer.add_file_type(QUANTS[quant].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_keys(writer, model.architecture, describe_model(model.config))
-    write_vocabulary(writer, vocabulary)
-    parts: dict[str, tuple[tuple[int, ...], Any, Produce]] = {}
-    for tensor, values in extra_tensors(model.config):
-        parts[tensor] = (values.shape, gguf.GGMLQuantizationType.F32, lambda values=values: values)
-    for tensor in model.tensors:
-        shape = model.shape(tensor)
-        kind = choose_type(tensor, shape, QUANTS[quant])
-        parts[tensor] = (shape, kind, lambda tensor=tensor: model.read(tensor))
-    write_tensors(writer, parts)
-    return path.stat().st_size
-
-
-def add_keys(writer: Any, architecture: str, keys: dict[str, int | float]) -> None:
-    for key, value in keys.items():
+    for key, value in describe_model(model.config).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)
+        add(f"{model.architecture}.{key}", value)
+    write_vocabulary(writer, vocabulary)
+    parts: dict[str, Part] = {}
+    if model.config.rope_parameters["rope_type"] == "llama3":
+        factors = rope_factors(model.config)
+        kind = gguf.GGMLQuantizationType.F32
+        parts[ROPE_FREQUENCIES] = (factors.shape, kind, lambda: factors)
+    for tensor, stored in model.tensors.items():
+        kind = choose_type(tensor, stored.shape, QUANTS[quant])
+        parts[tensor] = (stored.shape, kind, partial(model.read, tensor))
+    write_tensors(writer, parts)
 
 
-def write_tensors(writer: Any, parts: dict[str, tuple[tuple[int, ...], Any, Produce]]) -> None:
+def write_tensors(writer: "GGUFWriter", parts: dict[str, Part]) -> None:
     """Write a file's header and then its tensors, each made when its turn comes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
@@ -198,9 +196,13 @@ def write_tensors(writer: Any, parts: dict[str, tuple[tuple[int, ...], Any, Prod
 
 
 def write_adapter(
-    path: Path, config: Any, deltas: dict[str, Delta], lora_alpha: float, name: str
-) -> int:
-    """Write a LoRA adapter's file, for `llama-cli --lora`, and return its size in bytes.
+    path: Path,
+    config: "PretrainedConfig",
+    deltas: dict[str, Delta],
+    lora_alpha: float,
+    name: str,
+) -> None:
+    """Write a LoRA adapter's file, for `llama-cli --lora`.
 
     llama.cpp scales each pair by lora_alpha / rank; where PEFT scales otherwise (rank-stabilised
     LoRA, patterns) the difference goes into B.
@@ -212,30 +214,21 @@ def write_adapter(
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora_alpha))
-    parts: dict[str, tuple[tuple[int, ...], Any, Produce]] = {}
+    parts: dict[str, Part] = {}
     for weight, delta in deltas.items():
         target = name_map(config).get_name(weight, try_suffixes=(".weight",))
         if target is None or delta.transposed:
             raise ValueError(f"the adapter changes {weight}, which GGUF has no name for")
         kind = gguf.GGMLQuantizationType.F32
-        parts[f"{target}.lora_a"] = (delta.a.shape, kind, lambda d=delta: read_a(d))
-        parts[f"{target}.lora_b"] = (
-            delta.b.shape,
-            kind,
-            lambda d=delta, t=target: read_b(config, d, t, lora_alpha),
-        )
+        a = (delta.a.shape, kind, partial(read_floats, delta.a))
+        b = (delta.b.shape, kind, partial(read_b, config, delta, target, lora_alpha))
+        parts |= {f"{target}.lora_a": a, f"{target}.lora_b": b}
     write_tensors(writer, parts)
-    return path.stat().st_size
 
 
-def read_a(delta: Delta) -> np.ndarray:
-    """Return A, (r, in), in float32."""
-    return read_tensor(delta.a).float().numpy()
-
-
-def read_b(config: Any, delta: Delta, target: str, lora_alpha: float) -> np.ndarray:
+def read_b(config: "PretrainedConfig", delta: Delta, target: str, lora_alpha: float) -> np.ndarray:
     """Return B, (out, r), in float32 and GGUF's order of rows, scaled so that lora_alpha / r is all
     that is left to scale by."""
     rank = delta.a.shape[0]
-    values = read_tensor(delta.b).float().numpy() * np.float32(delta.scaling * rank / lora_alpha)
+    values = read_floats(delta.b) * np.float32(delta.scaling * rank / lora_alpha)
     return permute(config, target, values)
