@@ -26,7 +26,7 @@ def compare(run: dict[str, Any]) -> tuple[str, str]:
     if p >= SURE:
         steps = 2 * (run["steps"] or run["step"])
         return (
-            f"Not shown to have learnt: {change}, which chance alone explains.",
+            f"Not shown to have learnt: {change}, no more than chance can do.",
             f"Next: train longer (lora-grpo train --resume {place} --max-steps {steps}) or compare "
             "on more problems (--num-eval-items).",
         )
