@@ -73,14 +73,6 @@ def no_gpu(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 # The settings
 
 
-def test_every_setting_has_one_line_of_help() -> None:
-    source = (ROOT / "lora_grpo/config/train_config.py").read_text()
-    for name in FIELDS:
-        assert re.search(
-            rf'^    {name}: .*(?:\n(?!    """).*)*\n    """\S.*\."""$', source, re.M
-        ), name
-
-
 def test_the_help_shows_the_docstrings_and_the_chosen_defaults(capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         parse("--preset", "tiny", "--help")
@@ -89,8 +81,11 @@ def test_the_help_shows_the_docstrings_and_the_chosen_defaults(capsys) -> None:
     assert "Longest prompt in tokens; longer ones are counted and dropped, never cut." in text
     length = PRESETS["tiny"]["max_completion_length"]
     assert re.search(rf"--max-completion-length INT Longest [^(]* \(default: {length}\)", text)
+    source = (ROOT / "lora_grpo/config/train_config.py").read_text()
     for name in FIELDS:
         assert "--" + name.replace("_", "-") in text
+        one_line = rf'^    {name}: .*(?:\n(?!    """).*)*\n    """\S.*\."""$'
+        assert re.search(one_line, source, re.M), name
 
 
 def test_no_setting_is_read_nowhere() -> None:
@@ -199,9 +194,8 @@ def test_a_wrong_setting_is_refused_in_a_sentence(settings: dict, message: str) 
     "settings",
     [
         {"top_p": 1.0, "warmup_ratio": 0.0, "epsilon_high": None, "max_steps": None},
-        {"seed": 2**32 - 1, "num_validation_items": 0, "num_eval_items": 1},
+        {"seed": 2**32 - 1, "num_validation_items": 0, "num_iterations": 5, "save_steps": 25},
         {"loss_type": "bnpo", "gradient_accumulation_steps": 1},
-        {"num_iterations": 5, "save_steps": 25},
         {"loss_type": "cispo", "epsilon_high": 1.0},
         {"epsilon": 1.0, "epsilon_high": 1.0},
         {"loss_type": "luspo", "epsilon": 0.1, "importance_sampling_level": "sequence"},
@@ -270,8 +264,6 @@ def test_every_preset_is_a_choice_and_a_valid_configuration() -> None:
         (None, "tiny"),
         ("echo 'NVIDIA GeForce RTX 3060, 580.65.06, 8.6, 12288, 11700, [N/A]'", "qwen2.5-0.5b"),
         ("echo 'NVIDIA-SMI has failed' >&2; exit 9", "tiny"),
-        ("echo 'No devices were found'", "tiny"),
-        ("echo 'GPU access blocked'; exit 4", "tiny"),
     ],
 )
 def test_the_hardware_chooses_where_nothing_else_does(
@@ -295,55 +287,47 @@ def test_a_driver_that_hangs_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert choose_preset()[0] == "tiny"
 
 
-@pytest.mark.parametrize("flags", [["--preset=smollm2-135m"], ["--preset", "smollm2-135m"]])
-def test_a_preset_is_named_with_or_without_an_equals_sign(flags: list[str]) -> None:
-    config, why = parse_train_config(flags)
-    assert (config.preset, why) == ("smollm2-135m", "preset smollm2-135m: asked for")
+SMOL = PRESETS["smollm2-135m"]
 
 
-@pytest.mark.parametrize("flags", [["--model", "own/model"], ["--preset", "None"]])
-def test_a_model_of_one_s_own_or_none_means_no_preset(flags: list[str]) -> None:
-    config, why = parse_train_config(flags)
-    assert config.preset is None and config.learning_rate == TrainConfig.learning_rate
-    assert why == f"no preset: {flags[0]} was given"
-
-
-# Who overrides whom
-
-
+@pytest.mark.parametrize(
+    ("text", "flags", "expected", "why"),
+    [
+        (None, ["--preset=smollm2-135m"], {"preset": "smollm2-135m"}, "asked for"),
+        (None, ["--preset", "smollm2-135m"], {"model": SMOL["model"]}, "asked for"),
+        (None, ["--model", "own/model"], {"preset": None, "learning_rate": 2e-5}, "--model was"),
+        (None, ["--preset", "None"], {"preset": None, "learning_rate": 2e-5}, "--preset was"),
+        (
+            "preset: tiny\nmax_steps: 11\neval-steps: 4\nr: 8\n",
+            ["--r", "4", "--eval-steps=2"],
+            {"r": 4, "eval_steps": 2, "max_steps": 11, "learning_rate": 1e-3, "beta": 0.0},
+            "preset tiny: from FILE",
+        ),
+        (
+            "preset: tiny\nsave_steps: 7\n",
+            ["--preset", "smollm2-135m"],
+            {"preset": "smollm2-135m", "save_steps": 7, "max_completion_length": 256},
+            "preset smollm2-135m: asked for",
+        ),
+        (
+            "r: 8\nmodel: own/model",
+            [],
+            {"preset": None, "r": 8, "model": "own/model", "learning_rate": 2e-5},
+            "no preset: --config was given",
+        ),
+        ("r: 8", [], {"preset": "tiny", "r": 8, "model": "tiny"}, "tiny: this machine has no"),
+        ("preset: null", [], {"model": TrainConfig.model}, "--config was given"),
+    ],
+)
 def test_flags_override_the_file_which_overrides_the_preset_which_overrides_defaults(
-    tmp_path: Path,
+    tmp_path: Path, text: str | None, flags: list[str], expected: dict, why: str
 ) -> None:
-    file = write(tmp_path / "run.yaml", "preset: tiny\nmax_steps: 11\neval-steps: 4\nr: 8\n")
-    config, why = parse_train_config(["--config", str(file), "--r", "4", "--eval-steps=2"])
-    assert (config.r, config.eval_steps) == (4, 2)  # flag, over file (and preset)
-    assert config.max_steps == 11 != PRESETS["tiny"]["max_steps"]  # file, over the preset
-    assert config.learning_rate == PRESETS["tiny"]["learning_rate"] != TrainConfig.learning_rate
-    assert config.beta == TrainConfig.beta
-    assert config.config == file and why == f"preset tiny: from {file}"
-
-
-def test_a_preset_by_flag_overrides_the_file_s_preset_but_not_its_settings(tmp_path: Path) -> None:
-    file = write(tmp_path / "run.yaml", "preset: tiny\nsave_steps: 7\n")
-    config = parse("--config", file, "--preset", "smollm2-135m")
-    assert (config.preset, config.save_steps) == ("smollm2-135m", 7)
-    assert config.max_completion_length == 256
-
-
-def test_a_file_with_a_model_stands_on_the_defaults(tmp_path: Path) -> None:
-    file = write(tmp_path / "run.yaml", "r: 8\nmodel: own/model")
-    config, why = parse_train_config(["--config", str(file)])
-    assert (config.preset, config.r, config.model) == (None, 8, "own/model")
-    assert config.learning_rate == TrainConfig.learning_rate
-    assert why == "no preset: --config was given"
-
-
-def test_a_file_without_preset_or_model_takes_what_fits_the_machine(tmp_path: Path) -> None:
-    file = write(tmp_path / "run.yaml", "r: 8")
-    config, why = parse_train_config(["--config", str(file)])
-    assert (config.preset, config.r, config.model) == ("tiny", 8, "tiny")
-    assert why.startswith("preset tiny: this machine has no") and str(file) in why
-    assert parse("--config", write(file, "preset: null")).model == TrainConfig.model
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        flags = ["--config", str(write(file, text)), *flags]
+    config, said = parse_train_config(flags)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert why.replace("FILE", str(file)) in said
 
 
 def test_only_what_the_flags_leave_is_checked(tmp_path: Path) -> None:
@@ -465,10 +449,6 @@ def test_a_broken_json_file_is_told_with_its_line(tmp_path: Path) -> None:
     file = write(tmp_path / "run.json", '{"r": 8,\n "seed" 3}')
     with pytest.raises(ValueError, match=f"^--config {file}, line 2: broken JSON"):
         parse("--config", file)
-    with pytest.raises(ValueError, match="got list"):
-        parse("--config", write(file, "[1]"))
-    with pytest.raises(ValueError, match="unknown key max_step: perhaps you meant max_steps"):
-        parse("--config", write(file, '{"max_step": 3}'))
     file.write_bytes(b'{"run_name": "\xe9"}')
     with pytest.raises(ValueError, match=f"^--config {file} is not UTF-8 text"):
         parse("--config", file)
@@ -525,20 +505,6 @@ def test_resume_allows_the_same_flags_again_and_what_is_printed(run: Path) -> No
     assert not config.quiet and not config.dry_run
 
 
-def test_resume_finds_the_run_s_files_from_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    for name in ("d.jsonl", "mine.py"):
-        write(tmp_path / name, "x")
-    monkeypatch.chdir(tmp_path)
-    flags = ("--dataset", "d.jsonl", "--reward", "mine.py:f=0.5")
-    run = save_run(tmp_path / "run", parse("--preset", "tiny", *flags))
-    assert parse("--resume", run, *flags).reward == (f"{tmp_path}/mine.py:f=0.5",)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert parse("--resume", run).dataset == str(tmp_path / "d.jsonl")
-
-
 def test_resume_takes_files_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether they hold the same is found by their hashes, before anything is loaded."""
     flags = ("--dataset", "d.jsonl", "--reward", "mine.py:f=0.5", "--model", "base")
@@ -550,6 +516,7 @@ def test_resume_takes_files_that_moved(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path / "old")
     run = save_run(tmp_path / "run", parse("--preset", "tiny", *flags))
     monkeypatch.chdir(tmp_path / "new")
+    assert parse("--resume", run).dataset == f"{tmp_path}/old/d.jsonl"
     moved = parse("--resume", run, *flags)
     assert (moved.model, moved.dataset) == (f"{tmp_path}/new/base", f"{tmp_path}/new/d.jsonl")
     assert moved.reward == (f"{tmp_path}/new/mine.py:f=0.5",)
@@ -558,7 +525,11 @@ def test_resume_takes_files_that_moved(tmp_path: Path, monkeypatch: pytest.Monke
         parse("--resume", run, "--reward", "mine.py:f=0.6")
 
 
-def test_resume_allows_more_steps_and_refuses_fewer(run: Path) -> None:
+@pytest.mark.parametrize("began", ["30", "None"])
+def test_a_run_is_prolonged_and_never_shortened(tmp_path: Path, began: str) -> None:
+    """A run over epochs, too, is resumed by the number of its steps."""
+    run = save_run(tmp_path, parse("--preset", "tiny", "--max-steps", began), steps=30)
+    assert parse("--resume", run).max_steps == 30
     assert parse("--resume", run, "--max-steps", "31").max_steps == 31
     for fewer in ("29", "None"):
         with pytest.raises(ValueError, match=f"--max-steps was 30, now {fewer}: .* prolonged"):
@@ -571,14 +542,6 @@ def test_a_falling_rate_cannot_be_prolonged(tmp_path: Path) -> None:
     assert parse("--resume", run).max_steps == 30
     with pytest.raises(ValueError, match="now 31: with --lr-scheduler-type cosine"):
         parse("--resume", run, "--max-steps", "31")
-
-
-def test_a_run_over_epochs_is_resumed_by_its_number_of_steps(tmp_path: Path) -> None:
-    run = save_run(tmp_path, parse("--preset", "tiny", "--max-steps", "None"), steps=250)
-    assert parse("--resume", run).max_steps == 250
-    assert parse("--resume", run, "--max-steps", "251").max_steps == 251
-    with pytest.raises(ValueError, match="--max-steps was 250, now 249"):
-        parse("--resume", run, "--max-steps", "249")
 
 
 def test_resume_needs_a_run_and_takes_no_config_file(run: Path, tmp_path: Path) -> None:

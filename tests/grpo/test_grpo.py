@@ -80,7 +80,7 @@ def test_steps_equal_plain_trl(
 ) -> None:
     """The same completions are sampled, and updated on, step after step."""
     monkeypatch.setattr(torch, "multinomial", lambda p, num_samples: draw(p)[:, None])
-    knobs = {"max_steps": 4, "save_steps": 2, **knobs}
+    knobs = {"max_steps": 4, "save_steps": 2, "max_completion_length": 24, **knobs}
     ours = make_trainer(tmp_path, shared_prefix=shared_prefix, **knobs)
     plain = make_trainer(tmp_path, GRPOTrainer, **knobs)
     for trainer in (ours, plain):

@@ -12,7 +12,7 @@ from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import SKIPPED_IN_A_ROW, Recorder
 
 LARGEST_FLOAT16 = 65504.0
-STEPS = 12
+STEPS = 9
 
 
 def limit_to_float16(gradient: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,8 @@ def limit_to_float16(gradient: torch.Tensor) -> torch.Tensor:
 
 def train(monkeypatch, tmp_path: Path, scale: float | None, hook=limit_to_float16):
     """Train with PyTorch's own loss scaling; return the trainer, its rows and lora_B's sizes."""
-    trainer = make_trainer(tmp_path, max_steps=STEPS, save_steps=STEPS, max_grad_norm=1.0)
+    settings = {"max_steps": STEPS, "save_steps": STEPS, "max_completion_length": 16}
+    trainer = make_trainer(tmp_path, max_grad_norm=1.0, **settings)
     if scale is not None:
         # As Accelerate sets itself up for float16, which it does on a GPU alone.
         monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")

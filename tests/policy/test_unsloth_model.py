@@ -1,10 +1,10 @@
 """What Unsloth is asked for, and that nothing which it changes passes in silence."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from unsloth_stand_in import CONFIG, FastLanguageModel, folder_with_ends, stand_
 
 from lora_grpo.policy.adapter import save_adapter
 from lora_grpo.policy.base import load_tokenizer
-from lora_grpo.policy.unsloth import load_unsloth, refuse_what_unsloth_changes
+from lora_grpo.policy.unsloth import engine_arguments, load_unsloth, refuse_what_unsloth_changes
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +27,7 @@ def unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(folder: Path, **changes):
     return load_unsloth(
-        dataclasses.replace(CONFIG, **changes), folder, tokenizer := load_tokenizer(folder)
+        replace(CONFIG, **changes), folder, tokenizer := load_tokenizer(folder)
     ), tokenizer
 
 
@@ -68,21 +68,16 @@ def test_without_vllm_and_checkpointing_neither_is_asked_for(tiny_model_folder: 
     assert FastLanguageModel.lora["use_gradient_checkpointing"] is False
 
 
-def test_the_share_is_of_the_whole_card_in_standby_too(tiny_model_folder: Path) -> None:
-    load(tiny_model_folder, vllm_gpu_memory_utilization=0.6)
-    assert FastLanguageModel.given["gpu_memory_utilization"] == pytest.approx(0.8)
-    assert os.environ["UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE"] == "1"
-
-
-def test_without_a_share_unsloth_chooses(tiny_model_folder: Path) -> None:
-    load(tiny_model_folder)
-    assert FastLanguageModel.given["gpu_memory_utilization"] == 0.5
+def test_the_share_is_of_the_whole_card_in_standby_too() -> None:
+    given = engine_arguments(replace(CONFIG, vllm_gpu_memory_utilization=0.6))
+    assert given["gpu_memory_utilization"] == pytest.approx(0.8)
+    assert os.environ.pop("UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE") == "1"
+    assert engine_arguments(CONFIG)["gpu_memory_utilization"] == 0.5
     assert "UNSLOTH_VLLM_STANDBY_UTIL_OVERRIDE" not in os.environ
 
 
-def test_256_sequences_are_not_taken_for_no_number(tiny_model_folder: Path) -> None:
-    load(tiny_model_folder, vllm_max_num_seqs=256)
-    assert FastLanguageModel.given["max_num_seqs"] == 257
+def test_256_sequences_are_not_taken_for_no_number() -> None:
+    assert engine_arguments(replace(CONFIG, vllm_max_num_seqs=256))["max_num_seqs"] == 257
 
 
 def test_the_adapter_names_the_base_as_the_user_knows_it(
@@ -135,7 +130,7 @@ def test_what_unsloth_would_change_is_refused(
     tiny_model_folder: Path, changes: dict, flag: str
 ) -> None:
     with pytest.raises(ValueError, match=flag):
-        refuse_what_unsloth_changes(dataclasses.replace(CONFIG, **changes), tiny_model_folder)
+        refuse_what_unsloth_changes(replace(CONFIG, **changes), tiny_model_folder)
 
 
 def test_sequences_that_were_shortened_are_refused(tiny_model_folder: Path) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,8 @@ def test_a_single_file_gives_a_tenth_to_the_test_the_same_for_a_seed(
         assert (len(data.train), len(data.validation), len(data.test)) == (50, 4, 6)
         assert_disjoint(data)
     assert first.test_split == "held out of train with seed 7"
-
-
-def test_num_eval_items_says_how_many_a_single_file_gives(tmp_path: Path, tokenizer) -> None:
-    path = write(tmp_path / "a.jsonl", make_rows(30))
-    data = prepare_data(configure(path, num_eval_items=12), tokenizer, REWARDS)
-    assert (len(data.train), len(data.test)) == (14, 12)
+    more = prepare_data(configure(path, num_eval_items=12), tokenizer, REWARDS)
+    assert (len(more.train), len(more.test)) == (44, 12)
 
 
 def test_repeats_of_a_question_are_held_out_together() -> None:
@@ -135,15 +132,6 @@ def test_repeats_of_a_question_are_held_out_together() -> None:
     assert not questions_of(kept) & questions_of(held)
 
 
-def test_the_hash_tells_one_changed_answer(tmp_path: Path, tokenizer) -> None:
-    rows = make_rows(20)
-    hashes = set()
-    for answer in ("#### 1", "#### 2"):
-        path = write(tmp_path / "a.jsonl", [*rows, {"question": "last", "answer": answer}])
-        hashes.add(prepare_data(configure(path), tokenizer, REWARDS).sha256())
-    assert len(hashes) == 2
-
-
 # What is dropped, with a sentence each
 
 
@@ -153,44 +141,6 @@ BAD_ROWS = [
     *make_rows(3, 50),
     {"question": "How big?", "answer": "#### x + 1"},
 ]
-
-
-def test_bad_gold_answers_are_dropped_with_their_rows(tmp_path: Path, tokenizer) -> None:
-    dataset = write_folder(
-        tmp_path, BAD_ROWS, [{"question": "t", "answer": "?"}, *make_rows(2, 90)]
-    )
-    data = prepare_data(configure(dataset), tokenizer, REWARDS)
-    train, test = data.notes
-    assert train.startswith("dropped from train: 2 of 17 gold answers do not earn full marks")
-    assert "such as 'Ann'" in train and "(rows 13, 17)" in train
-    assert test.startswith("dropped from test: 1 of 3") and "(row 1)" in test
-    assert sorted(rows_of(data.train + data.validation)) == [*range(1, 13), 14, 15, 16]
-    assert rows_of(data.test) == [2, 3]
-
-
-def test_a_long_list_of_rows_is_cut_short(tmp_path: Path, tokenizer) -> None:
-    bad = [{"question": f"b{number}", "answer": "none"} for number in range(9)]
-    path = write(tmp_path / "a.jsonl", [*bad, *make_rows(20)])
-    [note] = prepare_data(configure(path), tokenizer, REWARDS).notes
-    assert "9 of 29" in note and note.endswith("(rows 1, 2, 3, 4, 5 and 4 more)")
-
-
-def test_blank_rows_are_dropped_and_counted(tmp_path: Path, tokenizer) -> None:
-    rows = [*make_rows(10), {"question": "blank", "answer": ""}, *make_rows(10, 40), {"answer": 1}]
-    data = prepare_data(configure(write(tmp_path / "a.jsonl", rows)), tokenizer, REWARDS)
-    assert data.notes == (
-        "dropped from train: 2 of 22 rows lack a question or an answer (rows 11, 22)",
-    )
-
-
-def test_overlap_of_train_and_test_is_dropped_from_train(tmp_path: Path, tokenizer) -> None:
-    test = [{"question": "  what is 3\nAND 1? ", "answer": "4"}, *make_rows(1, 7)]
-    data = prepare_data(configure(write_folder(tmp_path, make_rows(20), test)), tokenizer, REWARDS)
-    assert data.notes == (
-        "dropped from train: 2 of 20 questions are also in the test set (rows 4, 8)",
-    )
-    assert len(data.test) == 2
-    assert_disjoint(data)
 
 
 def test_long_prompts_are_dropped_and_never_cut(tmp_path: Path, tokenizer) -> None:
@@ -213,30 +163,48 @@ def test_long_prompts_are_dropped_and_never_cut(tmp_path: Path, tokenizer) -> No
     ]
 
 
+MANY_BAD = [{"question": f"b{number}", "answer": "none"} for number in range(9)]
+BLANK, LONG = {"question": "?"}, {"question": "long " * 999, "answer": "1"}
+COPIES = [{"question": "  what is 3\nAND 1? ", "answer": "4"}, *make_rows(1, 7)]
+TEST = make_rows(2, 90)
+
+
 @pytest.mark.parametrize(
-    ("train", "test", "why"),
+    ("train", "test", "why", "kept"),
     [
-        (BAD_ROWS, make_rows(2, 90), "train: 2 of 17 gold answers"),
-        (make_rows(9), [*make_rows(2, 90), *BAD_ROWS[-1:]], "test: 1 of 3 gold answers"),
-        (make_rows(9), make_rows(1), "train: 1 of 9 questions are also in the test set"),
         (
-            [*make_rows(9), {"question": "?"}],
-            make_rows(1, 90),
-            "train: 1 of 10 rows lack a question",
+            BAD_ROWS,
+            TEST,
+            "train: 2 of 17 gold answers .*'Ann'.*rows 13, 17",
+            [*range(1, 13), 14, 15, 16],
         ),
+        (MANY_BAD + make_rows(2), TEST, "9 of 11 .*rows 1, 2, 3, 4, 5 and 4 more", [10, 11]),
+        (make_rows(3), [*TEST, *BAD_ROWS[-1:]], "test: 1 of 3 gold answers .*row 3", [1, 2, 3]),
         (
-            [*make_rows(9), {"question": "long " * 999, "answer": "1"}],
-            make_rows(1, 90),
-            "train: 1 of 10 prompts are longer than --max-prompt-length 512",
+            make_rows(9),
+            COPIES,
+            "train: 2 of 9 questions are also in .*rows 4, 8",
+            [1, 2, 3, 5, 6, 7, 9],
+        ),
+        ([*make_rows(3), BLANK], TEST, "train: 1 of 4 rows lack a question .*row 4", [1, 2, 3]),
+        (
+            [LONG, *make_rows(2)],
+            TEST,
+            "train: 1 of 3 prompts are longer than --max-prompt-length 512 .*row 1",
+            [2, 3],
         ),
     ],
 )
-def test_strict_data_stops_where_a_row_would_be_dropped(
-    tmp_path: Path, tokenizer, train: list, test: list, why: str
+def test_a_row_that_cannot_be_used_is_dropped_or_with_strict_data_refused(
+    tmp_path: Path, tokenizer, train: list, test: list, why: str, kept: list[int]
 ) -> None:
     config = configure(write_folder(tmp_path, train, test), num_validation_items=0)
-    assert len(prepare_data(config, tokenizer, REWARDS).notes) == 1
-    with pytest.raises(ValueError, match=f"^--strict-data: {why}"):
+    data = prepare_data(config, tokenizer, REWARDS)
+    [note] = data.notes
+    assert re.search(f"dropped from .*{why}", note)
+    assert rows_of(data.train) == kept and len(data.test) == 2
+    assert_disjoint(data)
+    with pytest.raises(ValueError, match=r"^--strict-data: "):
         prepare_data(dataclasses.replace(config, strict_data=True), tokenizer, REWARDS)
 
 
@@ -434,13 +402,6 @@ def test_a_tenth_is_of_the_questions_and_not_of_their_repeats(tmp_path: Path, to
     parts = (data.train, data.validation, data.test)
     assert [len(questions_of(part)) for part in parts] == [33, 3, 4]
     assert len(set().union(*map(questions_of, parts))) == 40
-
-
-def test_a_folder_with_train_alone_has_its_test_held_out(tmp_path: Path, tokenizer) -> None:
-    write(tmp_path / "train.jsonl", make_rows(30))
-    data = prepare_data(configure(str(tmp_path)), tokenizer, REWARDS)
-    assert len(data.test) == 3 and data.test_split.startswith("held out of train")
-    assert_disjoint(data)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,6 @@ def by_length(completions: list, **columns: Any) -> list[float]:
 SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "dapo": (constant, {}),
     "grpo in TRL's update": (constant, {"loss_type": "grpo", "shared_prefix": False}),
-    "bnpo": (constant, {"loss_type": "bnpo"}),
     "luspo": (constant, {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     "vespo": (nothing, {"loss_type": "vespo"}),
     "no reward, in TRL's update": (nothing, {"shared_prefix": False}),
