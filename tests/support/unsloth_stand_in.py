@@ -14,7 +14,16 @@ import torch
 
 from lora_grpo.config.train_config import TrainConfig
 
-ONLY_FOR_VLLM_OR_HUB = {"max_num_seqs", "local_files_only"}
+# What unsloth's functions take, as far as this project may give it.
+FOR_LOADING = {
+    *("model_name", "max_seq_length", "dtype", "load_in_4bit", "use_gradient_checkpointing"),
+    *("use_exact_model_name", "local_files_only", "fast_inference", "gpu_memory_utilization"),
+    *("max_lora_rank", "max_num_seqs"),
+}
+FOR_LORA = {
+    *("r", "target_modules", "lora_alpha", "lora_dropout", "random_state"),
+    *("use_gradient_checkpointing", "use_rslora", "init_lora_weights"),
+}
 
 
 class Engine:
@@ -72,77 +81,39 @@ class FastLanguageModel:
     room: int | None
 
     @staticmethod
-    def from_pretrained(
-        model_name: str = "unsloth/Llama-3.2-1B-Instruct",
-        max_seq_length: int = 2048,
-        dtype: Any = None,
-        load_in_4bit: bool = True,
-        load_in_8bit: bool = False,
-        load_in_16bit: bool = False,
-        full_finetuning: bool = False,
-        token: str | None = None,
-        device_map: str = "sequential",
-        device_map_planner_kwargs: Any = None,
-        rope_scaling: Any = None,
-        fix_tokenizer: bool = True,
-        trust_remote_code: bool = False,
-        use_gradient_checkpointing: str | bool = "unsloth",
-        resize_model_vocab: Any = None,
-        revision: str | None = None,
-        use_exact_model_name: bool = False,
-        offload_embedding: Any = "auto",
-        float32_mixed_precision: Any = None,
-        fast_inference: bool = False,
-        gpu_memory_utilization: float = 0.5,
-        float8_kv_cache: bool = False,
-        random_state: int = 3407,
-        max_lora_rank: int = 64,
-        **more: Any,
-    ) -> tuple[Any, Any]:
-        given = dict(locals())
+    def from_pretrained(**given: Any) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        assert set(more) <= ONLY_FOR_VLLM_OR_HUB, f"unsloth knows no {set(more)}"
-        FastLanguageModel.given = {**given.pop("more"), **given}
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        assert given.keys() <= FOR_LOADING
+        FastLanguageModel.given = {"revision": None, "token": None, "fast_inference": False}
+        FastLanguageModel.given |= {"gpu_memory_utilization": 0.5}
+        FastLanguageModel.given |= given
+        model = AutoModelForCausalLM.from_pretrained(given["model_name"], dtype=torch.float32)
         model.generation_config.eos_token_id = model.config.eos_token_id
-        patched = AutoTokenizer.from_pretrained(model_name)
+        patched = AutoTokenizer.from_pretrained(given["model_name"])
         patched.pad_token = FastLanguageModel.pad_token
-        if fast_inference:
-            room = FastLanguageModel.room or max_seq_length
-            model.vllm_engine = Engine(model, room)
+        if given.get("fast_inference"):
+            model.vllm_engine = Engine(model, FastLanguageModel.room or given["max_seq_length"])
         return model, patched
 
     @staticmethod
-    def get_peft_model(
-        model: Any,
-        r: int = 16,
-        target_modules: list[str] | str = "all-linear",
-        lora_alpha: int = 16,
-        lora_dropout: float = 0.0,
-        bias: str = "none",
-        use_gradient_checkpointing: str | bool = "unsloth",
-        random_state: int = 3407,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-    ) -> Any:
-        given = dict(locals())
+    def get_peft_model(model: Any, **given: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        FastLanguageModel.lora = {name: v for name, v in given.items() if name != "model"}
-        knobs = {
+        assert given.keys() <= FOR_LORA
+        FastLanguageModel.lora = {"bias": "none"} | given
+        settings = {
             name: value
-            for name, value in FastLanguageModel.lora.items()
+            for name, value in given.items()
             if name in inspect.signature(LoraConfig).parameters
         }
-        torch.manual_seed(random_state)
-        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **knobs))
+        torch.manual_seed(given["random_state"])
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
         wrapped.modes = []
         wrapped.for_inference = lambda: wrapped.modes.append("inference")
         wrapped.for_training = lambda: wrapped.modes.append("training")
         if hasattr(model, "vllm_engine"):
-            wrapped.vllm_engine = model.vllm_engine
-            wrapped.load_lora = load_lora
+            wrapped.vllm_engine, wrapped.load_lora = model.vllm_engine, load_lora
         return wrapped
 
 
