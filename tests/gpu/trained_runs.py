@@ -15,8 +15,8 @@ STEPS, STEPS_IN_FLOAT16 = 3, 8  # a loss scale that is too large costs float16 i
 RUN_SECONDS = 900
 FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
-    *("completions.jsonl", "eval.json", "eval_items.jsonl", "metrics.jsonl", "tokenizer.json"),
-    *("tokenizer_config.json", "train_config.json", "validation.jsonl"),
+    *("completions.jsonl", "curves.png", "eval.json", "eval_items.jsonl", "metrics.jsonl"),
+    *("tokenizer.json", "tokenizer_config.json", "train_config.json", "validation.jsonl"),
 }
 SMALL_RUN = (
     *("--num-generations", 4, "--per-device-train-batch-size", 4),
