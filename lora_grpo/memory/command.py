@@ -47,8 +47,8 @@ class PlanMemoryConfig(TrainConfig):
 
 
 def longest_prompt(config: TrainConfig) -> int | None:
-    """Return the tokens of the longest training prompt that is kept; None where the model or the
-    data is not on this machine.
+    """Return the tokens of the longest training prompt that is kept; None where the tokenizer or
+    the data is not on this machine.
 
     Raises:
         FileNotFoundError, ValueError: data or a tokenizer that cannot be read.
@@ -56,7 +56,10 @@ def longest_prompt(config: TrainConfig) -> int | None:
     has_data = config.dataset == BUILT_IN or Path(config.dataset).expanduser().exists()
     if not has_data or not is_local(config.model):
         return None
-    tokenizer = load_tokenizer(resolve_model(config.model, weights=False))
+    folder = resolve_model(config.model, weights=False)
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokenizer = load_tokenizer(folder)
     columns = (config.question_column, config.answer_column)
     reading = read_problems(config.dataset, "train", *columns, "--dataset")
     problems, example = take_example(reading.problems, config.one_shot)

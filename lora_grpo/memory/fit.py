@@ -36,7 +36,7 @@ class MemoryPlan:
 
     job: Job
     prediction: Prediction
-    budget_bytes: int | None
+    budget_bytes: int
     settings: dict[str, Any]
     choices: tuple[str, ...]
     advice: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class MemoryPlan:
     @property
     def fits(self) -> bool:
         """The peak is within the budget."""
-        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+        return self.peak_bytes <= self.budget_bytes
 
 
 def gigabytes(size: float) -> str:
@@ -98,10 +98,10 @@ def settled_peak(job: Job) -> int:
     return predict(settle_vllm(job)).peak_bytes
 
 
-def shrink(job: Job, budget_bytes: int | None) -> Job:
+def shrink(job: Job, budget_bytes: int) -> Job:
     """Make the cheapest change that lowers the peak, until the job fits or none does."""
     given, peak = job.config, settled_peak(job)
-    while budget_bytes is not None and peak > budget_bytes:
+    while peak > budget_bytes:
         offers = (with_settings(job, **settings) for settings in smaller_settings(job, given))
         lower = next((offer for offer in offers if settled_peak(offer) < peak), None)
         if lower is None:
@@ -110,7 +110,7 @@ def shrink(job: Job, budget_bytes: int | None) -> Job:
     return job
 
 
-def plan_job(job: Job, budget_bytes: int | None) -> MemoryPlan:
+def plan_job(job: Job, budget_bytes: int) -> MemoryPlan:
     """Return the plan of a job within a budget, without advice."""
     settled, given = settle_vllm(shrink(job, budget_bytes)), vars(job.config)
     settings = {name: now for name, now in vars(settled.config).items() if given[name] != now}
@@ -140,11 +140,8 @@ def advise(job: Job, plan: MemoryPlan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def plan_memory(job: Job, budget_bytes: int | None) -> MemoryPlan:
-    """Choose the cheapest settings with which a run fits, and predict its peak.
-
-    Without a budget nothing is changed but what vLLM needs to be told.
-    """
+def plan_memory(job: Job, budget_bytes: int) -> MemoryPlan:
+    """Choose the cheapest settings with which a run fits, and predict its peak."""
     plan = plan_job(job, budget_bytes)
     return plan if plan.fits else replace(plan, advice=advise(job, plan))
 
@@ -226,10 +223,7 @@ def print_plan(plan: MemoryPlan, notes: tuple[str, ...]) -> None:
 
 def verdict(plan: MemoryPlan) -> str:
     """Return the sentence that says whether the run fits."""
-    peak = f"peak {gigabytes(plan.peak_bytes)}"
-    if plan.budget_bytes is None:
-        return peak
-    budget = gigabytes(plan.budget_bytes)
+    peak, budget = f"peak {gigabytes(plan.peak_bytes)}", gigabytes(plan.budget_bytes)
     if plan.fits:
         return f"fits: {peak} of {budget}"
     bnpo = plan.job.config.loss_type == "bnpo"

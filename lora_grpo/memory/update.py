@@ -15,7 +15,7 @@ LOGIT_COPIES = 3
 # Unsloth's log-probs: an estimate of 6 tiles of this many tokens and vocabulary entries.
 UNSLOTH_TILES, UNSLOTH_TOKENS, UNSLOTH_VOCABULARY = 6, 2048, 8192
 # What an allocator loses to holes, as a share of the update's tensors.
-CUDA_HOLES, HEAP_HOLES, NARROW_HOLES = 0.05, 1.0, 0.33
+CUDA_HOLES, HEAP_HOLES, NARROW_HOLES = 0.05, 1.0, 0.32
 # The linear layers of a block's two halves, those that read the same tensor together.
 ATTENTION_READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
 MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))

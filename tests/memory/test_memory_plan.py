@@ -29,7 +29,7 @@ CONFIGS = st.builds(
 
 def plan(
     config: TrainConfig,
-    budget: int | None,
+    budget: int = 1000 * GIB,
     model: str = "Qwen/Qwen2.5-1.5B-Instruct",
     engines: tuple[str, str] = UNSLOTH,
     device: str = "cuda",
@@ -82,11 +82,11 @@ def test_what_the_advice_names_does_fit(config: TrainConfig, size: float) -> Non
 
 def test_the_cheapest_change_comes_first_and_says_its_price() -> None:
     config = TrainConfig(max_completion_length=2048)
-    peak = plan(config, None, engines=GENERATE).peak_bytes
+    peak = plan(config, engines=GENERATE).peak_bytes
     found = plan(config, peak - 1, engines=GENERATE)
     assert found.settings == {"gradient_checkpointing": True}
     assert found.choices[0].startswith("--gradient-checkpointing False -> True: the same gradient")
-    own = plan(replace(config, shared_prefix=False), None, engines=GENERATE)
+    own = plan(replace(config, shared_prefix=False), engines=GENERATE)
     assert peak < own.peak_bytes
 
 
@@ -119,7 +119,7 @@ def test_bnpo_cannot_shrink_its_micro_batch_and_says_so() -> None:
 def test_a_cpu_is_planned_too() -> None:
     on_cpu = ("HuggingFaceTB/SmolLM2-135M-Instruct", GENERATE, "cpu")
     config = TrainConfig(load_in_4bit=False)
-    roomy = plan(config, None, *on_cpu)
+    roomy = plan(config, 1000 * GIB, *on_cpu)
     assert not roomy.settings
     tight = plan(config, roomy.peak_bytes * 3 // 4, *on_cpu)
     assert tight.fits and tight.settings
