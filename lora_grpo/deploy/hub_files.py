@@ -140,8 +140,10 @@ def find_paths(folder: Path) -> list[str]:
 
 
 def is_private(path: Path) -> bool:
-    """Return whether a path says something about one machine: `/usr/lib` and `/tmp` do not."""
-    return not path.is_absolute() or (len(path.parts) > 2 and path.parts[1] not in SYSTEM)
+    """Return whether a path is of one machine: `/usr/lib`, `/tmp` and `..` are not."""
+    if not path.is_absolute():
+        return len(path.parts) > 1
+    return len(path.parts) > 2 and path.parts[1] not in SYSTEM
 
 
 def list_strings(value: Any) -> Iterator[str]:

@@ -268,13 +268,14 @@ def test_a_hub_that_makes_it_public_gets_no_file(
     assert len(hub.repositories[REPO].commits) == 1 and hub.count("PUT /lfs/") == 0
 
 
-def test_a_system_prompt_is_no_path(hub: Hub, adapter: Path) -> None:
+def test_a_system_prompt_and_the_parent_folder_are_no_paths(hub: Hub, adapter: Path) -> None:
     record = json.loads((adapter / "train_config.json").read_text())
-    record |= {"system_prompt": "/no_think", "dataset": "/home/somebody/data.jsonl"}
+    record |= {"system_prompt": "/no_think a/b/c", "dataset": "/home/somebody/data.jsonl"}
+    record["adapters_dir"] = "../"
     (adapter / "train_config.json").write_text(json.dumps(record))
     push(hub, adapter)
     sent = json.loads(hub.repositories[REPO].commits[-1]["train_config.json"])
-    assert sent["system_prompt"] == "/no_think" and sent["dataset"] == "data.jsonl"
+    assert sent["system_prompt"] == record["system_prompt"] and sent["dataset"] == "data.jsonl"
 
 
 def test_a_silent_hub_is_left(hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
