@@ -37,13 +37,13 @@ PER = {"per", "each", "every", "a", "an"}
 # a number in words further on (`72 or seventy-three`), leave no number to read.
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 SCALES |= {"trillion": 10**12, "dozen": 12, "lakh": 10**5, "crore": 10**7}
-NUMBER_WORDS = """
+WORDS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety half
     halve third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth grand k mil mn
     mln bn bln tn factorial
 """
-NUMBER_WORDS = {*NUMBER_WORDS.split(), *SCALES}
+NUMBER_WORDS = {*WORDS.split(), *SCALES}
 NUMERALS = frozenset("〇零一二三四五六七八九十百千万亿两半")
 
 # `[0-9]` and not `\d`, which takes the digits of every script. The lookahead refuses `1,2345`.

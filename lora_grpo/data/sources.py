@@ -47,9 +47,9 @@ def list_files(folder: Path) -> dict[str, list[Path]]:
     for path in sorted(path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth)):
         parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") for part in parts)
-        if hidden or path.name in DESCRIPTIONS or not path.is_file() or not is_data_file(path):
-            continue
-        if endings(path)[0] == ".txt":  # a licence, a list of requirements
+        # A .txt file beside data is a licence or a list of requirements.
+        readable = path.is_file() and is_data_file(path) and endings(path)[0] != ".txt"
+        if hidden or path.name in DESCRIPTIONS or not readable:
             continue
         split = next(filter(None, map(split_in, reversed(parts))), None)
         if split is None:
@@ -137,19 +137,14 @@ def load_hub(name: str) -> "dict[str, datasets.Dataset]":
     the Hub cannot be reached."""
     import datasets
     import httpx
+    from datasets.exceptions import DatasetsError
 
     repository, _, config = name.partition(":")
     datasets.disable_progress_bars()
     try:
         datasets.config.HF_HUB_OFFLINE |= not hub_answers(repository)
         return dict(datasets.load_dataset(repository, config or None))
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-        httpx.HTTPError,
-    ) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
             reason = "the Hub cannot be reached, and the cache of earlier downloads has it not"

@@ -185,7 +185,7 @@ def find_violations(rules: list[str], scores: Scores, names: Sequence[str]) -> l
         for case, values in scores
     ]
     found = []
-    if rules[:1] in ([OUTRANKS], [OUTRANKS_IN_LAYOUT]):
+    if OUTRANKS in rules or OUTRANKS_IN_LAYOUT in rules:
         best = ("right", "loose") if OUTRANKS in rules else ("right",)
         good = [(case, total) for case, total in totals if case.standing in best]
         lowest, floor = min(good, key=lambda pair: pair[1])
