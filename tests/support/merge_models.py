@@ -57,12 +57,12 @@ def make_base(dtype: str = "bfloat16", tied: bool = True, sharded: bool = False)
     return folder
 
 
-def save_adapter(folder: Path, base: Path, std: float = 0.02, **knobs) -> Path:
+def save_adapter(folder: Path, base: Path, std: float = 0.02, **settings) -> Path:
     """Save a random adapter of a base, its B drawn too."""
-    knobs = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **knobs}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **settings}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **knobs))
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
@@ -90,9 +90,9 @@ def make_adapter(**trained) -> Path:
     return folder
 
 
-def merge_only(adapter: Path, folder: Path, **knobs):
+def merge_only(adapter: Path, folder: Path, **settings):
     """Merge without the proof; return the plan."""
-    plan = plan_merge(adapter, **knobs)
+    plan = plan_merge(adapter, **settings)
     folder.mkdir()
     write_weights(plan, folder)
     write_side_files(plan, folder)

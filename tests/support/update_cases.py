@@ -54,7 +54,7 @@ def crafted_batch(
 
 
 def prepare(
-    tmp_path: Path, kind: type, micro_batch: int, beta: float, **knobs: Any
+    tmp_path: Path, kind: type, micro_batch: int, beta: float, **settings: Any
 ) -> tuple[GRPOTrainer, int]:
     """Return a trainer whose adapter is no longer the identity, and its micro-batches a step."""
     accumulation = G * GROUPS // micro_batch
@@ -67,7 +67,7 @@ def prepare(
         max_completion_length=max(LENGTHS),
         temperature=TEMPERATURE,
         beta=beta,
-        **knobs,
+        **settings,
     )
     torch.manual_seed(11)
     for name, parameter in trainer.model.named_parameters():
@@ -85,10 +85,10 @@ def update(
     old: bool = False,
     beta: float = 0.0,
     change: Callable[[GRPOTrainer], None] = lambda trainer: None,
-    **knobs: Any,
+    **settings: Any,
 ) -> tuple[float, dict[str, torch.Tensor], GRPOTrainer]:
     """Return the loss and the gradients of one step's backward passes, and the trainer."""
-    trainer, accumulation = prepare(tmp_path, kind, micro_batch, beta, **knobs)
+    trainer, accumulation = prepare(tmp_path, kind, micro_batch, beta, **settings)
     trainer.model.train()
     if trainer.args.gradient_checkpointing:  # as `train` does at its start
         trainer.model.gradient_checkpointing_enable()
