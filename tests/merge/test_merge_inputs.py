@@ -146,7 +146,7 @@ def forget_base(adapter: Path) -> Path:
     ("find", "error", "message"),
     [
         (leave_a_checkpoint, ValueError, r"checkpoint .*merge_adapter.py {adapter}$"),
-        (lambda a: a.parent, FileNotFoundError, "no adapter_config.json .*point at {adapter}"),
+        (lambda a: a.parent, FileNotFoundError, "no adapter_config.json .*give {adapter}"),
         (lambda a: make_base(), ValueError, r"is a whole model.*evaluate.py --model"),
         (save_as_before, FileNotFoundError, r"holds adapter_model\.bin .*save it again"),
         (break_config, ValueError, r"adapter_config\.json is not JSON"),
