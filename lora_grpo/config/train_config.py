@@ -285,13 +285,16 @@ class TrainConfig:
     @property
     def loss_settings(self) -> dict[str, Any]:
         """The settings of the loss by TRL's names: as given, or from its paper."""
-        own = loss_defaults(self.loss_type, self.importance_sampling_level)
-        return {name: given_or(getattr(self, name), value) for name, value in own.items()}
+        return self._given(loss_defaults(self.loss_type, self.importance_sampling_level))
 
     @property
     def vllm_correction(self) -> dict[str, Any]:
         """The settings of the correction for vLLM's log-probs, by TRL's names."""
-        return {n: given_or(getattr(self, n), value) for n, value in VLLM_CORRECTION.items()}
+        return self._given(VLLM_CORRECTION)
+
+    def _given(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in defaults}
+        return defaults | {name: value for name, value in given.items() if value is not None}
 
     @property
     def completions_per_step(self) -> int:
@@ -369,10 +372,6 @@ def loss_defaults(loss_type: str, level: str | None = None) -> dict[str, Any]:
     """Return the settings that a loss reads in TRL 1.14.2, with the values from its paper."""
     level = level or NEEDED_LEVEL.get(loss_type, "token")
     return {"importance_sampling_level": level, **CLIPPING.get(loss_type, BY_LEVEL[level])}
-
-
-def given_or(given: Any, default: Any) -> Any:
-    return default if given is None else given
 
 
 def flag(name: str) -> str:

@@ -24,10 +24,10 @@ ATTENTION = "shared_prefix"
 
 @dataclass(frozen=True)
 class Group:
-    """The tokens of one prompt and then of its C completions, of up to S tokens each.
+    """The tokens of one prompt, followed by those of its C completions of up to S tokens.
 
-    `slots` (C, S) says where in the group each completion's tokens stand, `valid` (C, S) which of
-    them exist, `mask` (S, prompt + S) what a completion's token sees.
+    `slots` (C, S) are the positions of the completions' tokens in the group, `valid` (C, S) marks
+    those that exist, and `mask` (S, prompt + S) what a completion's token attends to.
     """
 
     start: int
@@ -40,10 +40,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Packed:
-    """One row of N tokens, and the M predictions that are wanted of it.
+    """One row of N tokens, and the M predictions to compute.
 
-    Prediction m is made at the token `predictors[m]`, of `targets[m]`, and belongs to `rows[m]`,
-    `columns[m]` of the completions (B, T).
+    Prediction m is made at the token `predictors[m]` for the token `targets[m]`, and belongs to
+    `rows[m]`, `columns[m]` of the completions (B, T).
     """
 
     input_ids: torch.Tensor  # (1, N)
@@ -91,7 +91,7 @@ def pack(
 
 
 def build_group(start: int, prompt: int, lengths: list[int], device: torch.device) -> Group:
-    """Return where the tokens of a group stand, from its completions' lengths."""
+    """Return the positions of a group's tokens, from its completions' lengths."""
     longest = max(lengths)
     counts = torch.tensor(lengths)
     begins = prompt + counts.cumsum(0) - counts
@@ -199,6 +199,6 @@ def packed_attention(
 
 
 def attention_in_groups(model: "PreTrainedModel") -> AbstractContextManager[None]:
-    """Let the model attend as packed rows need it. Keep it active during the backward pass too:
-    gradient checkpointing runs the layers again."""
+    """Let the model use `packed_attention` in the block. Keep it active during the backward pass
+    too: gradient checkpointing runs the layers again."""
     return attention_replaced(model, ATTENTION, packed_attention)

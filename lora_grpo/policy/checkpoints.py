@@ -1,4 +1,4 @@
-"""The checkpoints of a run: found, checked before a resume, written whole, and rotated."""
+"""The checkpoints of a run: written atomically, rotated, and checked before a resume."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ IN_A_CHECKPOINT = (
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step in a checkpoint's name, or None for a folder with another kind of name."""
+    """Return the step in a checkpoint's name, or None for a folder of another name."""
     step = checkpoint.name.removeprefix("checkpoint-")
     return int(step) if step.isdecimal() else None
 
@@ -30,16 +30,16 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def rotate_checkpoints(run_dir: Path) -> None:
-    """Keep only the newest checkpoints. An older one is renamed before it is removed, so that a
-    half-removed one is never taken for a checkpoint."""
+    """Keep only the newest checkpoints. Older ones are renamed first, so that a half-removed folder
+    is never taken for a checkpoint."""
     for old in list_checkpoints(run_dir)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old.rename(run_dir / f"{STAGED}old-{old.name}"))
 
 
 @contextmanager
 def whole_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """Yield a folder in which transformers' trainer writes the checkpoint of a step; move it to its
-    place, with the best adapter so far, only when the block ends without an error."""
+    """Yield a folder for transformers' trainer to write the checkpoint of a step into; add the best
+    adapter so far and move it to its place if the block ends without an error."""
     staged, name = run_dir / f"{STAGED}checkpoint-{step}", f"checkpoint-{step}"
     try:
         yield staged
@@ -54,11 +54,10 @@ def whole_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
 
 
 def check_run(run_dir: Path) -> None:
-    """Refuse to resume a run with missing or broken files, which the trainer would ignore or notice
-    late.
+    """Check the files that a resume needs; the trainer would ignore some that are missing.
 
     Raises:
-        FileNotFoundError, ValueError: the message names the file and what to do.
+        FileNotFoundError, ValueError: a file is missing or broken; the message names it.
     """
     steps = [len(read_jsonl(run_dir / name)) for name in LOGS]
     found = list_checkpoints(run_dir)

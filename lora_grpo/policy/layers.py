@@ -1,5 +1,5 @@
-"""Replacements for a model's layers while a block runs: linear layers with an adapter in fewer
-passes over memory than PEFT's general code takes, and another attention.
+"""Replacements for a model's layers during a block: linear layers with an adapter in fewer passes
+over memory than PEFT's general code needs, and another attention.
 
 In an update (`fused`) a layer adds the adapter's output to the base's product in place and saves
 only its input; a gated MLP saves gate and up, and multiplies them again in the backward pass. While
@@ -30,10 +30,6 @@ class Adapted:
     b: torch.Tensor  # (out, r)
     scale: float
 
-    def weight(self) -> torch.Tensor:
-        """Return W (out, in), dequantised where it is held in 4-bit."""
-        return read_weight(self.base)
-
 
 def is_4bit(layer: torch.nn.Module) -> bool:
     from bitsandbytes.nn import Linear4bit
@@ -42,7 +38,7 @@ def is_4bit(layer: torch.nn.Module) -> bool:
 
 
 def read_weight(base: torch.nn.Module) -> torch.Tensor:
-    """Return the weight that a layer computes with."""
+    """Return a layer's weight (out, in), dequantised if it is in 4-bit."""
     if not is_4bit(base):
         return base.weight
     from bitsandbytes.functional import dequantize_4bit
@@ -77,7 +73,9 @@ def find_adapted(model: "PeftModel | PreTrainedModel") -> list[Adapted]:
 def forward_product(x: torch.Tensor, layer: Adapted) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the layer's output (N, out) for x (N, in), and A x (N, r)."""
     low = x @ layer.a.T
-    return linear(x, layer.weight(), layer.base.bias).addmm_(low, layer.b.T, alpha=layer.scale), low
+    return linear(x, read_weight(layer.base), layer.base.bias).addmm_(
+        low, layer.b.T, alpha=layer.scale
+    ), low
 
 
 def backward_product(
@@ -85,7 +83,7 @@ def backward_product(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Return the gradients with respect to x (if `wanted`), A and B."""
     by_low = (gradient @ layer.b).mul_(layer.scale)
-    by_x = (gradient @ layer.weight()).addmm_(by_low, layer.a) if wanted else None
+    by_x = (gradient @ read_weight(layer.base)).addmm_(by_low, layer.a) if wanted else None
     return by_x, by_low.T @ x, (gradient.T @ low).mul_(layer.scale)
 
 
@@ -194,7 +192,7 @@ def one_matrix(model: "PeftModel | PreTrainedModel") -> Iterator[None]:
         with torch.no_grad():
             layers = find_adapted(model)
             for found in layers:
-                weight = torch.addmm(found.weight(), found.b, found.a, alpha=found.scale)
+                weight = torch.addmm(read_weight(found.base), found.b, found.a, alpha=found.scale)
                 forwards[found.layer] = partial(linear, weight=weight, bias=found.base.bias)
             done = {found.base for found in layers}
             for layer in filter(is_4bit, model.modules()):

@@ -31,7 +31,7 @@ CPU_BLOCK = 128  # tokens in a page of the cache
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine sets aside: tokens per sequence, sequences at once, and their memory."""
+    """The engine's limits: tokens per sequence, sequences at once, the rank and the memory."""
 
     placement: Placement
     max_model_len: int
@@ -43,7 +43,7 @@ class EngineSettings:
 
 
 def engine_settings(config: TrainConfig, placement: Placement) -> EngineSettings:
-    """Return the engine of a training run, in the share of the card that the plan gave it."""
+    """Return the engine's settings for a training run."""
     return EngineSettings(
         placement=placement,
         max_model_len=config.max_sequence_length,
@@ -56,10 +56,10 @@ def engine_settings(config: TrainConfig, placement: Placement) -> EngineSettings
 
 
 def allowed_rank(r: int) -> int:
-    """Return the smallest rank that vLLM sets aside for adapters of rank `r`.
+    """Return the smallest rank of vLLM's that holds adapters of rank `r`.
 
     Raises:
-        ValueError: it has none that large.
+        ValueError: `r` is larger than all of them.
     """
     for rank in RANKS:
         if r <= rank:
@@ -80,7 +80,7 @@ def check_positions(config: TrainConfig, folder: Path) -> None:
 
 
 def cache_bytes(folder: Path, settings: EngineSettings) -> int:
-    """Return the float32 KV cache that every sequence at full length needs, in bytes."""
+    """Return the bytes of a float32 KV cache for all sequences at their full length."""
     config = read_config(folder).get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
@@ -148,7 +148,7 @@ class Engine:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Hold weights and cache on the GPU while the block runs."""
+        """Keep weights and cache on the GPU during the block."""
         if self.asleep:
             from lora_grpo.machine.out_of_memory import release_memory
 
@@ -161,14 +161,14 @@ class Engine:
             self.sleep()
 
     def use_adapter(self, directory: Path) -> None:
-        """Answer as base + the adapter in this directory from now on."""
+        """Generate with the adapter in this directory from now on."""
         from vllm.lora.request import LoRARequest
 
         self.syncs += 1
         self.request = LoRARequest(f"policy-{self.syncs}", self.syncs, str(directory))
 
     def sync(self, model: "PeftModel") -> None:
-        """Answer as the policy is now: its adapter is written and loaded under a new name."""
+        """Generate with the model's adapter as it is now, written and loaded under a new name."""
         directory = Path(self.folder.name) / f"policy-{self.syncs + 1}"
         shutil.rmtree(Path(self.folder.name) / f"policy-{self.syncs}", ignore_errors=True)
         save_adapter(model, directory)
@@ -177,7 +177,7 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: "SamplingParams"
     ) -> "list[RequestOutput]":
-        """Continue prompts of token ids, with the newest adapter once there is one."""
+        """Return vLLM's outputs for prompts of token ids, with the newest adapter, if any."""
         with self.awake():
             return self.llm.generate(
                 [{"prompt_token_ids": list(ids)} for ids in prompts],
@@ -191,7 +191,7 @@ class Engine:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Sample a completion for each prompt; return token ids and their log-probs, (B, T) each.
 
-        The draw depends on `seed` alone, and leaves this process's random numbers as they were.
+        The draw depends on `seed` alone and does not change this process's random state.
         """
         import torch
         from vllm import SamplingParams
@@ -231,7 +231,7 @@ class Engine:
         """Give the engine's memory back; safe to call twice."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        # What went wrong before must not be hidden by how the engine ends.
+        # An error here must not hide an earlier one.
         with suppress(Exception):
             if self.llm is not None:
                 self.abort()
@@ -286,10 +286,10 @@ def open_engine(
     end_ids: Sequence[int],
     base: "PreTrainedModel | None" = None,
 ) -> Iterator[Engine]:
-    """Hold an engine while the block runs, and shut it down however the block ends.
+    """Open an engine for the block, and shut it down however the block ends.
 
-    On a CPU, whose vLLM reads no 4-bit weights, a 4-bit `base` is handed over dequantised: the same
-    numbers, so the same policy.
+    vLLM's CPU build cannot read 4-bit weights, so a 4-bit `base` is written dequantised for it: the
+    same numbers, so the same policy.
     """
     with ExitStack() as until_loaded:
         if base is not None and settings.load_in_4bit and settings.placement.device == "cpu":

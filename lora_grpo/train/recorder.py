@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.config.train_config import TrainConfig
@@ -150,21 +149,15 @@ class Recorder(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        broken = next(
-            (
-                name
-                for name, parameter in self.trainer.model.named_parameters()
-                if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
-            ),
-            None,
-        )
-        if broken is None:
+        gradients = ((name, p.grad) for name, p in self.trainer.model.named_parameters())
+        broken = [n for n, grad in gradients if grad is not None and not grad.isfinite().all()]
+        if not broken:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         scaled = self.trainer.accelerator.scaler is not None
         if not scaled or self.skipped_in_a_row > SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"the gradient of {broken} is not finite")
+            raise FloatingPointError(f"the gradient of {broken[0]} is not finite")
         # float16: the scaler leaves this update out and halves its loss scale.
 
     def on_step_end(

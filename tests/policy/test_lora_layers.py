@@ -78,7 +78,7 @@ def test_fused_layers_give_pefts_output_and_gradients_and_keep_less(
     logits, expected, kept = gradients(model)
     with fused(model):
         fewer_logits, found, fewer = gradients(model)
-    torch.testing.assert_close(fewer_logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fewer_logits, logits, rtol=1e-4, atol=5e-5)
     assert_close(found, expected)
     # Of a block's activations the two that silu(gate) * up keeps besides gate and up are left out.
     assert fewer < (0.85 * kept if not checkpointing else kept + 1)

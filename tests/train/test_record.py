@@ -17,7 +17,6 @@ from lora_grpo.grpo.groups import dead_groups
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import read_jsonl
 from lora_grpo.rewards.builtin import Reward
-from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import LOGGED, Recorder, describe_step
 
@@ -212,12 +211,6 @@ def test_steps_without_a_signal_change_nothing(tmp_path: Path, name: str) -> Non
     assert len(rows) == settings["max_steps"] and not any(map(had_signal, rows))
     assert {row["grad_norm"] for row in rows} == {0.0}
     assert all(map(torch.equal, before, trainer.trained))
-
-
-def test_a_reward_beyond_float32_stops_the_run(tmp_path: Path) -> None:
-    rewards = [Reward("huge", lambda completions, **columns: [1e39] * len(completions))]
-    with pytest.raises(RewardError, match=r"reward huge: .*3.4e\+38"):
-        make_trainer(tmp_path, rewards=rewards, max_completion_length=2).train()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
