@@ -21,7 +21,7 @@ from lora_grpo.memory.fit import (
     plan_memory,
     settle_unplanned,
 )
-from lora_grpo.memory.shape import ModelShape, read_shape
+from lora_grpo.memory.shape import read_shape
 from lora_grpo.memory.terms import GIB, Job
 from lora_grpo.policy.base import (
     Placement,
@@ -181,17 +181,22 @@ def check_engine(config: TrainConfig, choice: Choice, folder: Path) -> None:
 
 def fit_memory(
     config: TrainConfig,
-    shape: ModelShape,
+    folder: Path,
     choice: Choice,
     placement: Placement,
     gpu: GPU | None,
     longest_prompt: int,
-) -> MemoryPlan:
-    """Return the memory plan, with the settings that make the run fit.
+) -> tuple[dict[str, Any], MemoryPlan | None, str]:
+    """Return the settings that make the run fit, and the memory plan, or why there is none.
 
     Raises:
         ValueError: no settings fit into the given --gpu-memory.
     """
+    try:
+        shape = read_shape(folder)
+    except ValueError as error:
+        settings, unplanned = settle_unplanned(config, choice, gpu, str(error))
+        return settings, None, unplanned
     on_gpu = placement.device == "cuda" and gpu is not None
     found = gpu.free_bytes if on_gpu else available_memory()
     asked = config.gpu_memory and int(config.gpu_memory * GIB)
@@ -212,7 +217,7 @@ def fit_memory(
             f"--gpu-memory {config.gpu_memory:g} does not hold this run, whose peak would be "
             f"{gigabytes(plan.peak_bytes)}: {'; '.join(plan.advice)}"
         )
-    return plan
+    return plan.settings, plan, ""
 
 
 def describe_words(data: Data) -> list[str]:
@@ -254,10 +259,11 @@ def make_plan(config: TrainConfig) -> Plan:
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards)
+    steps = count_steps(config, len(data.train))
     try_rewards(
         rewards,
         data.train,
-        trainer_state=TrainerState(max_steps=count_steps(config, len(data.train))),
+        trainer_state=TrainerState(max_steps=steps),
         log_extra=lambda column, values: None,
         log_metric=lambda name, value: None,
     )
@@ -268,16 +274,10 @@ def make_plan(config: TrainConfig) -> Plan:
             "says why; CUDA_VISIBLE_DEVICES= before the command trains on the CPU"
         )
     check_engine(config, choice, folder)
-    steps = count_steps(config, len(data.train))
     check_update(config, placement, rewards, steps)
-    memory, unplanned = None, ""
-    try:
-        shape = read_shape(folder)
-    except ValueError as error:
-        settings, unplanned = settle_unplanned(config, choice, gpu, str(error))
-    else:
-        memory = fit_memory(config, shape, choice, placement, gpu, data.longest_prompt)
-        settings = memory.settings
+    settings, memory, unplanned = fit_memory(
+        config, folder, choice, placement, gpu, data.longest_prompt
+    )
     unused = find_unused(config, choice, placement)
     notes = [*describe_unused(config, unused), *describe_words(data)]
     config = dataclasses.replace(

@@ -122,6 +122,7 @@ def test_requests_leave_nothing_where_the_run_stands(
     [
         ({"dtype": "float32"}, "--dtype"),
         ({"bnb_4bit_use_double_quant": False}, "--no-bnb-4bit-use-double-quant"),
+        ({"init_lora_weights": "orthogonal", "load_in_4bit": False}, "--init-lora-weights"),
         ({"dynamic_sampling": True}, "--dynamic-sampling"),
         ({"max_completion_length": 5000}, "knows 1024 positions"),
     ],
