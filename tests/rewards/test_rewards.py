@@ -128,13 +128,13 @@ NASTY += ["$-", "-", "111,", "1.", ". 1", "x", "^{", "\\frac{1", "\\text{", "1 1
 @pytest.mark.parametrize("nasty", NASTY)
 def test_reading_takes_linear_time(nasty: str) -> None:
     text = nasty * (300_000 // len(nasty))
-    started = time.perf_counter()
+    started = time.process_time()
     last_number(text)
     same_number(text, text)
     for completion in (text, f"<reasoning>{text}</reasoning><answer>{text}</answer>"):
         score(completion, "72")
         score(completion, "72", "classic")
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 # Rewards as the trainer calls them
