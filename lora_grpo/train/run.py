@@ -139,21 +139,14 @@ def open_training_policy(plan: Plan) -> AbstractContextManager[Policy]:
     )
 
 
-def find_replacements(plan: Plan) -> Replacements | None:
-    """Return the problems that may replace groups without a signal: all training problems, so that
-    a prolonged run has the same ones."""
-    config = plan.config
-    if not config.dynamic_sampling:
-        return None
-    rows = dataset_rows(plan.data.train, plan.data.style)
-    return Replacements(rows, config.dynamic_sampling_rounds, config.seed)
-
-
 def build_trainer(
     plan: Plan, policy: Policy, record: dict[str, Any], display: Display
 ) -> LoraGRPOTrainer:
     """Return the trainer of the run with a fresh adapter, without writing anything."""
-    config, steps = plan.config, plan.steps
+    config, steps, replacements = plan.config, plan.steps, None
+    if config.dynamic_sampling:  # from all training problems, also when a run is prolonged
+        rows = dataset_rows(plan.data.train, plan.data.style)
+        replacements = Replacements(rows, config.dynamic_sampling_rounds, config.seed)
     with TemporaryDirectory() as scratch:  # transformers' trainer creates its folder at once
         trainer = LoraGRPOTrainer(
             model=policy.model,
@@ -167,7 +160,7 @@ def build_trainer(
             train_dataset=build_dataset(config, plan.data.train, plan.data.style, steps),
             say=display.say_always,
             shared_prefix=config.shared_prefix,
-            replacements=find_replacements(plan),
+            replacements=replacements,
             prefill=plan.data.style.prefill,
             columns=reward_columns(plan.data.train),
         )

@@ -132,12 +132,3 @@ def test_one_matrix_answers_as_base_and_adapter_and_leaves_nothing_behind(
     assert torch.equal(again, slow)
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-def test_one_matrix_of_a_bare_4bit_base() -> None:
-    model = base_model("4-bit")
-    with torch.no_grad():
-        slow = model(IDS).logits
-        with one_matrix(model):
-            assert sum("forward" in vars(module) for module in model.modules()) > 0
-            torch.testing.assert_close(model(IDS).logits, slow, rtol=1e-5, atol=1e-5)
