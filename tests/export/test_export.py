@@ -5,18 +5,15 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run_here
 from gguf import GGUFReader
 from merge_models import (
-    ENVIRONMENT,
-    ROOT,
     change_json,
     fresh_folder,
     make_adapter,
@@ -32,17 +29,23 @@ from lora_grpo.export import formats as export_formats
 from lora_grpo.export.command import ExportProofError, build_table, export_model
 from lora_grpo.export.config import ExportConfig
 from lora_grpo.export.gguf import files as export_gguf
-from lora_grpo.export.gguf import files as export_gguf_adapter
 from lora_grpo.export.gguf import llamacpp
+from lora_grpo.export.gguf import write as gguf_write
 from lora_grpo.export.gguf.write import GGUFModel
 from lora_grpo.export.ollama import parse_modelfile
 from lora_grpo.merge.command import MergeProofError
 
-SCRIPT = ROOT / "scripts" / "export_model.py"
-
 
 def quiet(text: str) -> None:
     pass
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged folder, which is not to be changed."""
+    folder = tmp_path_factory.mktemp("model") / "merged"
+    merge_only(make_adapter(), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +108,6 @@ def test_the_table_has_only_columns_that_hold_something() -> None:
     assert "| strict accuracy | merged | p |" in build_table(
         {"formats": {"g": {"figures": figures}}}
     )
-
-
-def test_the_modelfile_names_the_file_beside_it(exported: Path) -> None:
-    text = (exported / "ollama" / "Modelfile").read_text()
-    named = text.partition("FROM ./")[2].splitlines()[0]
-    assert (exported / "ollama" / named).is_file()
 
 
 def test_the_adapter_file_adds_what_peft_adds(exported: Path) -> None:
@@ -216,14 +213,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_caught_by_name(damage: str, tmp_path: Path, monkeypatch) -> None:
+def test_damage_is_caught_by_name(damage: str, merged: Path, tmp_path: Path, monkeypatch) -> None:
     change, quant, name = DAMAGES[damage]
     write = export_gguf.write_model
     monkeypatch.setattr(export_gguf, "write_model", lambda *given: write(*change(*given)))
     target = tmp_path / "out"
-    folder = merged_folder()
     with pytest.raises(ExportProofError, match=rf"gguf: {quant} {name} \(") as caught:
-        export_model(ExportConfig(folder, ("gguf",), (quant,), target, num_prompts=1), quiet)
+        export_model(ExportConfig(merged, ("gguf",), (quant,), target, num_prompts=1), quiet)
     failures = {c.split(" (")[0].split()[-1] for c in str(caught.value).split("; ") if "gguf" in c}
     assert name in failures
     assert [path.name for path in tmp_path.iterdir()] == ["out.failed.json"]
@@ -231,29 +227,16 @@ def test_damage_is_caught_by_name(damage: str, tmp_path: Path, monkeypatch) -> N
 
 
 def test_a_damaged_adapter_file_is_caught(tmp_path: Path, monkeypatch) -> None:
-    read_b = export_gguf_adapter.write_adapter.__globals__["read_b"]
-    monkeypatch.setitem(
-        export_gguf_adapter.write_adapter.__globals__, "read_b", lambda *a: read_b(*a) * 1.01
-    )
+    read_b = gguf_write.read_b
+    monkeypatch.setattr(gguf_write, "read_b", lambda *given: read_b(*given) * 1.01)
     config = ExportConfig(make_adapter(), ("gguf-adapter",), (), tmp_path / "out", num_prompts=1)
     with pytest.raises(ExportProofError, match="gguf-adapter: deltas"):
         export_model(config, quiet)
 
 
-_merged: list[Path] = []
-
-
-def merged_folder() -> Path:
-    if not _merged:
-        folder = fresh_folder() / "merged"
-        merge_only(make_adapter(), folder)
-        _merged.append(folder)
-    return _merged[0]
-
-
-def test_a_merged_folder_is_exported_without_its_adapter(tmp_path: Path) -> None:
+def test_a_merged_folder_is_exported_without_its_adapter(merged: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    config = ExportConfig(merged_folder(), ("gguf",), ("bf16", "f16"), target, num_prompts=2)
+    config = ExportConfig(merged, ("gguf",), ("bf16", "f16"), target, num_prompts=2)
     result = export_model(config, quiet)
     assert {path.name for path in target.glob("*.gguf")} == {"merged-BF16.gguf", "merged-F16.gguf"}
     assert "| gguf bf16 |" in result.table and len(result.commands) == 2
@@ -317,7 +300,7 @@ def test_a_mistake_is_one_clear_sentence(mistake: str, tmp_path: Path) -> None:
     adapter = make_adapter()
     arguments, sentence = MISTAKES[mistake]
     command = [text.format(adapter=adapter) for text in arguments]
-    done = run(adapter, *command, cwd=tmp_path)
+    done = run_here("export_model.py", adapter, *command, home=tmp_path)
     said = " ".join((done.stdout + done.stderr).replace("│", " ").split())
     assert done.returncode == 2 and sentence in said and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
@@ -327,26 +310,22 @@ def test_a_folder_that_is_neither_says_what_to_point_at(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "checkpoint-5").mkdir(parents=True)
     (folder / "adapter_config.json").write_text("{}")
-    done = run(folder / "checkpoint-5", "--format", "gguf", cwd=tmp_path)
+    done = run_here("export_model.py", folder / "checkpoint-5", "--format", "gguf", home=tmp_path)
     assert done.returncode == 2 and f"export_model.py {folder}\n" in done.stderr
 
 
-def test_a_merge_on_record_as_failed_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "merged"
-    merge_only(make_adapter(), folder)
+def test_a_merge_on_record_as_failed_is_refused(merged: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "merged"))
     (folder / "merge_report.json").write_text("{}")
     change_json(folder / "merge_report.json", passed=False)
-    done = run(folder, "--format", "gguf", cwd=tmp_path)
+    done = run_here("export_model.py", folder, "--format", "gguf", home=tmp_path)
     assert done.returncode == 2 and "failed its proof: merge again" in done.stderr
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
-
-
 def test_the_script_exports_and_says_what_next(tmp_path: Path) -> None:
-    done = run(make_adapter(), "--format", "gguf", "--num-prompts", "1", cwd=tmp_path)
+    done = run_here(
+        "export_model.py", make_adapter(), "--format", "gguf", "--num-prompts", "1", home=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "exported: exports/run-gguf-q8_0" in done.stdout
@@ -354,15 +333,10 @@ def test_the_script_exports_and_says_what_next(tmp_path: Path) -> None:
     assert last.startswith("next: llama-cli -m exports/run-gguf-q8_0/run-Q8_0.gguf")
 
 
-def test_help_needs_no_torch() -> None:
-    code = "import sys, lora_grpo.export.command; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("llmcompressor") is not None, reason="llm-compressor is installed here"
 )
 def test_what_llmcompressor_writes_is_refused_without_it(tmp_path: Path) -> None:
-    done = run(make_adapter(), "--format", "fp8", cwd=tmp_path)
+    done = run_here("export_model.py", make_adapter(), "--format", "fp8", home=tmp_path)
     assert done.returncode == 2 and "pip install -r requirements-llmcompressor.txt" in done.stderr
     assert list(tmp_path.iterdir()) == []

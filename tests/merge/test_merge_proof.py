@@ -174,16 +174,6 @@ def test_a_failed_proof_leaves_a_report_and_no_folder(tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lora_grpo.merge.prove.prove_merge", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        merge_adapter(MergeConfig(make_adapter(), tmp_path / "out" / "run"), lambda line: None)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_changes_below_half_an_ulp_that_point_one_way_are_no_fault(tmp_path):
     """After a first step a trained adapter's changes are small and aligned: what rounding loses of
     them moves the model much further than random noise of that size does (17 times in KL)."""

@@ -2,17 +2,16 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from merge_models import ENVIRONMENT, ROOT, change_json, make_adapter, make_tokenizer
+from commands import run_here
+from merge_models import ENVIRONMENT, change_json, make_adapter, make_tokenizer
 from safetensors.torch import save_file
 
-SCRIPT = ROOT / "scripts" / "merge_adapter.py"
 MEGABYTE = 1 << 20
 # Not getrusage: what it gives counts the parent's memory at the fork too.
 MERGE_PHASE = r"""
@@ -31,16 +30,11 @@ for folder in map(Path, sys.argv[1:]):
 ENVIRONMENT = {**ENVIRONMENT, "MALLOC_MMAP_THRESHOLD_": str(MEGABYTE)}
 
 
-def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
-
-
 def test_the_script_merges_and_says_what_next(tmp_path):
     adapter = make_adapter()
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     change_json(adapter / "adapter_config.json", base_model_name_or_path=f"{base}/.")
-    done = run(SCRIPT, adapter, "--num-prompts", "1", cwd=tmp_path)
+    done = run_here("merge_adapter.py", adapter, "--num-prompts", "1", home=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2] == "merged model: merged/run"
@@ -50,50 +44,27 @@ def test_the_script_merges_and_says_what_next(tmp_path):
     assert done.stderr == ""
     assert json.loads((tmp_path / "merged/run/merge_report.json").read_text())["passed"]
 
-    again = run(SCRIPT, adapter, cwd=tmp_path)
+    again = run_here("merge_adapter.py", adapter, home=tmp_path)
     assert again.returncode == 2
     assert "exists already and is never overwritten" in re.sub(r"[│\s]+", " ", again.stderr)
 
 
 def test_the_script_refuses_in_one_line(tmp_path):
     adapter = make_adapter(base_sha256="0" * 64)
-    done = run(SCRIPT, adapter, "--output-dir", tmp_path / "out")
+    done = run_here("merge_adapter.py", adapter, "--output-dir", "out", home=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: the base ") and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupt_leaves_nothing(tmp_path):
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        str(make_adapter()),
-        "--output-dir",
-        str(tmp_path / "o"),
-    ]
-    with subprocess.Popen(
-        command,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A background job's children inherit an ignored SIGINT, which Python would leave ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:
-        assert any(line.startswith("proving") for line in process.stdout)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        assert process.stderr.read() == "interrupted: nothing was written\n"
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_grpo.merge.prove.prove_merge", interrupt)
+    done = run_here("merge_adapter.py", make_adapter(), "--output-dir", "out", home=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_and_config_need_no_torch():
-    code = "import sys, lora_grpo.merge.command; sys.exit('torch' in sys.modules)"
-    assert run("-c", code).returncode == 0
-    helped = run(SCRIPT, "--help")
-    assert helped.returncode == 0
-    for flag in ("--output-dir", "--model", "--base", "--dtype", "--num-prompts"):
-        assert flag in helped.stdout
 
 
 def write_large(folder: Path, count: int, size: int) -> None:
@@ -120,7 +91,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     matrix = size * size * 2 // MEGABYTE
     for count in (2, 6):
         write_large(tmp_path / str(count), count, size)
-    done = run("-c", MERGE_PHASE, tmp_path / "2", tmp_path / "6")
+    command = [sys.executable, "-c", MERGE_PHASE, tmp_path / "2", tmp_path / "6"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     merged, peaks = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
     assert merged == (2, 6)
