@@ -5,6 +5,7 @@ that writes the same. A row is used only where the renderer writes what the toke
 writes, for every conversation of a list of difficult ones.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -177,19 +178,19 @@ def conversations(trims: bool) -> Iterator[list[Message]]:
     White space at the ends of a text is left out where the template trims it: Ollama does not.
     """
 
-    def talk(roles: str, contents: tuple[str, ...]) -> list[Message]:
+    def talk(roles: str, shift: int = 0) -> list[Message]:
+        contents = itertools.islice(itertools.cycle(CONTENTS), shift, None)
         return [
-            {"role": ROLES[role], "content": contents[index % len(contents)]}
-            for index, role in enumerate(roles)
+            {"role": ROLES[role], "content": text}
+            for role, text in zip(roles, contents, strict=False)
         ]
 
     for shift in range(len(CONTENTS)):
-        contents = CONTENTS[shift:] + CONTENTS[:shift]
         for roles in ("su", "u", "sua", "suau", "uau"):
-            yield talk(roles, contents)
-    yield talk("suauauauau", CONTENTS)
+            yield talk(roles, shift)
+    yield talk("suauauauau")
     if not trims:
-        plain = talk("suau", CONTENTS)
+        plain = talk("suau")
         for role in ROLES.values():
             yield [m | {"content": WITH_EDGES} if m["role"] == role else m for m in plain]
 

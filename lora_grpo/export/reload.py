@@ -12,6 +12,7 @@ from lora_grpo.machine.files import read_json
 from lora_grpo.machine.out_of_memory import release_memory
 from lora_grpo.merge.inputs import read_base
 from lora_grpo.merge.tensors import read_tensor
+from lora_grpo.policy.base import keep_4bit_as_stored
 from lora_grpo.proof.checks import Check, check_folder, check_kl, check_reload
 from lora_grpo.proof.distance import collect_logits, measure_distance
 from lora_grpo.proof.reference import Reference
@@ -42,8 +43,7 @@ def prove_folder(
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, output_loading_info=True, trust_remote_code=False
         )
-        # Before it computes, as bitsandbytes then repacks them on a CPU with AVX512-BF16.
-        weights = check_weights(source.merged, model, compare)
+        keep_4bit_as_stored(model, torch.bfloat16)
         logits = list(collect_logits(model.eval(), reference.sequences))
     except Exception as error:  # whatever it is, the user's own load would meet it too
         check = Check("reload", False, f"{type(error).__name__}: {error}")
@@ -51,7 +51,7 @@ def prove_folder(
     distance = measure_distance(reference.logits, logits)
     checks = (
         check_reload(loading),
-        weights,
+        check_weights(source.merged, model, compare),
         check_settings(folder, expected),
         check_kl(distance, largest_kl),
         *check_folder(source.merged, folder, model),

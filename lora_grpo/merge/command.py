@@ -17,7 +17,6 @@ from lora_grpo.machine.terminal import FailedError
 
 if TYPE_CHECKING:
     from lora_grpo.merge.inputs import MergePlan
-    from lora_grpo.merge.prove import MergeProof
     from lora_grpo.proof.reference import Reference
 
 Report = Callable[[str], None]
@@ -101,11 +100,13 @@ def merge_adapter(
         ValueError, OSError: what was given cannot be merged; the message says what to do.
         MergeProofError: the proof failed; `<output-dir>.failed.json` says how.
     """
-    from lora_grpo.machine.files import check_room, staged_directory
+    from lora_grpo.machine.files import check_room, staged_directory, write_json
+    from lora_grpo.machine.folders import MERGED_FILE
     from lora_grpo.merge.inputs import SMALL_FILES, plan_merge
     from lora_grpo.merge.prove import choose_proof, prove_merge
-    from lora_grpo.merge.report import build_report
+    from lora_grpo.merge.report import build_note, build_report
     from lora_grpo.merge.write import write_side_files, write_weights
+    from lora_grpo.results.card import write_model_card
 
     started = time.perf_counter()
     if plan is None:
@@ -124,28 +125,18 @@ def merge_adapter(
         found = build_report(plan, proof, kind, reason, time.perf_counter() - started)
         for warning in found["warnings"]:
             report(f"warning: {warning}")
-        settle(config, staged, proof, found)
+        if proof.failed:
+            path = failure_report(config.target)
+            write_json(path, found)
+            reasons = "; ".join(f"{check.name} ({check.detail})" for check in proof.failed)
+            raise MergeProofError(
+                f"the merged model is not base + adapter, it failed: {reasons}. Nothing was kept "
+                f"but {path}, which says more"
+            )
+        write_json(staged / MERGED_FILE, found)
+        note = build_note(plan, found, staged, config.target.name)
+        write_model_card(staged, config.adapter_dir, note)
     return MergeResult(config.target, found, proof.reference)
-
-
-def settle(config: MergeConfig, staged: Path, proof: "MergeProof", found: dict[str, Any]) -> None:
-    """Add report and card to a proven folder; raise a MergeProofError for any other."""
-    from lora_grpo.machine.files import write_json
-    from lora_grpo.machine.folders import MERGED_FILE
-    from lora_grpo.merge.report import build_note
-    from lora_grpo.results.card import write_model_card
-
-    if proof.failed:
-        path = failure_report(config.target)
-        write_json(path, found)
-        reasons = "; ".join(f"{check.name} ({check.detail})" for check in proof.failed)
-        raise MergeProofError(
-            f"the merged model is not base + adapter, it failed: {reasons}. Nothing was kept but "
-            f"{path}, which says more"
-        )
-    write_json(staged / MERGED_FILE, found)
-    note = build_note(found, config.adapter_dir, staged, config.target.name)
-    write_model_card(staged, config.adapter_dir, note)
 
 
 def failure_report(target: Path) -> Path:

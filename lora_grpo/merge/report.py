@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from lora_grpo.results.card import CardNote
 
 NOTABLE_LOSS = 0.25
+DISTANCES = {
+    "from_policy": "merged model from base + adapter",
+    "rounding_noise_from_policy": "rounding noise from base + adapter",
+    "bare_base_from_policy": "bare base from base + adapter",
+    "from_4bit_policy": "merged model from the 4-bit policy",
+}
+INTO = {
+    "original": "the base's own weights",
+    "dequantized": "the base's weights after NF4 and back, as the policy saw them in training",
+}
 
 
 def build_report(
@@ -81,74 +91,45 @@ def warn_of_rounding(plan: "MergePlan", proof: "MergeProof") -> str | None:
     )
 
 
-def list_figures(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the report's distances, each with the words for what it is from what."""
-    named = (
-        ("merged model from base + adapter", "from_policy"),
-        ("rounding noise from base + adapter", "rounding_noise_from_policy"),
-        ("bare base from base + adapter", "bare_base_from_policy"),
-        ("merged model from the 4-bit policy", "from_4bit_policy"),
-    )
-    return [(words, report[key]) for words, key in named if report[key]]
-
-
 def build_table(report: dict[str, Any]) -> str:
     """Return the proof's figures for a terminal or a model card; a table where there are any."""
     tensors = next(check["detail"] for check in report["checks"] if check["name"] == "tensors")
-    if not list_figures(report):
+    rows = []
+    for key, words in DISTANCES.items():
+        if found := report[key]:
+            logits, kl = found["max_logit_difference"], found["mean_kl"]
+            rows.append(f"| {words} | {logits:.3g} | {kl:.2e} | {found['greedy_agreement']:.2%} |")
+    if not rows:
         return (
             f"tensors against base + delta: {tensors}; {report['adapter_kept']:.1%} of the "
             "adapter's change is in them (logits were not compared)"
         )
-    lines = [
-        "| distance of | max logit difference | mean KL (nats per token) | same greedy choice |",
-        "| --- | --- | --- | --- |",
-    ]
-    for words, distance in list_figures(report):
-        logits, kl = distance["max_logit_difference"], distance["mean_kl"]
-        lines.append(f"| {words} | {logits:.3g} | {kl:.2e} | {distance['greedy_agreement']:.2%} |")
-    return "\n".join(lines)
+    head = "| distance of | max logit difference | mean KL (nats per token) | same greedy choice |"
+    return "\n".join((head, "| --- | --- | --- | --- |", *rows))
 
 
-INTO = {
-    "original": "the base's own weights",
-    "dequantized": "the base's weights after NF4 and back, as the policy saw them in training",
-}
-
-
-def build_note(report: dict[str, Any], records: Path, folder: Path, name: str) -> "CardNote":
+def build_note(plan: "MergePlan", report: dict[str, Any], folder: Path, name: str) -> "CardNote":
     """Return what a merge adds to the card of the model in `folder`, bound for a folder `name`."""
-    from lora_grpo.results.card import CardNote, code
-    from lora_grpo.results.records import read_records
+    from lora_grpo.results.card import CardNote, code, escape
+    from lora_grpo.results.records import find_base
 
-    found = read_records(records, folder)
-    base = f"{code(found.base.name)}, sha256 `{report['base_sha256'][:12]}`"
-    summary = (
-        f"The LoRA adapter {code(report['adapter'])} merged into {INTO[report['merged_into']]} "
-        f"({base}) and stored in {report['dtype']}: {report['num_adapted']} of "
-        f"{report['num_tensors']} tensors changed."
-    )
-    return CardNote(
-        title=f"{report['adapter']}, merged",
-        kind="merged",
-        library_name="transformers",
-        name=name,
-        summary=summary,
-        proof=describe_proof(report),
-    )
-
-
-def describe_proof(report: dict[str, Any]) -> str:
-    """Return the distances and the checks in Markdown."""
-    from lora_grpo.results.card import escape
-
-    checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
+    base = f"{code(find_base(plan.record, folder).name)}, sha256 `{plan.base_sha256[:12]}`"
     done = "Every tensor was read back and compared with base + delta in float32."
     if distance := report["from_policy"]:
         done += (
             " The folder was also loaded, and its logits compared with those of base + adapter in "
             f"float32 over {distance['positions']} positions."
         )
-    return "\n\n".join(
-        (f"{done} `{MERGED_FILE}` holds all of it.", build_table(report), "\n".join(checks))
+    checks = [f"- {escape(check['name'])}: {escape(check['detail'])}" for check in report["checks"]]
+    return CardNote(
+        title=f"{report['adapter']}, merged",
+        kind="merged",
+        library_name="transformers",
+        name=name,
+        summary=f"The LoRA adapter {code(report['adapter'])} merged into {INTO[plan.base]} "
+        f"({base}) and stored in {plan.dtype}: {len(plan.deltas)} of {len(plan.tensors)} tensors "
+        "changed.",
+        proof="\n\n".join(
+            (f"{done} `{MERGED_FILE}` holds all of it.", build_table(report), "\n".join(checks))
+        ),
     )

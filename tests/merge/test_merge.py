@@ -41,7 +41,7 @@ def merge_with_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
             {"sharded": True},
             {
                 "rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
-                "alpha_pattern": {"model.layers.0.self_attn.q_proj": 32},
+                "alpha_pattern": {"q_proj": 12, "self_attn.q_proj": 99, "layers.0.mlp.up_proj": 32},
                 "use_rslora": True,
             },
         ),

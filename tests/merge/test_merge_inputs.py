@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_grpo.machine.files import read_json
 from lora_grpo.merge.command import MergeConfig, merge_adapter
-from lora_grpo.merge.deltas import read_deltas, refuse_unmergeable
+from lora_grpo.merge.deltas import refuse_unmergeable
 from lora_grpo.merge.inputs import plan_merge
 
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -110,17 +110,6 @@ def test_adapter_configs_that_cannot_be_merged(knob, value, message):
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_starts_that_leave_the_base_alone_are_merged(start):
     refuse_unmergeable({"peft_type": "LORA", "init_lora_weights": start, "bias": "none"})
-
-
-def test_scaling_follows_the_first_pattern_that_fits():
-    adapter = make_adapter()
-    config = read_json(adapter / "adapter_config.json")
-    patterns = {"q_proj": 12, "self_attn.q_proj": 99, "proj_of_nothing": 1}
-    deltas = read_deltas(adapter, {**config, "alpha_pattern": patterns}, {})
-    assert deltas[Q_PROJ].scaling == 12 / 4
-    assert deltas[Q_PROJ.replace("q_proj", "k_proj")].scaling == 8 / 4
-    deltas = read_deltas(adapter, {**config, "alpha_pattern": patterns, "use_rslora": True}, {})
-    assert deltas[Q_PROJ].scaling == 12 / 4**0.5
 
 
 def leave_a_checkpoint(adapter: Path) -> Path:
