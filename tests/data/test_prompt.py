@@ -143,6 +143,11 @@ def test_without_a_system_turn_its_text_opens_the_first_user_turn(tokenizer, tem
             ),
             "<think>\n",
         ),
+        (  # a special token is no part of a decoded completion
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|><think>{% endif %}",
+            "<think>",
+        ),
         # Mistral's, whose assistant turn has no header
         ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", ""),
     ],
