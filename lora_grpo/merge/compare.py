@@ -80,7 +80,7 @@ def check_tensors(plan: MergePlan, folder: Path, quantized: frozenset[str]) -> t
                 faults.append(f"{slot.name} is {list(found.shape)} in {found.dtype}")
                 continue
             base = load_weight(plan, slot.name, slot.name in quantized)
-            delta = torch.zeros(()).expand(slot.shape)
+            delta = torch.zeros(())
             if slot.name in plan.deltas:
                 layer = model.get_base_model().get_submodule(plan.deltas[slot.name].module)
                 delta = layer.get_delta_weight(model.active_adapter)
@@ -96,13 +96,15 @@ def compare_values(
     merged: torch.Tensor, base: torch.Tensor, delta: torch.Tensor
 ) -> tuple[str | None, float, float]:
     """Return what is wrong with a merged tensor, None where nothing is, the scalar product of its
-    change and the delta, and the delta's square."""
+    change and the delta, and the delta's square; no delta is a single 0."""
     if not merged.is_floating_point():
         return (None if merged.equal(base) else "differs"), 0.0, 0.0
-    slack = DELTA_SLACK * delta.abs().max() if delta.numel() else 0.0
+    slack = DELTA_SLACK * delta.abs().max()
     wrong = worst = along = whole = 0.0
-    blocks = (tensor.flatten().split(BLOCK_ELEMENTS) for tensor in (merged, base, delta))
-    for found, before, added in zip(*blocks, strict=True):
+    for start in range(0, merged.numel(), BLOCK_ELEMENTS):
+        block = slice(start, start + BLOCK_ELEMENTS)
+        found, before = merged.flatten()[block], base.flatten()[block]
+        added = delta.flatten()[block] if delta.ndim else delta
         exact = before.float() + added
         # Rounding keeps the order: what lies between two values is rounded between theirs.
         room = slack + SUM_SLACK * exact.abs()
