@@ -176,8 +176,21 @@ def check_rewards() -> int:
     return 0 if check(parse(CheckRewardsConfig, check_rewards)) else 1
 
 
+def diagnose() -> None:
+    """Say what is wrong with a run, since which step, why, and which setting to change.
+
+    Reads a run of this project, also while it goes on, or the log of any TRL trainer. Exit status:
+    0 diagnosed, 2 bad input.
+    """
+    from lora_grpo.diagnosis.command import DiagnoseConfig
+    from lora_grpo.diagnosis.command import run as run_diagnosis
+
+    run_diagnosis(parse(DiagnoseConfig, diagnose))
+
+
 FUNCTIONS = {
     "train": train,
+    "diagnose": diagnose,
     "evaluate": evaluate,
     "report": report,
     "merge": merge,

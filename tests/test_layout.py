@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ROOMS = [
     *("machine", "data", "config", "rewards", "policy", "grpo", "memory", "results"),
-    *("report", "train", "proof", "merge", "export", "deploy", "doctor", "dev"),
+    *("diagnosis", "report", "train", "proof", "merge", "export", "deploy", "doctor", "dev"),
 ]
 # What answers `--help`, wrong flags and the doctor's questions, and outside checks.
 WITHOUT_TORCH = [
@@ -29,7 +29,7 @@ WITHOUT_TORCH = [
     ),
     *("grpo.vllm_rollout", "rewards.check", "memory.command", "train.prepare"),
     *("merge.command", "export.command", "deploy.hub_files", "deploy.chat", "deploy.serve"),
-    *("doctor.command", "cli"),
+    *("diagnosis.command", "doctor.command", "cli"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -33,6 +33,7 @@ SCRIPTS = {
     "push": "push_to_hub.py",
     "chat": "chat.py",
     "serve": "serve.py",
+    "diagnose": "diagnose.py",
     "doctor": "doctor.py",
     "plan": "plan_memory.py",
     "check-rewards": "check_rewards.py",
