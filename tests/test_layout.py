@@ -19,17 +19,10 @@ ROOMS = [
 # What answers `--help`, wrong flags and the doctor's questions, and outside checks.
 WITHOUT_TORCH = [
     *("config.presets", "config.files", "data.problems", "data.prompt", "data.sources"),
-    *(
-        "machine.backend",
-        "machine.terminal",
-        "report.command",
-        "policy.open",
-        "policy.unsloth",
-        "policy.vllm",
-    ),
+    *("machine.backend", "machine.terminal", "policy.open", "policy.unsloth", "policy.vllm"),
     *("grpo.vllm_rollout", "rewards.check", "memory.command", "train.prepare"),
     *("merge.command", "export.command", "deploy.hub_files", "deploy.chat", "deploy.serve"),
-    *("diagnosis.command", "doctor.command", "cli"),
+    *("diagnosis.command", "report.command", "doctor.command", "cli"),
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

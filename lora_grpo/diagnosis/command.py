@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from lora_grpo.diagnosis.history import read_history
-from lora_grpo.diagnosis.rules import WINDOW, Finding, diagnose
+from lora_grpo.diagnosis.history import WINDOW, read_history
+from lora_grpo.diagnosis.rules import Finding, diagnose
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lora_grpo.machine.files import read_json, read_jsonl
 
 Row = dict[str, Any]
 TRAINER_STATE = "trainer_state.json"
+WINDOW = 5  # steps over which figures are averaged
 # TRL's names for the figures of a step, except those that are alike.
 TRL_NAMES = {
     "completions/mean_length": "completion_length",
@@ -51,10 +52,11 @@ class History:
     def figures(self, name: str) -> list[float]:
         return [figure for _, figure in self.series(name)]
 
-    def recent(self, name: str, window: int) -> float | None:
-        """Return the mean of a figure in the last steps that have it, or None where too few do."""
-        figures = self.figures(name)
-        return fmean(figures[-window:]) if len(figures) >= window else None
+    def recent(self, name: str) -> float | None:
+        """Return the mean of a figure in the last WINDOW steps that have it, or None where none
+        has."""
+        figures = self.figures(name)[-WINDOW:]
+        return fmean(figures) if figures else None
 
 
 def is_figure(value: Any) -> bool:

@@ -13,9 +13,8 @@ from itertools import groupby, pairwise
 from statistics import fmean, pvariance, stdev
 
 from lora_grpo.data.task import NUMBER_TASK, Task
-from lora_grpo.diagnosis.history import History, Row
+from lora_grpo.diagnosis.history import WINDOW, History, Row
 
-WINDOW = 5
 DEAD = 0.9  # of the groups: what is left is too little to learn from
 NOISE = 3.0  # standard errors: what chance alone hardly ever does
 
@@ -39,10 +38,11 @@ Rule = Callable[[History], Finding | None]
 
 def held_since(history: History, name: str, holds: Callable[[float], bool]) -> int | None:
     """Return the first step of the last stretch in which each mean over WINDOW steps holds, or None
-    where the latest one does not."""
+    where the latest one does not. A shorter run is one window."""
     series, since = history.series(name), None
-    for end in range(len(series), WINDOW - 1, -1):
-        window = series[end - WINDOW : end]
+    length = min(WINDOW, max(1, len(series)))
+    for end in range(len(series), length - 1, -1):
+        window = series[end - length : end]
         if not holds(fmean(figure for _, figure in window)):
             break
         since = window[0][0]
@@ -127,13 +127,17 @@ def not_finite(history: History) -> Finding | None:
 
 
 def truncated(history: History) -> Finding | None:
-    """Half of the completions or more end at the limit, so that their answer is never written."""
+    """Half of the completions or more end at the limit; or a fifth of the whole run's, and hardly
+    any is in the format."""
     since = held_since(history, "clipped_ratio", lambda share: share >= 0.5)
+    if since is None and at_most(history, "format", 0.01):
+        cut = history.figures("clipped_ratio")
+        since = history.steps[0]["step"] if cut and fmean(cut) >= 0.2 else None
     if since is None:
         return None
     return Finding(
         since,
-        f"{percent(history.recent('clipped_ratio', WINDOW))} of the completions are cut off",
+        f"{percent(fmean(history.figures('clipped_ratio')))} of the completions are cut off",
         "a completion without an end has no answer to reward",
         capitalise(setting(history, "--max-completion-length", 2)),
     )
@@ -144,7 +148,7 @@ def no_format(history: History) -> Finding | None:
     if history.settings.get("reward_set") == "none":
         return None
     since = held_since(history, "format", lambda share: share < 0.01)
-    if since is None or at_least(history, "clipped_ratio", 0.5):
+    if since is None or truncated(history):
         return None
     return Finding(
         since,
@@ -155,10 +159,23 @@ def no_format(history: History) -> Finding | None:
     )
 
 
+def no_reward(history: History) -> Finding | None:
+    """Every reward function returned None for every completion of the last WINDOW steps."""
+    recent = history.steps[-WINDOW:]
+    if any("reward" not in row or row["reward"] is not None for row in recent):
+        return None
+    return Finding(
+        recent[0]["step"],
+        "every reward function returned None for every completion",
+        "None means that a reward does not apply",
+        "Give a --reward that returns numbers for these problems, or --reward-set default",
+    )
+
+
 def constant_reward(history: History) -> Finding | None:
     """Every completion earns the same, and not because all are right or all wrong."""
     rewards = history.figures("reward")[-WINDOW:]
-    since, correct = dead_since(history), history.recent("correct", WINDOW)
+    since, correct = dead_since(history), history.recent("correct")
     if since is None or len(set(rewards)) > 1 or not rewards or rewards[0] == 0:
         return None
     paid = "correctness" in (history.steps[-1].get("rewards") or {})
@@ -175,7 +192,7 @@ def constant_reward(history: History) -> Finding | None:
 def too_hard(history: History) -> Finding | None:
     """Nearly all groups are dead, and nearly nothing is right."""
     since = dead_since(history)
-    correct = history.recent("correct", WINDOW)
+    correct = history.recent("correct")
     if since is None or correct is None or correct >= 0.1 or constant_reward(history):
         return None
     if truncated(history) or no_format(history):
@@ -192,7 +209,7 @@ def too_hard(history: History) -> Finding | None:
 def too_easy(history: History) -> Finding | None:
     """Nearly all groups are dead, and nearly everything is right."""
     since = dead_since(history)
-    correct = history.recent("correct", WINDOW)
+    correct = history.recent("correct")
     if since is None or correct is None or correct <= 0.9:
         return None
     return Finding(
@@ -206,7 +223,7 @@ def too_easy(history: History) -> Finding | None:
 def few_live_groups(history: History) -> Finding | None:
     """Nearly all groups are dead for no reason that another rule names."""
     since = dead_since(history)
-    others = (truncated, no_format, constant_reward, too_hard, too_easy)
+    others = (no_reward, truncated, no_format, constant_reward, too_hard, too_easy)
     if since is None or any(rule(history) for rule in others):
         return None
     return Finding(
@@ -223,12 +240,18 @@ def dead_since(history: History) -> int | None:
 
 
 def dead(history: History) -> str:
-    return percent(history.recent("frac_reward_zero_std", WINDOW))
+    return percent(history.recent("frac_reward_zero_std"))
+
+
+def at_most(history: History, name: str, bound: float) -> bool:
+    """Return whether a figure's recent mean is known and not above a bound."""
+    recent = history.recent(name)
+    return recent is not None and recent <= bound
 
 
 def at_least(history: History, name: str, bound: float) -> bool:
     """Return whether a figure's recent mean is known and reaches a bound."""
-    recent = history.recent(name, WINDOW)
+    recent = history.recent(name)
     return recent is not None and recent >= bound
 
 
@@ -414,7 +437,7 @@ def gradient_clipped(history: History) -> Finding | None:
     since = limit and held_since(history, "grad_norm", lambda norm: norm >= 10 * limit)
     if not since:
         return None
-    norm = history.recent("grad_norm", WINDOW)
+    norm = history.recent("grad_norm")
     return Finding(
         since,
         f"the norm of the gradient is {norm:.2g}, {norm / limit:.0f} times --max-grad-norm",
@@ -430,7 +453,7 @@ def kl_high(history: History) -> Finding | None:
         return None
     return Finding(
         since,
-        f"the KL from the reference is {history.recent('kl', WINDOW):.1f} nats per token",
+        f"the KL from the reference is {history.recent('kl'):.1f} nats per token",
         "the policy has left what the base can write",
         f"{capitalise(setting(history, '--learning-rate', 0.3, 'lower'))}, or "
         f"{setting(history, '--beta', 3)}",
@@ -463,8 +486,8 @@ def learning_rate_low(history: History) -> Finding | None:
     found = [(row["strict_accuracy"], row["format_rate"]) for row in history.validations]
     rates = history.figures("learning_rate")
     too_small = len(rates) >= WINDOW and 0 < max(rates) < 1e-7
-    alike = len(found) >= 3 and len(set(found)) == 1
-    if not (too_small or alike) or dead_since(history) or at_least(history, "correct", 0.9):
+    alike = len(found) >= 3 and len(set(found)) == 1 and 0 < found[0][0] < 1
+    if not (too_small or alike) or dead_since(history):
         return None
     if not any(history.figures("grad_norm")):
         return None
@@ -554,7 +577,7 @@ def memory_creeps(history: History) -> Finding | None:
 RULES: tuple[Rule, ...] = (
     *(not_finite, drowned_reward, learning_rate_high, kl_high, sampler_differs),
     *(length_runaway, length_collapse, reward_hacking, wrong_gold),
-    *(truncated, no_format, constant_reward, too_easy, too_hard, few_live_groups),
+    *(no_reward, truncated, no_format, constant_reward, too_easy, too_hard, few_live_groups),
     *(entropy_collapse, gradient_zero, gradient_clipped),
     *(learning_rate_low, validation_falls, within_noise, slow_generation, memory_creeps),
 )

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from lora_grpo.config.presets import FALLING
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import build_messages, render
+from lora_grpo.diagnosis.history import read_history
+from lora_grpo.diagnosis.rules import diagnose
 from lora_grpo.grpo.batch import had_signal
 from lora_grpo.machine.allocator import prepare_allocator
 from lora_grpo.machine.files import check_room, naming, read_jsonl
@@ -135,8 +137,9 @@ def run_plan(plan: Plan, display: Display) -> int:
     display.results(report)
     display.memory(steps[-1])
     display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
+    display.findings(diagnose(read_history(plan.run_dir)))
     if any(map(had_signal, steps)):
         display.say(f"next: {command_line('merge_adapter.py', plan.run_dir)}")
     else:
-        display.silence(steps, plan.config, whole_run=True)
+        display.say_always("no step had a signal, so nothing was learnt: start a new run")
     return 0

@@ -5,7 +5,7 @@ A terminal also gets a progress bar; a log file gets the lines only.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lora_grpo.config.train_config import TrainConfig
-from lora_grpo.data.task import NUMBER_TASK
-from lora_grpo.grpo.batch import Batch, mean
-from lora_grpo.machine.terminal import command_line, make_console
+from lora_grpo.diagnosis.rules import Finding
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.machine.terminal import make_console
 from lora_grpo.memory.terms import GIB
 
 LINES = 50
@@ -163,18 +162,10 @@ class Display:
             why += f"; the adapter of step {steps} is in {run_dir / 'last'}"
         self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
 
-    def silence(self, steps: list[dict[str, Any]], config: TrainConfig, whole_run: bool) -> None:
-        """Print that the run, or its last steps, had no signal, and what to change."""
-        alike = all(row["frac_reward_zero_std"] == 1 for row in steps)
-        why = (
-            "all completions of each group earned the same" if alike else "every gradient was zero"
-        )
-        if whole_run:
-            start = f"no step had a signal, so nothing was learnt: in all {len(steps)} steps {why}"
-        else:
-            start = f"no signal in the last {len(steps)} steps, so nothing is learnt: {why}"
-        again = "; then start a new run" if whole_run else ""
-        self.say_always(f"{start}. {explain_silence(steps, config)}{again}")
+    def findings(self, findings: Iterable[Finding]) -> None:
+        """Print what the diagnosis found."""
+        for finding in findings:
+            self.say_always(f"diagnosis: {finding}")
 
     def memory(self, row: dict[str, Any]) -> None:
         """Print the measured and the predicted peak memory, from the last row of the metrics."""
@@ -205,43 +196,6 @@ def describe_validation(row: dict[str, Any]) -> str:
     """Return the accuracy in a row of `validation.jsonl`."""
     accuracy = f"strict {percent(row['strict_accuracy'])} of {row['num_items']} problems"
     return f"{accuracy} (95 % interval {interval(row['ci95'])})"
-
-
-def explain_silence(steps: list[dict[str, Any]], config: TrainConfig) -> str:
-    """Return the likely cause of steps without a signal, and which setting to change."""
-    names = ("reward", "clipped_ratio", "correct", "format")
-    reward, clipped, correct, formatted = (mean(row[name] for row in steps) for name in names)
-    if reward is None:
-        return (
-            "Every reward function returned None for every completion: give a --reward that "
-            "returns numbers for these problems, or --reward-set default"
-        )
-    if clipped > 0.5:
-        return (
-            f"{percent(clipped)} of the completions were cut off: raise --max-completion-length "
-            f"(now {config.max_completion_length})"
-        )
-    found = f"{percent(correct)} of the completions are right, {percent(formatted)} in the format"
-    if correct > 0.9:
-        return f"{found}: take harder problems (--dataset)"
-    if correct < 0.1 and formatted < 0.1:
-        return (
-            f"{found} {' '.join(NUMBER_TASK.tags)}: ask for it in "
-            "--system-prompt-file, show it by --one-shot, or pay by --reward for what the model "
-            "does write"
-        )
-    if correct < 0.1:
-        return f"{found}: take easier problems (--dataset) or a larger --model"
-    if len({row["reward"] for row in steps}) == 1:
-        return (
-            f"{found}, but each earned {number(reward, 'g')}: give rewards that tell them apart "
-            f"({command_line('check_rewards.py')} shows what each pays)"
-        )
-    return (
-        f"{found}: sample more per problem (--num-generations, now {config.num_generations}), or "
-        "take more problems per step (--gradient-accumulation-steps; now "
-        f"{config.prompts_per_step} problems)"
-    )
 
 
 SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")

@@ -15,7 +15,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from lora_grpo.config.train_config import TrainConfig
-from lora_grpo.grpo.batch import Batch, StepState, had_signal, mean
+from lora_grpo.diagnosis.history import WINDOW, read_history
+from lora_grpo.diagnosis.rules import diagnose
+from lora_grpo.grpo.batch import Batch, StepState, mean
 from lora_grpo.grpo.groups import dead_groups, padding_share
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import append_jsonl, read_jsonl, write_jsonl
@@ -33,8 +35,6 @@ from lora_grpo.train.console import Display
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
 SKIPPED_IN_A_ROW = 20
-# Steps in a row without a signal before the run says so; twice as many before it says it again.
-PATIENCE = 5
 LOGGED = ("loss", "grad_norm", "learning_rate", "entropy", "kl")
 SAMPLER_LOGS = {
     "sampling/sampling_logp_difference/mean": "sampler_logprob_difference",
@@ -125,8 +125,7 @@ class Recorder(TrainerCallback):
         self.display, self.validate = display, validate
         self.predicted_memory = predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
-        self.silent: list[dict[str, Any]] = []  # the rows since the last signal
-        self.patience = PATIENCE
+        self.said: set[str] = set()  # the rules whose findings were printed
         self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
         self.skipped_in_a_row = 0
@@ -197,10 +196,10 @@ class Recorder(TrainerCallback):
         if state.global_step % self.config.log_completions_steps == 0:
             append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
         self.display.step(row, batch, state.max_steps, self.config.log_completions_steps)
-        self.silent = [] if had_signal(row) else [*self.silent, row]
-        if len(self.silent) == self.patience:
-            self.patience *= 2
-            self.display.silence(self.silent, self.config, whole_run=False)
+        if state.global_step % WINDOW == 0 and state.global_step < state.max_steps:
+            found = diagnose(read_history(self.run_dir))
+            self.display.findings(one for one in found if one.rule not in self.said)
+            self.said |= {one.rule for one in found}
 
     def keep_best(self, step: int) -> None:
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,7 @@ LOUD = [
     )
 ]
 FAULTS: dict[str, History] = {
+    "no_reward": build(lambda step: DEAD | {"reward": None}),
     "not_finite": build(lambda step: {"loss": math.nan} if step > 20 else {}),
     "truncated": build(lambda step: {"clipped_ratio": 0.7 if step > 10 else 0.1}),
     "no_format": build(lambda step: {"format": 0.0, "correct": 0.0}),
@@ -134,6 +136,11 @@ def test_each_fault_is_named_first_by_its_own_rule(rule) -> None:
     assert "--" in str(found[0]) or rule.__name__ in ("reward_hacking", "length_collapse")
 
 
+def test_every_rule_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/diagnosis.md").read_text()
+    assert all(f"`{rule.__name__}`" in page for rule in RULES)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_a_fault_that_is_over_is_not_named(rule) -> None:
     """What a run went through in its first half and left behind."""
@@ -158,14 +165,15 @@ def test_advice_holds_the_value_to_change_to() -> None:
 @pytest.mark.parametrize("name", [name for name in healthy(1) if name != "step"])
 @pytest.mark.parametrize("missing", ["absent", None, math.nan])
 def test_a_figure_may_be_missing(name: str, missing: Any) -> None:
-    """In a healthy run nothing is named for it, except that a loss without a value is."""
+    """In a healthy run nothing is named for it, except a loss or a reward without a value."""
     steps = [
         {key: value for key, value in healthy(step).items() if key != name}
         | ({} if missing == "absent" else {name: missing})
         for step in range(1, STEPS + 1)
     ]
-    allowed = {"not_finite"} if name in ("loss", "grad_norm") else set()
-    assert {found.rule for found in diagnose(History(steps, SETTINGS))} <= allowed
+    allowed = {"loss": {"not_finite"}, "grad_norm": {"not_finite"}, "reward": {"no_reward"}}
+    found = {finding.rule for finding in diagnose(History(steps, SETTINGS))}
+    assert found <= allowed.get(name, set())
 
 
 @pytest.mark.parametrize("count", range(12))

@@ -130,37 +130,20 @@ def test_a_group_is_dead_by_the_rewards_that_applied() -> None:
     assert dead_groups(totals, 2) == [True, True, True, False]
 
 
-CAUSES = {
-    "--reward-set default": {"reward": None},
-    "--max-completion-length": {"clipped_ratio": 1.0},
-    "--dataset": {"correct": 1.0, "format": 1.0},
-    "--system-prompt-file": {"reward": 0.0},
-    "--model": {"reward": 0.2, "format": 1.0},
-    "check_rewards.py": {"correct": 0.4, "format": 0.5},
-}
-
-
-@pytest.mark.parametrize("cure", CAUSES)
-def test_steps_without_a_signal_are_said_with_their_cure(
-    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch, cure: str
+def test_a_fault_is_said_once_while_it_lasts(
+    stepped: LoraGRPOTrainer, tmp_path: Path, capsys, monkeypatch
 ) -> None:
-    """After five such steps, then after ten more; a step with a signal begins the count anew."""
+    """After five steps in which every completion earned the same, with the setting to change."""
     config = TrainConfig(num_generations=G, log_completions_steps=100)
-    usual = {"reward": 0.5, "correct": 0.0, "format": 0.0, "clipped_ratio": 0.0}
-    said: list[int] = []
-
-    class Silent(Display):
-        def silence(self, steps: list[dict[str, Any]], *rest: Any, **more: Any) -> None:
-            said.append(steps[-1]["step"])
-            super().silence([row | usual | CAUSES[cure] for row in steps], *rest, **more)
-
-    recorder = Recorder(stepped, config, tmp_path, Silent(quiet=True))
+    recorder = Recorder(stepped, config, tmp_path, Display(quiet=True))
+    monkeypatch.setattr(stepped.step, "batch", crafted([0.5] * 8))
+    said = []
     for step in range(1, 20):
-        monkeypatch.setattr(stepped.step, "batch", crafted([0.0, float(step == 7)] * 4))
         state = TrainerState(global_step=step, max_steps=20)
-        recorder.on_log(stepped.args, state, TrainerControl(), {"grad_norm": 0.1})
-    assert said == [5, 17]
-    assert cure in capsys.readouterr().out
+        recorder.on_log(stepped.args, state, TrainerControl(), {"grad_norm": 0.0})
+        said.append(capsys.readouterr().out)
+    assert [step for step, text in enumerate(said, 1) if text] == [5]
+    assert "since step 1" in said[4] and "--" in said[4]
 
 
 def test_a_gradient_of_zero_is_no_signal_either() -> None:
