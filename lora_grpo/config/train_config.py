@@ -187,6 +187,8 @@ class TrainConfig:
     """Steps between checkpoints for --resume; the two newest are kept."""
     log_completions_steps: int = 5
     """Steps between those of which one completion is printed and all are recorded."""
+    report_steps: int = 10
+    """Refresh report.html every so many steps; it is also written at the end."""
 
     def __post_init__(self) -> None:
         for words, allows, names in LIMITS:
@@ -325,7 +327,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
             *("r", "lora_alpha", "max_prompt_length", "max_completion_length", "num_iterations"),
             *("dynamic_sampling_rounds", "per_device_train_batch_size", "max_steps"),
             *("gradient_accumulation_steps", "num_eval_items", "eval_steps", "eval_batch_size"),
-            *("save_steps", "log_completions_steps", "vllm_max_num_seqs"),
+            *("save_steps", "log_completions_steps", "report_steps", "vllm_max_num_seqs"),
         ),
     ),
     (

@@ -28,7 +28,7 @@ def constant(completions, **columns):
     return [1.0] * len(completions)
 
 def longer(completions, **columns):
-    return [min(len(text), 300) / 100 for text in completions]
+    return [len(text) / 100 if "<" not in text else 0.0 for text in completions]
 
 def wrong(completions, answer, **columns):
     """Pays for the tags around anything except the right answer."""

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_grpo.machine.files import read_json, read_jsonl
+from lora_grpo.policy.adapter import COMPLETIONS, EVAL, METRICS, TRAIN_CONFIG, VALIDATION
 
 Row = dict[str, Any]
 TRAINER_STATE = "trainer_state.json"
@@ -74,16 +75,14 @@ def read_history(path: Path) -> History:
         FileNotFoundError: there is no such path, or it holds no log.
         ValueError: a file is damaged, or has no step of GRPO.
     """
-    if (path / "metrics.jsonl").is_file():
-        optional = {name: path / f"{name}.json" for name in ("train_config", "eval")}
-        found = {name: read_json(file) if file.is_file() else {} for name, file in optional.items()}
-        return History(
-            read_jsonl(path / "metrics.jsonl"),
-            found["train_config"],
-            read_jsonl(path / "validation.jsonl"),
-            read_jsonl(path / "completions.jsonl"),
-            found["eval"],
+    if (path / METRICS).is_file():
+        settings, evaluation = (
+            read_json(path / name) if (path / name).is_file() else {}
+            for name in (TRAIN_CONFIG, EVAL)
         )
+        rows = (read_jsonl(path / name) for name in (METRICS, VALIDATION, COMPLETIONS))
+        steps, validations, completions = rows
+        return History(steps, settings, validations, completions, evaluation)
     log = find_log(path)
     steps = [translate(row) for row in read_log(log) if {"step", "reward"} <= row.keys()]
     if not steps:
@@ -104,7 +103,7 @@ def find_log(path: Path) -> Path:
         if (folder / TRAINER_STATE).is_file():
             return folder / TRAINER_STATE
     raise FileNotFoundError(
-        f"{path} holds neither metrics.jsonl nor {TRAINER_STATE}: give an adapter directory or "
+        f"{path} holds neither {METRICS} nor {TRAINER_STATE}: give an adapter directory or "
         "another trainer's output folder"
     )
 

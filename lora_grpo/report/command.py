@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tyro
 
+from lora_grpo.diagnosis.history import read_history
+from lora_grpo.diagnosis.rules import diagnose
 from lora_grpo.machine.folders import check_kind
 from lora_grpo.report.page import REPORT, write_report
 
@@ -48,7 +50,8 @@ def write(config: ReportConfig) -> Path:
     target = config.target
     if target.exists() and not (target.is_file() and is_report(target)):
         raise ValueError(f"--output {target} exists and is no report: choose another name")
-    write_report(config.run_dirs, target)
+    findings = diagnose(read_history(config.run_dirs[0])) if len(config.run_dirs) == 1 else []
+    write_report(config.run_dirs, target, [*map(str, findings)])
     return target
 
 

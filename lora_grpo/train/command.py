@@ -19,6 +19,7 @@ from lora_grpo.machine.terminal import (
 from lora_grpo.memory.fit import describe_memory
 from lora_grpo.policy.adapter import METRICS, VALIDATION
 from lora_grpo.policy.checkpoints import KEPT_CHECKPOINTS, check_run
+from lora_grpo.report.page import REPORT, write_report
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan, describe_plan, make_plan
@@ -137,7 +138,10 @@ def run_plan(plan: Plan, display: Display) -> int:
     display.results(report)
     display.memory(steps[-1])
     display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
-    display.findings(diagnose(read_history(plan.run_dir)))
+    findings = diagnose(read_history(plan.run_dir))
+    display.findings(findings)
+    write_report([plan.run_dir], plan.run_dir / REPORT, [*map(str, findings)])
+    display.say(f"report: {plan.run_dir / REPORT}")
     if any(map(had_signal, steps)):
         display.say(f"next: {command_line('merge_adapter.py', plan.run_dir)}")
     else:

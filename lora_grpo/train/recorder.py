@@ -31,6 +31,7 @@ from lora_grpo.policy.adapter import (
     read_step,
     save_adapter,
 )
+from lora_grpo.report.page import REPORT, write_report
 from lora_grpo.train.console import Display
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
@@ -196,10 +197,19 @@ class Recorder(TrainerCallback):
         if state.global_step % self.config.log_completions_steps == 0:
             append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
         self.display.step(row, batch, state.max_steps, self.config.log_completions_steps)
-        if state.global_step % WINDOW == 0 and state.global_step < state.max_steps:
-            found = diagnose(read_history(self.run_dir))
-            self.display.findings(one for one in found if one.rule not in self.said)
-            self.said |= {one.rule for one in found}
+        if state.global_step < state.max_steps:
+            self.look_at_run(state.global_step)
+
+    def look_at_run(self, step: int) -> None:
+        """Print the faults that appeared, and refresh the report, each at its interval."""
+        reporting = step % self.config.report_steps == 0
+        if step % WINDOW and not reporting:
+            return
+        findings = diagnose(read_history(self.run_dir))
+        self.display.findings(found for found in findings if found.rule not in self.said)
+        self.said |= {found.rule for found in findings}
+        if reporting:
+            write_report([self.run_dir], self.run_dir / REPORT, [*map(str, findings)])
 
     def keep_best(self, step: int) -> None:
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""
