@@ -64,7 +64,7 @@ def sabotages(folder: Path) -> dict[str, tuple[str, Sequence[object]]]:
         "learning rate 1e-9": ("learning_rate_low", ("--learning-rate", 1e-9)),
         "limit of 8 tokens": ("truncated", ("--max-completion-length", 8)),
         "constant reward": ("constant_reward", (*alone, f"{rewards}:constant")),
-        "reward for length": ("length_runaway", (*alone, f"{rewards}:longer")),
+        "reward for text without tags": ("reward_hacking", (*alone, f"{rewards}:longer")),
         "reward for wrong answers": ("reward_hacking", (*alone, f"{rewards}:wrong")),
         "a reward fifty times as loud": ("drowned_reward", ("--reward", f"{rewards}:loud")),
         "wrong gold answers": ("wrong_gold", ("--dataset", folder / "wrong.jsonl")),

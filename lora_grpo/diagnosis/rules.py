@@ -301,16 +301,21 @@ def majority(group: list[Row], task: Task) -> tuple[Row, str] | None:
 
 
 def reward_hacking(history: History) -> Finding | None:
-    """The reward rises while the share of right answers falls by ten points or more."""
+    """The reward rises while right answers fall: those sampled by ten points or more, or those of
+    the validations by more than two standard errors."""
     reward, correct = change(history, "reward"), change(history, "correct")
-    if reward is None or correct is None or not (reward.rose and correct.fell):
+    if reward is None or not reward.rose:
         return None
-    if correct.best - correct.last < 0.1:
+    if correct is not None and correct.fell and correct.best - correct.last >= 0.1:
+        since = correct.best_step
+        fell = f"right answers fell from {percent(correct.best)} to {percent(correct.last)}"
+    elif validated := validation_falls(history):
+        since, fell = validated.since, validated.seen
+    else:
         return None
     return Finding(
-        correct.best_step,
-        f"the reward rose from {reward.first:.2f} to {reward.last:.2f} while right answers fell "
-        f"from {percent(correct.best)} to {percent(correct.last)}",
+        since,
+        f"the reward rose from {reward.first:.2f} to {reward.last:.2f} while {fell}",
         "the rewards pay more for something else than for the answer",
         "Read completions.jsonl, then lower that reward's weight (--reward FILE:FUNCTION=WEIGHT)",
     )

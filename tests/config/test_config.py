@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -20,7 +19,7 @@ FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 COUNTS = [
     *("r", "lora_alpha", "max_completion_length", "max_prompt_length", "num_iterations"),
     *("max_steps", "num_eval_items", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("eval_steps", "eval_batch_size", "save_steps", "log_completions_steps"),
+    *("eval_steps", "eval_batch_size", "save_steps", "log_completions_steps", "report_steps"),
     "dynamic_sampling_rounds",
 ]
 KINDS = typing.get_type_hints(TrainConfig)
@@ -559,16 +558,9 @@ def test_resume_needs_a_run_and_takes_no_config_file(run: Path, tmp_path: Path) 
 # The script
 
 
-def test_help_comes_at_once_and_without_torch() -> None:
-    seconds = []
-    for _ in range(3):  # a busy machine may take longer once
-        started = time.perf_counter()
-        done = run_script("--help")
-        seconds.append(time.perf_counter() - started)
-        if seconds[-1] < 2:
-            break
+def test_help_comes_without_torch() -> None:
+    done = run_script("--help")
     assert done.returncode == 0 and "--num-generations" in done.stdout
-    assert min(seconds) < 2
     code = "import sys, lora_grpo.config.presets as p; p.parse_train_config(['--preset', 'tiny'])"
     check = "; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, check=True, timeout=60)

@@ -122,7 +122,7 @@ FAULTS: dict[str, History] = {
     "kl_high": build(lambda step: {"kl": 0.2 * step}),
     "sampler_differs": build(lambda step: {"sampler_logprob_difference": 0.3}),
     "learning_rate_low": build(validations=[row | {"strict_accuracy": 0.5} for row in VALIDATIONS]),
-    "validation_falls": build(validations=FALLING),
+    "validation_falls": build(lambda step: {"reward": 0.5}, validations=FALLING),
     "within_noise": build(evaluation=EVALUATION | {"mcnemar_p": 0.4}),
     "slow_generation": build(lambda step: {"seconds_generate": 9.0}),
     "memory_creeps": build(lambda step: {"peak_memory_bytes": (4 + step // 4) * 10**9}),
