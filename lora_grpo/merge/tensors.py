@@ -27,7 +27,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 19
 ALIGNMENT = 8
 
 
