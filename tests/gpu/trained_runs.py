@@ -16,7 +16,8 @@ RUN_SECONDS = 900
 FILES = {
     *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
     *("completions.jsonl", "curves.png", "eval.json", "eval_items.jsonl", "metrics.jsonl"),
-    *("tokenizer.json", "tokenizer_config.json", "train_config.json", "validation.jsonl"),
+    *("report.html", "tokenizer.json", "tokenizer_config.json", "train_config.json"),
+    "validation.jsonl",
 }
 SMALL_RUN = (
     *("--num-generations", 4, "--per-device-train-batch-size", 4),
