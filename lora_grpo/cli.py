@@ -66,6 +66,18 @@ def report() -> None:
     print(f"report: {write(parse(ReportConfig, report))}")
 
 
+def diagnose() -> None:
+    """Say what is wrong with a run, since which step, why, and which setting to change.
+
+    Reads a run of this project, also while it goes on, or the log of any TRL trainer. Exit status:
+    0 diagnosed, 2 bad input.
+    """
+    from lora_grpo.diagnosis.command import DiagnoseConfig
+    from lora_grpo.diagnosis.command import run as run_diagnosis
+
+    run_diagnosis(parse(DiagnoseConfig, diagnose))
+
+
 def merge() -> None:
     """Merge a LoRA adapter into its base as a plain 16-bit model, proven to be the same policy.
 
@@ -176,23 +188,11 @@ def check_rewards() -> int:
     return 0 if check(parse(CheckRewardsConfig, check_rewards)) else 1
 
 
-def diagnose() -> None:
-    """Say what is wrong with a run, since which step, why, and which setting to change.
-
-    Reads a run of this project, also while it goes on, or the log of any TRL trainer. Exit status:
-    0 diagnosed, 2 bad input.
-    """
-    from lora_grpo.diagnosis.command import DiagnoseConfig
-    from lora_grpo.diagnosis.command import run as run_diagnosis
-
-    run_diagnosis(parse(DiagnoseConfig, diagnose))
-
-
 FUNCTIONS = {
     "train": train,
-    "diagnose": diagnose,
     "evaluate": evaluate,
     "report": report,
+    "diagnose": diagnose,
     "merge": merge,
     "export": export,
     "push": push,
