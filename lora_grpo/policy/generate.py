@@ -1,4 +1,4 @@
-"""Greedy decoding in batches, for evaluation; training samples through TRL.
+"""Decoding in batches, greedy or sampled, for evaluation; training samples through TRL.
 
 Prompts are sorted by length, so that a batch holds little padding; results are in the order of the
 prompts.
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_grpo.policy.base import merge_end_ids
+from lora_grpo.policy.drawing import Sampling, SeededDraws
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,15 +58,18 @@ def complete_batch(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
     settings: "GenerationConfig",
+    draws: SeededDraws | None = None,
 ) -> list[Completion]:
-    """Continue a batch of rendered prompts."""
+    """Continue a batch of rendered prompts, greedily or with the tokens that `draws` draws."""
     import torch
 
     inputs = tokenizer(
         prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     ).to(model.device)
     with torch.no_grad():
-        output = model.generate(**inputs, generation_config=settings)  # (B, P+T)
+        output = model.generate(
+            **inputs, generation_config=settings, logits_processor=[draws] if draws else None
+        )  # (B, P+T)
     completions = []
     for row in output[:, inputs["input_ids"].shape[1] :].tolist():
         ids, truncated = cut_at_end(row, settings.eos_token_id)
@@ -82,11 +86,13 @@ def complete(
     batch_size: int,
     advance: Advance = lambda count: None,
     limit: "RowLimit | None" = None,
+    sampling: Sampling | None = None,
 ) -> list[Completion]:
-    """Complete each rendered prompt greedily; results are in the order of the prompts.
+    """Complete each rendered prompt greedily, or sample several completions of each; results are in
+    the order of the prompts, the samples of one adjacent.
 
     `advance` is called with the size of each finished batch. `limit` remembers from one call to the
-    next how many prompts fit into memory at once.
+    next how many completions fit into memory at once.
     """
     from lora_grpo.machine.out_of_memory import RowLimit
     from lora_grpo.policy.layers import one_matrix
@@ -95,19 +101,25 @@ def complete(
     was_training = model.training
     model.eval()
     settings = greedy_settings(model, tokenizer, max_completion_length)
+    if sampling:
+        prompts = [prompt for prompt in prompts for _ in range(sampling.num_samples)]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, Completion] = {}
+
+    def answer_part(rows: list[int]) -> list[Completion]:
+        draws = SeededDraws(sampling, rows, max_completion_length) if sampling else None
+        texts = [prompts[row] for row in rows]
+        return complete_batch(model, tokenizer, texts, settings, draws)
+
     with one_matrix(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            texts = [prompts[index] for index in chosen]
 
-            def answer(rows: int, texts: list[str] = texts) -> list[Completion]:
-                parts = [texts[first : first + rows] for first in range(0, len(texts), rows)]
-                answers = [complete_batch(model, tokenizer, part, settings) for part in parts]
-                return [done for part in answers for done in part]
+            def answer(rows: int, chosen: list[int] = chosen) -> list[Completion]:
+                parts = [chosen[first : first + rows] for first in range(0, len(chosen), rows)]
+                return [done for part in parts for done in answer_part(part)]
 
-            found.update(zip(chosen, limit.run(answer, len(texts)), strict=True))
+            found.update(zip(chosen, limit.run(answer, len(chosen)), strict=True))
             advance(len(chosen))
     model.train(was_training)
     return [found[index] for index in range(len(prompts))]

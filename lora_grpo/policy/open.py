@@ -1,4 +1,4 @@
-"""A policy: a base model, later with an adapter, that completes prompts greedily.
+"""A policy: a base model, later with an adapter, that completes prompts greedily or samples.
 
 `TransformersPolicy` generates with the model itself, `VLLMPolicy` with a vLLM engine. `open_policy`
 opens one of the two, and closes it however the block ends.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_grpo.policy.base import Placement, declared_end_ids, load_adapter, load_base
+from lora_grpo.policy.drawing import Sampling
 from lora_grpo.policy.generate import Advance, Completion, complete
 
 if TYPE_CHECKING:
@@ -31,10 +32,14 @@ class TransformersPolicy:
         self.limit = RowLimit("evaluation", print)
 
     def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance = lambda count: None
+        self,
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance = lambda count: None,
+        sampling: Sampling | None = None,
     ) -> list[Completion]:
-        """Complete each rendered prompt greedily, with the adapter as it is now; results are in the
-        order of the prompts."""
+        """Complete each rendered prompt with the adapter as it is now, greedily or as `sampling`
+        says; results are in the order of the prompts, the samples of one adjacent."""
         return complete(
             self.model,
             self.tokenizer,
@@ -43,6 +48,7 @@ class TransformersPolicy:
             self.batch_size,
             advance,
             self.limit,
+            sampling,
         )
 
     def use_adapter(self, directory: Path) -> None:
@@ -73,11 +79,17 @@ class VLLMPolicy:
         self.following = False
 
     def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance
+        self,
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance = lambda count: None,
+        sampling: Sampling | None = None,
     ) -> list[Completion]:
         if self.following:
             self.engine.sync(self.model)
-        return self.engine.complete(self.tokenizer, prompts, max_completion_length, advance)
+        return self.engine.complete(
+            self.tokenizer, prompts, max_completion_length, advance, sampling
+        )
 
     def use_adapter(self, directory: Path) -> None:
         self.engine.use_adapter(directory)

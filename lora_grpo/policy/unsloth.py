@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.base import declared_end_ids, merge_end_ids, public_name
+from lora_grpo.policy.drawing import Sampling
 from lora_grpo.policy.generate import Advance, Completion
 from lora_grpo.policy.open import TransformersPolicy
 from lora_grpo.policy.vllm import (
@@ -160,21 +161,30 @@ class UnslothPolicy(TransformersPolicy):
     adapted = False
 
     def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance = lambda count: None
+        self,
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance = lambda count: None,
+        sampling: Sampling | None = None,
     ) -> list[Completion]:
+        asked = (prompts, max_completion_length, advance, sampling)
         if hasattr(self.model, "vllm_engine"):
-            return self._complete_with_vllm(prompts, max_completion_length, advance)
+            return self._complete_with_vllm(*asked)
         was_training = self.model.training
         self.model.for_inference()
         try:
             with nullcontext() if self.adapted else self.model.disable_adapter():
-                return super().complete(prompts, max_completion_length, advance)
+                return super().complete(*asked)
         finally:
             if was_training:
                 self.model.for_training()
 
     def _complete_with_vllm(
-        self, prompts: list[str], max_completion_length: int, advance: Advance
+        self,
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance,
+        sampling: Sampling | None,
     ) -> list[Completion]:
         engine = self.model.vllm_engine
         end_ids = merge_end_ids(self.tokenizer, self.model.generation_config.eos_token_id)
@@ -191,7 +201,14 @@ class UnslothPolicy(TransformersPolicy):
 
         try:
             return complete_in_chunks(
-                self.tokenizer, prompts, end_ids, max_completion_length, chunk, generate, advance
+                self.tokenizer,
+                prompts,
+                end_ids,
+                max_completion_length,
+                chunk,
+                generate,
+                advance,
+                sampling,
             )
         finally:
             if engine_config(self.model).enable_sleep_mode:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.adapter import save_adapter
 from lora_grpo.policy.base import Placement, read_config, write_dequantised
+from lora_grpo.policy.drawing import Sampling
 from lora_grpo.policy.generate import Advance, Completion, cut_at_end
 
 if TYPE_CHECKING:
@@ -175,7 +176,9 @@ class Engine:
         self.use_adapter(directory)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: "SamplingParams"
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: "SamplingParams | Sequence[SamplingParams]",
     ) -> "list[RequestOutput]":
         """Return vLLM's outputs for prompts of token ids, with the newest adapter, if any."""
         with self.awake():
@@ -216,11 +219,20 @@ class Engine:
         prompts: list[str],
         max_completion_length: int,
         advance: Advance = lambda count: None,
+        sampling: Sampling | None = None,
     ) -> list[Completion]:
-        """Complete each rendered prompt greedily, in the given order."""
+        """Complete each rendered prompt greedily, or sample several completions of each; in the
+        given order, the samples of one prompt adjacent."""
         chunk = AT_ONCE * self.settings.max_num_seqs
         return complete_in_chunks(
-            tokenizer, prompts, self.end_ids, max_completion_length, chunk, self.generate, advance
+            tokenizer,
+            prompts,
+            self.end_ids,
+            max_completion_length,
+            chunk,
+            self.generate,
+            advance,
+            sampling,
         )
 
     def abort(self) -> None:
@@ -254,28 +266,35 @@ def complete_in_chunks(
     end_ids: list[int],
     max_completion_length: int,
     chunk: int,
-    generate: "Callable[[list[list[int]], SamplingParams], list[RequestOutput]]",
+    generate: Callable[[list[list[int]], Any], "list[RequestOutput]"],
     advance: Advance,
+    sampling: Sampling | None = None,
 ) -> list[Completion]:
-    """Complete rendered prompts greedily with a vLLM, `chunk` of them at a time, so that progress
-    can be shown."""
+    """Complete rendered prompts with a vLLM, greedily or as `sampling` says, `chunk` completions at
+    a time, so that progress can be shown."""
     from vllm import SamplingParams
 
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=max_completion_length,
-        stop_token_ids=end_ids,
-        detokenize=False,
-    )
+    def params(**drawn: Any) -> "SamplingParams":
+        return SamplingParams(
+            max_tokens=max_completion_length, stop_token_ids=end_ids, detokenize=False, **drawn
+        )
+
+    def sampled(prompt: int) -> "SamplingParams":
+        seed = sampling.prompt_seed(prompt)
+        return params(n=each, temperature=sampling.temperature, seed=seed)
+
     ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    completions = []
-    for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk]
-        for request in generate(part, params):
-            row, truncated = cut_at_end(list(request.outputs[0].token_ids), end_ids)
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            completions.append(Completion(text, len(row), truncated))
-        advance(len(part))
+    each = sampling.num_samples if sampling else 1
+    size, completions = max(1, chunk // each), []
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size]
+        drawn = [sampled(start + index) for index in range(len(part))] if sampling else None
+        for request in generate(part, drawn or params(temperature=0.0)):
+            for output in request.outputs:
+                row, truncated = cut_at_end(list(output.token_ids), end_ids)
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                completions.append(Completion(text, len(row), truncated))
+        advance(len(part) * each)
     return completions
 
 

@@ -1,7 +1,9 @@
-"""Evaluate models on held-out problems: greedy decoding, one sample per problem, the training
-prompt."""
+"""Evaluate models on held-out problems with the training prompt: one greedy completion per problem,
+and on demand several sampled ones."""
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +34,11 @@ from lora_grpo.policy.base import (
     load_tokenizer,
     resolve_model,
 )
+from lora_grpo.policy.drawing import Sampling
 from lora_grpo.policy.generate import Advance
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.records import lora_rank
+from lora_grpo.results.sampled import build_sampled, build_sampled_items
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, judge
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.usable import Sieve, keep_usable
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 ROOM_FOR_ITEMS = 2**24
 WHOLE_CARD, MOST_OF_FREE = 0.85, 0.95
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,50 @@ class EvaluateConfig:
     """Longest completion in tokens; by default the length trained with, or 512."""
     load_in_4bit: bool | None = None
     """Hold the base in NF4; by default as it was trained, or not."""
+    num_samples: int | None = None
+    """Also sample this many completions per problem, for pass@k and maj@k beside greedy."""
+    temperature: float | None = None
+    """Of the samples; by default the temperature trained with, or 1."""
+    seed: int = 0
+    """Of the samples: each depends on it and on its problem's position alone."""
     batch_size: int = 32
-    """Problems per batch."""
+    """Completions per batch."""
     rollout: Rollout = "auto"
     """What generates: vllm, or transformers' generate; auto is vllm with a GPU, if installed."""
     output: Path | None = None
-    """Write eval.json to this file, and the items beside it; existing files are not overwritten."""
+    """Write eval.json to this file, items and samples beside it; nothing is overwritten."""
 
     def __post_init__(self) -> None:
         if self.adapter_dir is None and self.model is None:
             raise ValueError("give an adapter directory such as adapters/tiny, or --model")
-        for name in ("num_items", "max_completion_length", "batch_size"):
+        for name in ("num_items", "max_completion_length", "batch_size", "num_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.output is not None and self.output.exists():
-            raise ValueError(
-                f"--output {self.output} exists already: choose another name or move it"
-            )
+        self._check_samples()
+        for path in (self.output, self.beside("items"), self.beside("samples")):
+            if path is not None and path.exists():
+                raise ValueError(
+                    f"--output {self.output}: {path} exists already: choose another name or move it"
+                )
+
+    def _check_samples(self) -> None:
+        if self.temperature is not None:
+            if self.num_samples is None:
+                raise ValueError(
+                    f"--temperature {self.temperature:g} is for samples: add --num-samples 8"
+                )
+            if not 0 < self.temperature < math.inf:
+                raise ValueError(
+                    f"--temperature must be greater than 0, got {self.temperature:g}: greedy "
+                    "decoding is always evaluated too"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
+
+    def beside(self, what: str) -> Path | None:
+        """Return the file beside the output that holds its items or samples."""
+        return self.output and self.output.with_name(f"{self.output.stem}_{what}.jsonl")
 
 
 def evaluate_model(
@@ -98,17 +129,17 @@ def evaluate_model(
     style: PromptStyle,
     max_completion_length: int,
     advance: Advance = lambda count: None,
+    sampling: Sampling | None = None,
 ) -> list[Item]:
-    """Generate one greedy completion per problem and score it, in the problems' order."""
+    """Generate one greedy completion per problem, or several sampled ones, and score them, in the
+    problems' order."""
     prompts = [render(tokenizer, build_messages(problem.question, style)) for problem in problems]
     completions = [
         replace(done, text=style.prefill + done.text)
-        for done in policy.complete(prompts, max_completion_length, advance)
+        for done in policy.complete(prompts, max_completion_length, advance, sampling)
     ]
-    return [
-        judge(problem, done, style.task)
-        for problem, done in zip(problems, completions, strict=True)
-    ]
+    each = sampling.num_samples if sampling else 1
+    return [judge(problems[row // each], done, style.task) for row, done in enumerate(completions)]
 
 
 def held_out_problems(
@@ -154,6 +185,7 @@ class Examination:
     tokenizer: "PreTrainedTokenizerBase"
     style: PromptStyle
     max_completion_length: int
+    sampling: Sampling | None
     load_in_4bit: bool
     double_quant: bool
 
@@ -189,14 +221,23 @@ def prepare(config: EvaluateConfig) -> Examination:
         tokenizer=tokenizer,
         style=record.fitted_style(tokenizer),
         max_completion_length=config.max_completion_length or record.max_completion_length,
+        sampling=build_sampling(config, record),
         load_in_4bit=in_4bit if stored or config.load_in_4bit is None else config.load_in_4bit,
         double_quant=record.double_quant,
     )
 
 
+def build_sampling(config: EvaluateConfig, record: RunRecord) -> Sampling | None:
+    """Return how to sample, None for greedy decoding only."""
+    if config.num_samples is None:
+        return None
+    temperature = config.temperature or record.trained.get("temperature") or 1.0
+    return Sampling(config.num_samples, temperature, config.seed)
+
+
 def evaluate(
     config: EvaluateConfig,
-    progress: Callable[[str, int], Advance] = lambda name, total: lambda count: None,
+    progress: Progress = lambda name, total: nullcontext(lambda count: None),
 ) -> dict[str, Any]:
     """Return what `eval.json` holds for the models asked for, and write it where `output` says.
 
@@ -204,7 +245,7 @@ def evaluate(
         FileNotFoundError, ValueError: no adapter, model or data, each before any weights load.
     """
     if config.output is not None:
-        check_room(config.output, ROOM_FOR_ITEMS, "--output")
+        check_room(config.output, ROOM_FOR_ITEMS * (1 + (config.num_samples or 0)), "--output")
     gpu = find_gpu()
     choice = choose_backend("transformers", config.rollout, gpu)
     claim(choice)
@@ -221,26 +262,51 @@ def evaluate(
         config.batch_size,
         engine,
     ) as policy:
-        models = {}
+        models: dict[str, list[Item]] = {}
+        samples: dict[str, list[list[Item]]] = {}
         for name in ("base", "adapter") if config.adapter_dir else ("base",):
             if name == "adapter":
                 policy.use_adapter(config.adapter_dir)
-            models[name] = evaluate_model(
-                policy,
-                asked.tokenizer,
-                asked.problems,
-                asked.style,
-                asked.max_completion_length,
-                progress(name, len(asked.problems)),
-            )
+            models[name] = answers(asked, policy, progress, name)
+            if asked.sampling:
+                flat, each = (
+                    answers(asked, policy, progress, name, asked.sampling),
+                    config.num_samples,
+                )
+                samples[name] = [flat[row : row + each] for row in range(0, len(flat), each)]
     report = build_evaluation(asked.dataset, asked.split, models)
+    if asked.sampling:
+        report["sampled"] = build_sampled(asked.problems, samples, asked.sampling, asked.style.task)
     if asked.notes:
         report["notes"] = asked.notes
     if config.output is not None:
-        items = config.output.with_name(config.output.stem + "_items.jsonl")
-        write_jsonl(items, build_eval_items(asked.problems, models))
+        write_jsonl(config.beside("items"), build_eval_items(asked.problems, models))
+        if asked.sampling:
+            rows = build_sampled_items(asked.problems, samples, asked.style.task)
+            write_jsonl(config.beside("samples"), rows)
         write_json(config.output, report)
     return report
+
+
+def answers(
+    asked: Examination,
+    policy: Policy,
+    progress: Progress,
+    name: str,
+    sampling: Sampling | None = None,
+) -> list[Item]:
+    """Return what a model answers to the problems, greedily or sampled."""
+    total = len(asked.problems) * (sampling.num_samples if sampling else 1)
+    with progress(f"{name}, sampled" if sampling else name, total) as advance:
+        return evaluate_model(
+            policy,
+            asked.tokenizer,
+            asked.problems,
+            asked.style,
+            asked.max_completion_length,
+            advance,
+            sampling,
+        )
 
 
 def evaluation_engine(

@@ -41,13 +41,28 @@ def judge(problem: Problem, completion: Completion, task: Task = NUMBER_TASK) ->
     )
 
 
-def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+def wilson_interval(successes: float, total: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927)."""
     share, z = successes / total, Z95
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def mean_interval(values: Sequence[float], samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of one value in [0, 1] per problem, each estimated from
+    this many samples.
+
+    It is Wilson's with the effective number of problems, that of yes-or-no problems whose mean
+    would vary as this one does (Korn and Graubard 1998): for values of 0 and 1 it is Wilson's own.
+    """
+    total, mean = len(values), sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / total
+    most, effective = float(total * samples), float(total)
+    if 0 < mean < 1:
+        effective = min(most, total * mean * (1 - mean) / variance) if variance else most
+    return wilson_interval(mean * effective, effective)
 
 
 def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:

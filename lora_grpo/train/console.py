@@ -185,17 +185,38 @@ class Display:
             table.add_column(name if "adapter" in models else "model", justify="right")
         for label, cell in ROWS:
             table.add_row(label, *(cell(report[name]) for name in models))
+        if sampled := report.get("sampled"):
+            table.add_section()
+            for figure in sampled[models[0]]["ci95"]:
+                table.add_row(figure, *(with_interval(sampled[name], figure) for name in models))
         self.console.print(table)
         if "mcnemar_p" in report:
             self.console.print(
                 f"McNemar's exact test of the two on the same items: p = {report['mcnemar_p']:.2g}"
             )
+        if sampled:
+            self.say_always(describe_sampling(sampled))
+
+
+def with_interval(sampled: dict[str, Any], figure: str) -> str:
+    """Return a sampled figure and its 95 % interval."""
+    return f"{percent(sampled[figure])} ({interval(sampled['ci95'][figure])})"
 
 
 def describe_validation(row: dict[str, Any]) -> str:
     """Return the accuracy in a row of `validation.jsonl`."""
     accuracy = f"strict {percent(row['strict_accuracy'])} of {row['num_items']} problems"
     return f"{accuracy} (95 % interval {interval(row['ci95'])})"
+
+
+def describe_sampling(sampled: dict[str, Any]) -> str:
+    """Return how the completions of pass@k and maj@k were sampled."""
+    p = sampled.get("mcnemar_p")
+    paired = "" if p is None else f"; McNemar's test of maj@{sampled['num_samples']}: p = {p:.2g}"
+    return (
+        f"pass@k and maj@k, with 95 % intervals: {sampled['num_samples']} completions per problem, "
+        f"temperature {sampled['temperature']:g}, seed {sampled['seed']}{paired}"
+    )
 
 
 SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")

@@ -21,6 +21,7 @@ from lora_grpo.grpo.settings import build_dataset, grpo_config, lora_config
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.grpo.vllm_rollout import sample_with_vllm
 from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement, load_base, load_tokenizer
+from lora_grpo.policy.drawing import Sampling
 from lora_grpo.policy.generate import complete
 from lora_grpo.policy.vllm import PREFIX, Engine, EngineSettings, open_engine
 from lora_grpo.rewards.builtin import build_rewards
@@ -171,6 +172,22 @@ def test_greedy_answers_are_those_of_generate(base, engine, tokenizer, monkeypat
     assert answers == complete(model, tokenizer, prompts, 40, 32)
     assert sum(heard) == 64
     model.unload()
+
+
+def test_samples_depend_on_the_seed_and_their_place_alone(engine, tokenizer, monkeypatch) -> None:
+    prompts, _ = ask(tokenizer, 8)
+    monkeypatch.setattr(engine, "request", None)
+    heard: list[int] = []
+    sampling = Sampling(4, 1.0, 0)
+    drawn = engine.complete(tokenizer, prompts, 40, heard.append, sampling)
+    assert len(drawn) == sum(heard) == 32
+    assert len({done.text for done in drawn}) > 16
+    less = engine.complete(tokenizer, prompts[:3], 40, sampling=Sampling(2, 1.0, 0))
+    assert less == [drawn[4 * prompt + sample] for prompt in range(3) for sample in range(2)]
+    assert engine.complete(tokenizer, prompts[:3], 40, sampling=Sampling(4, 1.0, 1)) != drawn[:12]
+    greedy = engine.complete(tokenizer, prompts, 40)
+    cold = engine.complete(tokenizer, prompts, 40, sampling=Sampling(2, 1e-4, 0))
+    assert cold == [done for done in greedy for _ in range(2)]
 
 
 def make_trainer(tmp_path: Path, **knobs) -> LoraGRPOTrainer:
