@@ -22,6 +22,8 @@ Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
 Level = Literal["token", "sequence"]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+# When a run ends before its last step, which a resumed run may change.
+END_SETTINGS = ("max_minutes", "stop_at_accuracy")
 # How memory is used, which changes no result: a resumed run may change these.
 MEMORY_SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
@@ -178,6 +180,10 @@ class TrainConfig:
     """Updates to make; `None` makes num_train_epochs passes over the data."""
     num_train_epochs: float = 1.0
     """Passes over the data, used where max_steps is None."""
+    max_minutes: float | None = None
+    """End after the step in which so many minutes have passed; the last evaluation comes on top."""
+    stop_at_accuracy: float | None = None
+    """End at the first validation whose strict accuracy is at least this, as in 0.6."""
 
     eval_steps: int = 25
     """Steps between validations; the adapter with the best validation accuracy is kept."""
@@ -265,6 +271,12 @@ class TrainConfig:
                 "--dynamic-sampling with --scale-rewards batch would divide by the spread of "
                 "completions that are not learnt from: use group or none"
             )
+        if self.stop_at_accuracy is not None and self.num_validation_items == 0:
+            raise ValueError(
+                f"--stop-at-accuracy {self.stop_at_accuracy:g} with --num-validation-items 0: "
+                "without validation no accuracy is known: hold some problems out, or use "
+                "--max-minutes"
+            )
         banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
         if banned or not self.target_modules:
             raise ValueError(
@@ -333,7 +345,10 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
     (
         "greater than 0",
         lambda value: 0 < value < math.inf,
-        ("learning_rate", "temperature", "max_grad_norm", "num_train_epochs", "gpu_memory"),
+        (
+            *("learning_rate", "temperature", "max_grad_norm", "num_train_epochs", "gpu_memory"),
+            "max_minutes",
+        ),
     ),
     (
         "greater than 1",
@@ -341,7 +356,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         ("vllm_importance_sampling_clip_max",),
     ),
     ("in (0, 1)", lambda value: 0 < value < 1, ("vllm_gpu_memory_utilization",)),
-    ("in (0, 1]", lambda value: 0 < value <= 1, ("top_p",)),
+    ("in (0, 1]", lambda value: 0 < value <= 1, ("top_p", "stop_at_accuracy")),
     ("in [0, 1)", lambda value: 0 <= value < 1, ("warmup_ratio", "lora_dropout")),
     (f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32, ("seed",)),
 ]

@@ -1,6 +1,6 @@
 """The training command: plan, then preview or train, and the next command for each end."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.config.presets import FALLING
 from lora_grpo.config.train_config import TrainConfig
@@ -90,8 +90,20 @@ def run(config: TrainConfig, why: str) -> int:
     return run_plan(plan, display)
 
 
-def describe_end(plan: Plan) -> str:
+def describe_early_end(plan: Plan, report: dict[str, Any]) -> str:
+    """Return a sentence that the run ended before its last step, why, and how to prolong it."""
+    reason, minutes = report["ended_early"], plan.config.max_minutes
+    more = ("--stop-at-accuracy", "None")
+    if minutes and reason.startswith("--max-minutes"):
+        more = ("--max-minutes", f"{2 * minutes:g}")
+    again = command_line("train_lora.py", "--resume", plan.run_dir, *more)
+    return f"ended after step {report['steps']} of {plan.steps}: {reason}; to prolong it: {again}"
+
+
+def describe_end(plan: Plan, report: dict[str, Any]) -> str:
     """Return a sentence that the run is complete, and how to prolong it."""
+    if "ended_early" in report:
+        return f"{plan.run_dir} {describe_early_end(plan, report)}"
     schedule = plan.config.lr_scheduler_type
     done = f"{plan.run_dir} is complete: all {plan.steps} steps are made, nothing was changed"
     if schedule in FALLING:
@@ -116,7 +128,7 @@ def run_plan(plan: Plan, display: Display) -> int:
     try:
         report = finished_report(plan)
         if report:
-            display.say_always(describe_end(plan))
+            display.say_always(describe_end(plan, report))
         else:
             check_room(plan.run_dir, needed_space(plan), "--adapters-dir")
             with naming(plan.run_dir):
@@ -137,7 +149,9 @@ def run_plan(plan: Plan, display: Display) -> int:
     steps, validation = (read_jsonl(plan.run_dir / name) for name in (METRICS, VALIDATION))
     display.results(report)
     display.memory(steps[-1])
-    display.chosen(plan.run_dir, report["best_step"], plan.steps, validation)
+    display.chosen(plan.run_dir, report["best_step"], report["steps"], validation)
+    if "ended_early" in report:
+        display.say(describe_early_end(plan, report))
     findings = diagnose(read_history(plan.run_dir))
     display.findings(findings)
     write_report([plan.run_dir], plan.run_dir / REPORT, [*map(str, findings)])

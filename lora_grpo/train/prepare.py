@@ -140,6 +140,12 @@ def prepare_data(
     count = count_validation_items(config, num_questions(train))
     train, validation = hold_out(train, count, config.seed)
     check_enough(config, train, validation, sieve.notes)
+    if config.stop_at_accuracy is not None and not validation:
+        raise ValueError(
+            f"--stop-at-accuracy {config.stop_at_accuracy:g}: {num_questions(train)} questions are "
+            "too few to hold a tenth out for validation: give --num-validation-items, or use "
+            "--max-minutes"
+        )
     return Data(
         train=train,
         validation=validation,

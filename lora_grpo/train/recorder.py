@@ -7,7 +7,7 @@ never been interrupted.
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,6 +51,32 @@ def cut_back(run_dir: Path, step: int) -> None:
         if (run_dir / name).exists():
             rows = read_jsonl(run_dir / name)
             write_jsonl(run_dir / name, [row for row in rows if row["step"] <= step])
+
+
+def reason_to_end(
+    config: TrainConfig, elapsed_seconds: float, validation: Iterable[dict[str, Any]]
+) -> str | None:
+    """Return why the run ends before its last step, or None where it goes on."""
+    if config.max_minutes is not None and elapsed_seconds >= 60 * config.max_minutes:
+        return f"--max-minutes {config.max_minutes:g} have passed"
+    best = max((row["strict_accuracy"] for row in validation), default=-1.0)
+    if config.stop_at_accuracy is not None and best >= config.stop_at_accuracy:
+        return (
+            f"a validated strict accuracy of {best:.1%} has reached --stop-at-accuracy "
+            f"{config.stop_at_accuracy:g}"
+        )
+    return None
+
+
+def elapsed_until_now(run_dir: Path) -> float:
+    """Return the seconds that a run had taken at its last recorded step, 0 for a new one."""
+    rows = read_jsonl(run_dir / METRICS)
+    return rows[-1].get("elapsed_seconds") or 0.0 if rows else 0.0
+
+
+def reason_ended(config: TrainConfig, run_dir: Path) -> str | None:
+    """Return why a run ended at its last recorded step, or None if it may go on."""
+    return reason_to_end(config, elapsed_until_now(run_dir), read_jsonl(run_dir / VALIDATION))
 
 
 def finite(value: Any) -> Any:
@@ -109,7 +135,8 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
 class Recorder(TrainerCallback):
     """Records and shows each step, keeps the best adapter, and decides when to save and to stop.
 
-    `validate` returns the accuracy on the validation problems, if there are any.
+    `validate` returns the accuracy on the validation problems, if there are any. `began` is when
+    this command began, by `time.perf_counter`.
     """
 
     def __init__(
@@ -121,6 +148,7 @@ class Recorder(TrainerCallback):
         validate: Callable[[], dict[str, Any]] | None = None,
         predicted_memory: int | None = None,
         peak_memory: PeakMemory | None = None,
+        began: float | None = None,
     ) -> None:
         self.trainer, self.config, self.run_dir = trainer, config, run_dir
         self.display, self.validate = display, validate
@@ -129,6 +157,9 @@ class Recorder(TrainerCallback):
         self.said: set[str] = set()  # the rules whose findings were printed
         self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
+        # The seconds of the commands before this one count too.
+        self.began = (time.perf_counter() if began is None else began) - elapsed_until_now(run_dir)
+        self.elapsed_seconds = 0.0
         self.skipped_in_a_row = 0
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -163,12 +194,16 @@ class Recorder(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.step_seconds = time.perf_counter() - self.started
-        step, last = state.global_step, state.global_step >= state.max_steps
+        now, step = time.perf_counter(), state.global_step
+        self.step_seconds, self.elapsed_seconds = now - self.started, now - self.began
+        resumable = step % self.config.num_iterations == 0
+        over = resumable and reason_to_end(self.config, self.elapsed_seconds, ()) is not None
+        last = over or step >= state.max_steps
         if self.validate and (last or step % self.config.eval_steps == 0):
             self.keep_best(step)
-        resumable = step % self.config.num_iterations == 0
-        stopping = self.stopped_by is not None and resumable
+        validation = read_jsonl(self.run_dir / VALIDATION)
+        ending = reason_to_end(self.config, self.elapsed_seconds, validation) is not None
+        stopping = resumable and (ending or self.stopped_by is not None)
         control.should_training_stop |= stopping
         control.should_save = stopping or last or step % self.config.save_steps == 0
         return control
@@ -189,6 +224,7 @@ class Recorder(TrainerCallback):
                 "step": state.global_step,
                 **describe_step(batch, self.config.num_generations, logs),
                 **describe_work(self.trainer, self.step_seconds),
+                "elapsed_seconds": self.elapsed_seconds,
                 "peak_memory_bytes": self.peak_memory.bytes(),
                 "predicted_memory_bytes": self.predicted_memory,
             }

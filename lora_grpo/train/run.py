@@ -7,6 +7,7 @@ can be resumed.
 import dataclasses
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -51,7 +52,7 @@ from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan
 from lora_grpo.train.provenance import read_record
-from lora_grpo.train.recorder import Recorder, best_step, cut_back
+from lora_grpo.train.recorder import Recorder, best_step, cut_back, reason_ended
 
 BASE_ITEMS = ".base_items.jsonl"  # until the end, so that a resumed run need not repeat them
 
@@ -215,8 +216,9 @@ def optimise(
     trainer: LoraGRPOTrainer,
     display: Display,
     peak_memory: PeakMemory | None = None,
-) -> None:
-    """Make the remaining steps.
+    began: float | None = None,
+) -> int:
+    """Make the remaining steps, and return the number of the last one.
 
     Raises:
         Stopped: a signal came; the run was saved first.
@@ -239,12 +241,14 @@ def optimise(
         validate if plan.data.validation else None,
         plan.memory.peak_bytes if plan.memory else None,
         peak_memory,
+        began,
     )
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
     with stop_on_signals(recorder):
         try:
-            if checkpoint is None or step_of(checkpoint) < plan.steps:
+            goes_on = reason_ended(plan.config, run_dir) is None
+            if checkpoint is None or (goes_on and step_of(checkpoint) < plan.steps):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 trainer._load_from_checkpoint(str(checkpoint))
@@ -252,6 +256,7 @@ def optimise(
             raise explain_non_finite(plan, trainer, error) from error
     if recorder.stopped_by is not None and trainer.state.global_step < plan.steps:
         raise Stopped(recorder.stopped_by)
+    return step_of(list_checkpoints(run_dir)[-1])
 
 
 def explain_non_finite(
@@ -269,16 +274,17 @@ def explain_non_finite(
     )
 
 
-def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer) -> int:
-    """Save the last adapter, put the best one into the model, and return the best one's step."""
+def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer, steps: int) -> int:
+    """Save the adapter after `steps`, the last one, put the best one into the model, and return the
+    best one's step."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    save_adapter(trainer.model, plan.run_dir / "last", plan.steps)
+    save_adapter(trainer.model, plan.run_dir / "last", steps)
     best = best_step(plan.run_dir)
     if best is None:
-        save_adapter(trainer.model, plan.run_dir, plan.steps)
-        return plan.steps
+        save_adapter(trainer.model, plan.run_dir, steps)
+        return steps
     set_peft_model_state_dict(trainer.model, load_file(plan.run_dir / WEIGHTS))
     return best
 
@@ -289,7 +295,11 @@ def finished_report(plan: Plan) -> dict[str, Any] | None:
     if not (plan.config.resume and path.is_file() and (plan.run_dir / WEIGHTS).is_file()):
         return None
     report = read_json(path)
-    return report if report.get("steps") == plan.steps else None
+    if report.get("steps") == plan.steps:
+        return report
+    checkpoint = next(reversed(list_checkpoints(plan.run_dir)), None)
+    ended = checkpoint is not None and step_of(checkpoint) == report.get("steps")
+    return report if ended and reason_ended(plan.config, plan.run_dir) else None
 
 
 @contextmanager
@@ -311,8 +321,8 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         Stopped, FloatingPointError, ValueError: see `optimise` and `read_record`.
     """
     transformers.utils.logging.set_verbosity_error()
+    began, run_dir = time.perf_counter(), plan.run_dir
     record = read_record(plan)
-    run_dir = plan.run_dir
     peak_memory = watch_memory(plan.placement.device, plan.free_before)
     with open_training_policy(plan) as policy:
         trainer = build_trainer(plan, policy, record, display)
@@ -321,12 +331,14 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
             base = base_items(plan, policy, trainer, display)
             display.before(summarise(base))
             attach(policy, trainer)
-            optimise(plan, policy, trainer, display, peak_memory)
-        best = keep_adapters(plan, trainer)
+            steps = optimise(plan, policy, trainer, display, peak_memory, began)
+        best = keep_adapters(plan, trainer, steps)
         adapter = evaluate_problems(plan, policy, "evaluating the adapter", display)
     models = {"base": base, "adapter": adapter}
     report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
-    report |= {"best_step": best, "steps": plan.steps}
+    report |= {"best_step": best, "steps": steps}
+    if steps < plan.steps:
+        report["ended_early"] = reason_ended(plan.config, run_dir)
     write_jsonl(run_dir / EVAL_ITEMS, build_eval_items(plan.data.test, models))
     write_json(run_dir / EVAL, report)
     write_adapter_card(run_dir)

@@ -7,7 +7,7 @@ from typing import Any
 
 MEASURED = (
     *("seconds", "seconds_generate", "seconds_sync", "seconds_reward", "seconds_update"),
-    *("seconds_other", "tokens_per_second_generate", "tokens_per_second_update"),
+    *("seconds_other", "elapsed_seconds", "tokens_per_second_generate", "tokens_per_second_update"),
     *("peak_memory_bytes", "predicted_memory_bytes"),
 )
 ROWS = ("metrics.jsonl", "completions.jsonl", "validation.jsonl", "eval_items.jsonl")
