@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lora_grpo"
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 ROOMS = [
-    *("machine", "data", "config", "rewards", "policy", "grpo", "memory", "results"),
+    *("machine", "tasks", "data", "config", "rewards", "policy", "grpo", "memory", "results"),
     *("diagnosis", "report", "train", "proof", "merge", "export", "deploy", "doctor", "dev"),
 ]
 # What answers `--help`, wrong flags and the doctor's questions, and outside checks.

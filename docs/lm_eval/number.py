@@ -1,4 +1,4 @@
-r"""The strict rule for numbers, stated again in another way than `lora_grpo.data.numbers`.
+r"""The strict rule for numbers, stated again in another way than `lora_grpo.tasks.numbers`.
 
 This is a metric of lm-evaluation-harness and imports nothing of this project, so that a fault in
 the project's parser cannot hide in its own check. A text is taken apart from left to right: sign

@@ -17,6 +17,8 @@ SETTINGS = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = frozenset({"config", "resume"})
 OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview"})
 RECORD_MARK = "dataset_sha256"
+# How runs went whose records lack a setting that is newer than they are.
+OLD_RECORDS = {"task": "number"}
 
 
 def given_settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +143,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
                 close = difflib.get_close_matches(key, names, n=1)
                 hint = f"perhaps you meant {close[0]}" if close else "see --help for the settings"
                 raise ValueError(f"{path}: unknown key {key}: {hint}")
-        return convert_all(path, given_settings(values) if is_record else values, names)
+        if is_record:
+            values = given_settings(OLD_RECORDS | values)
+        return convert_all(path, values, names)
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
 
@@ -162,6 +166,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     try:
         check_kind(run_dir, "train_lora.py", "the folder of a run, which it wrote itself", ("run",))
         values = read_mapping(path)
+        values = OLD_RECORDS | values
         values["max_steps"] = values.get("steps", values.get("max_steps"))
         return convert_all(path, given_settings(values), SETTINGS.keys() - FLAGS_ONLY - OF_ONE_CALL)
     except ValueError as error:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import UseAppendAction
 
 from lora_grpo.data.gold import DecimalSeparator
+from lora_grpo.tasks.kinds import TaskName
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LossType = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -92,6 +93,8 @@ class TrainConfig:
     """Column of the question, or several joined as body+question; by default a usual name."""
     answer_column: str | None = None
     """Column of the gold answer; by default a usual name, such as answer or solution."""
+    task: TaskName = "auto"
+    """What an answer is; auto chooses from the gold answers where they leave no doubt."""
     decimal_separator: DecimalSeparator = "auto"
     """How gold answers write decimals: auto is comma where they can be read in no other way."""
     system_prompt_file: Path | None = None

@@ -12,8 +12,8 @@ from fractions import Fraction
 from typing import Literal
 
 from lora_grpo.data.columns import number_as_text
-from lora_grpo.data.numbers import NOUN, parse_number, read_quantity
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.tasks.numbers import NOUN, parse_number, read_quantity
+from lora_grpo.tasks.task import Task, between
 
 DecimalSeparator = Literal["auto", "point", "comma"]
 
@@ -145,7 +145,7 @@ def find_marked(field: str) -> str | None:
     marks = [
         (field.rfind("####"), after_hashes),
         (max(boxes, default=-1), last_boxed),
-        (field.find(NUMBER_TASK.answer[0]), NUMBER_TASK.parse),
+        (field.find(Task.answer[0]), lambda text: between(text, *Task.answer)),
     ]
     for position, find in sorted(marks, key=lambda mark: mark[0], reverse=True):
         text = find(field) if position >= 0 else None

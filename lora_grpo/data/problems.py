@@ -32,7 +32,7 @@ from lora_grpo.data.gold import (
     swap_separators,
 )
 from lora_grpo.data.sources import read_rows, resolve_split
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 INSTRUCTIONS = ("\\boxed", "####", "Answer:")
 
@@ -54,12 +54,17 @@ class Problem:
         names = ("row", "question", "answer", "solution")
         return {name: getattr(self, name) for name in names}
 
+    def as_row(self) -> dict[str, Any]:
+        """Return what a task may ask: every column, with `question` and `answer` as they were
+        read."""
+        return {**self.columns, "question": self.question, "answer": self.answer}
+
 
 @dataclass(frozen=True)
 class Reading:
     """What a split was read as: its problems, the rows that lack a question or an answer, how
-    gold answers write decimals, and a sentence for each thing that is not as usual. `dataset` is
-    the flag with its value."""
+    gold answers write decimals, a sentence for each thing that is not as usual, and the task that
+    judges their answers. `dataset` is the flag with its value."""
 
     dataset: str
     split: str
@@ -67,6 +72,7 @@ class Reading:
     blank: list[int]
     decimal_separator: DecimalSeparator
     notes: tuple[str, ...]
+    task: Task = NUMBER_TASK
 
 
 def choose_text(texts: Sequence[str]) -> str:
@@ -99,7 +105,7 @@ def describe_instructions(questions: Sequence[str]) -> list[str]:
             return [
                 f"{len(asking)} questions say themselves how to answer, with {mark}, such as "
                 f"{asking[0][-80:]!r}: the built-in rewards pay only what stands in "
-                f"{NUMBER_TASK.answer[0]} tags"
+                f"{Task.answer[0]} tags"
             ]
     return []
 
@@ -150,9 +156,10 @@ def read_problems(
     answer_column: str | None = None,
     flag: str = "--dataset",
     decimal_separator: DecimalSeparator = "auto",
+    task: Task | None = None,
 ) -> Reading:
     """Return the problems of a dataset's split (see `resolve_split`), and how they were read;
-    `flag` is what errors call the dataset by.
+    `flag` is what errors call the dataset by. Without a task it is chosen from the gold answers.
 
     Raises:
         FileNotFoundError: no such file or Hub dataset.
@@ -175,7 +182,15 @@ def read_problems(
     notes += unused_context(columns, question, answer)
     if found != split:
         notes.append(f"{dataset} has no {split} split: its {found} split stands for it")
-    return Reading(f"{flag} {dataset}", found, problems, blank, separator, tuple(notes))
+    return Reading(
+        f"{flag} {dataset}",
+        found,
+        problems,
+        blank,
+        separator,
+        tuple(notes),
+        task or NUMBER_TASK,
+    )
 
 
 def load_problems(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from lora_grpo.data.problems import Problem
-from lora_grpo.data.task import NUMBER_TASK, Task
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,15 +49,15 @@ class PromptStyle:
 PLAIN = PromptStyle()
 
 
-def read_system_prompt(path: Path | None) -> str:
-    """Return the text of a system prompt file, or the built-in prompt.
+def read_system_prompt(path: Path | None, task: Task = NUMBER_TASK) -> str:
+    """Return the text of a system prompt file, or the task's own prompt.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is blank or not UTF-8 text.
     """
     if path is None:
-        return NUMBER_TASK.system_prompt
+        return task.system_prompt
     if not path.is_file():
         raise FileNotFoundError(f"--system-prompt-file {path} does not exist: give a text file")
     try:

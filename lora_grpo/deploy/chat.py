@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from tyro.conf import Positional, arg
 
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.tasks.task import Task
 
 if TYPE_CHECKING:
     from lora_grpo.deploy.chat_model import ChatModel
@@ -111,7 +111,8 @@ def chat(config: ChatConfig, stdin: TextIO | None = None) -> None:
     model = ChatModel(source, decoding, config.compare)
     for question in chain([first], questions):
         if config.json:
-            print(json.dumps(to_json(question, model.answer(question))), flush=True)
+            answered = to_json(question, model.answer(question), source.style.task)
+            print(json.dumps(answered), flush=True)
             continue
         if config.ask is None:
             note(console, f"> {question}")
@@ -148,13 +149,13 @@ def read_question() -> str | None:
     return None if question in ENDS else question
 
 
-def to_json(question: str, done: "dict[str, Completion]") -> dict[str, Any]:
+def to_json(question: str, done: "dict[str, Completion]", task: Task) -> dict[str, Any]:
     """Return a question and its answers as scripts read them."""
     sides = {
         side: {
             "completion": completion.text,
-            "reasoning": NUMBER_TASK.parse_reasoning(completion.text),
-            "answer": NUMBER_TASK.parse(completion.text),
+            "reasoning": task.parse_reasoning(completion.text),
+            "answer": task.parse(completion.text),
             "truncated": completion.truncated,
             "tokens": completion.tokens,
         }

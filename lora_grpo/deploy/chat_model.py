@@ -21,6 +21,8 @@ from lora_grpo.policy.layers import one_matrix
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from lora_grpo.tasks.task import Task
+
 Say = Callable[[str, str], None]
 SIDES = ("base", "adapter")
 
@@ -79,6 +81,11 @@ class ChatModel:
         if source.adapter_dir is not None:
             model = load_adapter(model, source.adapter_dir)
         self.model = model.eval()
+
+    @property
+    def task(self) -> "Task":
+        """What reads the answers."""
+        return self.source.style.task
 
     def answer(self, question: str, say: Say = lambda side, text: None) -> dict[str, Completion]:
         """Return the completion of each side; `say` hears of it word by word.

@@ -9,14 +9,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.policy.generate import Completion
+from lora_grpo.tasks.task import Task
 
 if TYPE_CHECKING:
     from lora_grpo.deploy.chat_model import ChatModel
 
 STYLES = {"text": "", "reasoning": "dim", "answer": "bold green"}
-REASONING, REASONING_END, ANSWER, ANSWER_END = map(re.escape, NUMBER_TASK.tags)
+REASONING, REASONING_END, ANSWER, ANSWER_END = map(re.escape, (*Task.reasoning, *Task.answer))
 # An answer counts even where the reasoning was never closed, as it does for the parser that pays.
 BLOCK = re.compile(
     rf"{REASONING}(?P<reasoning>.*?)(?:{REASONING_END}|(?={ANSWER})|\Z)"
@@ -80,7 +80,7 @@ def show_alone(console: Console, model: "ChatModel", question: str) -> None:
         hear("", "", finished=True)
     finally:
         console.print()
-    note(console, summarise(done))
+    note(console, summarise(done, model.task))
 
 
 def show_side_by_side(console: Console, model: "ChatModel", question: str) -> None:
@@ -101,16 +101,16 @@ def show_side_by_side(console: Console, model: "ChatModel", question: str) -> No
 
     with Live(console=console, get_renderable=draw, refresh_per_second=REFRESHES):
         done = model.answer(question, hear)
-        notes |= {side: summarise(completion) for side, completion in done.items()}
+        notes |= {side: summarise(completion, model.task) for side, completion in done.items()}
     if not console.is_terminal:
         console.line()
 
 
-def summarise(done: Completion) -> str:
+def summarise(done: Completion, task: Task) -> str:
     """Return how long a completion is, and what is wrong with it."""
     parts = [f"{done.tokens} token{'' if done.tokens == 1 else 's'}"]
     if done.truncated:
         parts.append("cut off there (--max-completion-length)")
-    if NUMBER_TASK.parse(done.text) is None:
+    if task.parse(done.text) is None:
         parts.append("no answer that the strict parser reads")
     return ", ".join(parts)

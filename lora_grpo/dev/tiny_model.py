@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM,
 
 from lora_grpo.data.arithmetic import PRETRAINING_TEMPLATES, stream_problems
 from lora_grpo.data.prompt import Message, build_messages
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.files import staged_directory
+from lora_grpo.tasks.task import NUMBER_TASK
 
 PADDING, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from statistics import fmean, pvariance, stdev
 
-from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.diagnosis.history import WINDOW, History, Row
+from lora_grpo.grpo.batch import read_verdict
 
 DEAD = 0.9  # of the groups: what is left is too little to learn from
 NOISE = 3.0  # standard errors: what chance alone hardly ever does
@@ -258,7 +258,7 @@ def at_least(history: History, name: str, bound: float) -> bool:
 # --- rewards that pay for something else ---
 
 
-def wrong_gold(history: History, task: Task = NUMBER_TASK) -> Finding | None:
+def wrong_gold(history: History) -> Finding | None:
     """Most groups agree on one answer, and it is hardly ever the gold one (the last 8 groups or
     more; agree: 60 % of the completions of a group give the same answer)."""
     groups = list(last_groups(history))
@@ -268,8 +268,8 @@ def wrong_gold(history: History, task: Task = NUMBER_TASK) -> Finding | None:
         or not at_least(history, "format", 0.5)
     ):
         return None
-    agreed = [found for group in groups if (found := majority(group, task))]
-    wrong = [(row, answer) for row, answer in agreed if not task.same(answer, row["answer"])]
+    agreed = [found for group in groups if (found := majority(group))]
+    wrong = [(row, answer) for row, answer, correct in agreed if not correct]
     if len(wrong) < len(groups) / 2:
         return None
     row, answer = wrong[-1]
@@ -291,13 +291,16 @@ def last_groups(history: History) -> Iterator[list[Row]]:
             yield list(group)
 
 
-def majority(group: list[Row], task: Task) -> tuple[Row, str] | None:
-    """Return the answer that 60 % or more of a group give, beside one of its rows."""
-    answers = [task.parse(row["completion"]) for row in group]
+def majority(group: list[Row]) -> tuple[Row, str, bool] | None:
+    """Return a row of a group, the answer that 60 % or more of the group give, and whether it is
+    right."""
+    verdicts = [read_verdict(row) for row in group]
+    answers = [verdict.answer for verdict in verdicts]
     common = max({answer for answer in answers if answer}, key=answers.count, default=None)
     if common is None or answers.count(common) < 0.6 * len(group):
         return None
-    return group[0], common
+    at = answers.index(common)
+    return group[at], common, verdicts[at].correct
 
 
 def reward_hacking(history: History) -> Finding | None:

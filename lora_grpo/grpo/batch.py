@@ -5,13 +5,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.tasks.task import NUMBER_TASK, Verdict
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are not None, or None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def read_verdict(row: dict[str, Any]) -> Verdict:
+    """Return the verdict in a row of `completions.jsonl`; older runs were of numbers, and recorded
+    none."""
+    if "correct" not in row:
+        return NUMBER_TASK.judge(row["completion"], row["answer"])
+    return Verdict(row["parsed"], row["correct"], row["format"])
 
 
 def had_signal(row: dict[str, Any]) -> bool:
@@ -25,7 +33,8 @@ class Batch:
     """The completions that the current updates learn from, and their rewards.
 
     The lists have B entries. `rewards` holds the weighted scores by reward, None where a reward did
-    not apply. Completions that dynamic sampling replaced count as dropped.
+    not apply; `verdicts` says how the task judged each completion. Completions that dynamic
+    sampling replaced count as dropped.
     """
 
     questions: list[str] = field(default_factory=list)
@@ -34,6 +43,7 @@ class Batch:
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
     dropped_completions: int = 0
     dropped_tokens: int = 0
 
@@ -48,12 +58,12 @@ class Batch:
         ]
 
     def correct(self) -> float | None:
-        """Return the share of completions whose tagged answer is the gold one."""
-        return mean(map(NUMBER_TASK.is_right, self.completions, self.answers))
+        """Return the share of completions with the right answer."""
+        return mean(verdict.correct for verdict in self.verdicts)
 
     def formatted(self) -> float | None:
         """Return the share of completions in the requested format."""
-        return mean(map(NUMBER_TASK.has_format, self.completions))
+        return mean(verdict.format for verdict in self.verdicts)
 
     def rows(self, step: int) -> list[dict[str, Any]]:
         """Return the rows of `completions.jsonl`, one per completion."""
@@ -63,6 +73,9 @@ class Batch:
                 "question": self.questions[index],
                 "answer": self.answers[index],
                 "completion": self.completions[index],
+                "parsed": self.verdicts[index].answer,
+                "correct": self.verdicts[index].correct,
+                "format": self.verdicts[index].format,
                 "tokens": self.tokens[index],
                 "truncated": self.truncated[index],
                 "rewards": {name: scores[index] for name, scores in self.rewards.items()},
@@ -97,7 +110,7 @@ def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
         rows = list(chain.from_iterable(lists))
         return [rows[index] for index in kept]
 
-    lists = ("questions", "answers", "completions", "tokens", "truncated")
+    lists = ("questions", "answers", "completions", "tokens", "truncated", "verdicts")
     columns = {name: pick(getattr(batch, name) for batch in batches) for name in lists}
     return Batch(
         **columns,

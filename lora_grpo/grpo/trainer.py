@@ -35,6 +35,7 @@ from lora_grpo.policy.checkpoints import whole_checkpoint
 from lora_grpo.policy.layers import one_matrix
 from lora_grpo.policy.sampling import sample
 from lora_grpo.rewards.builtin import Reward
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ class LoraGRPOTrainer(GRPOTrainer):
         replacements: Replacements | None = None,
         columns: Mapping[int, dict[str, Any]] | None = None,
         prefill: str = "",
+        task: Task = NUMBER_TASK,
     ) -> None:
         check_overrides(GRPOTrainer)
         torch.manual_seed(args.seed)
@@ -91,7 +93,8 @@ class LoraGRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
         )
         self.step = StepState()
-        self.replacements, self.columns, self.prefill = replacements, columns, prefill
+        self.replacements, self.columns = replacements, columns
+        self.prefill, self.task = prefill, task
         self.reward_func_names = [reward.name for reward in rewards]
         self.abort_generation: Callable[[], None] = lambda: None
         self.generation_rows = RowLimit(
@@ -192,6 +195,10 @@ class LoraGRPOTrainer(GRPOTrainer):
                 name: [None if math.isnan(value) else value for value in values]
                 for name, values in zip(self.reward_func_names, weighted.T.tolist(), strict=True)
             },
+            verdicts=[
+                self.task.judge(text, row["answer"], row)
+                for text, row in zip(texts, columns, strict=True)
+            ],
         )
         self.step.seconds["reward"] += time.perf_counter() - started
         return scores

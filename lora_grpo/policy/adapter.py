@@ -17,6 +17,7 @@ from lora_grpo.data.prompt import PLAIN, PromptStyle, fit_style
 from lora_grpo.machine.files import STAGED, read_json
 from lora_grpo.machine.folders import check_kind
 from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, resolve_model
+from lora_grpo.tasks.kinds import recall_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -162,7 +163,11 @@ def read_record(folder: Path) -> RunRecord:
             "bnb_4bit_use_double_quant", TrainConfig.bnb_4bit_use_double_quant
         ),
         dtype=trained.get("dtype"),
-        style=PromptStyle(trained["system_prompt"], Problem(**example) if example else None)
+        style=PromptStyle(
+            trained["system_prompt"],
+            Problem(**example) if example else None,
+            task=recall_task(trained),
+        )
         if "system_prompt" in trained
         else PLAIN,
         max_completion_length=trained.get(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.grpo.batch import read_verdict
 from lora_grpo.machine.files import read_jsonl
 from lora_grpo.policy.adapter import (
     COMPLETIONS,
@@ -120,11 +120,12 @@ def read_groups(rows: list[Row], trained: Row) -> list[Row]:
 
 
 def describe_completion(row: Row, reward: float | None, advantage: float) -> Row:
-    """Return a completion as the page shows it, read by the parser that paid it."""
+    """Return a completion as the page shows it, judged by the task that paid it."""
+    verdict = read_verdict(row)
     return {
         "text": row["completion"],
-        "right": NUMBER_TASK.is_right(row["completion"], row["answer"]),
-        "format": NUMBER_TASK.has_format(row["completion"]),
+        "right": verdict.correct,
+        "format": verdict.format,
         "truncated": row["truncated"],
         "tokens": row["tokens"],
         "reward": shorten(reward),

@@ -13,7 +13,7 @@ import tyro
 from lora_grpo.config.train_config import Rollout
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.problems import Problem, read_problems
-from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, render
+from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, fit_style, render
 from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.backend import check_4bit, choose_backend, claim
 from lora_grpo.machine.files import check_room, read_json, read_jsonl, write_json, write_jsonl
@@ -39,9 +39,16 @@ from lora_grpo.policy.generate import Advance
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.records import lora_rank
 from lora_grpo.results.sampled import build_sampled, build_sampled_items
-from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, judge
+from lora_grpo.results.scoring import (
+    Item,
+    build_eval_items,
+    build_evaluation,
+    judge,
+    read_item,
+)
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.usable import Sieve, keep_usable
+from lora_grpo.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,9 +151,9 @@ def evaluate_model(
 
 def held_out_problems(
     config: EvaluateConfig, record: RunRecord
-) -> tuple[list[Problem], str, str, list[str]]:
-    """Return the problems to evaluate on, their dataset's and split's names, and notes on how they
-    were read and what was dropped.
+) -> tuple[list[Problem], str, str, list[str], Task]:
+    """Return the problems to evaluate on, their dataset's and split's names, notes on how they were
+    read and what was dropped, and the task: the run's, or without a record that of the problems.
 
     Raises:
         FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
@@ -154,8 +161,8 @@ def held_out_problems(
     saved, rows = record.trained, read_jsonl(record.records / EVAL_ITEMS)
     if config.dataset is None and rows:
         report = read_json(record.records / EVAL)
-        problems = [Problem(row["index"] + 1, row["question"], row["answer"]) for row in rows]
-        return problems[: config.num_items], report["dataset"], report["split"], []
+        problems = [read_item(row) for row in rows[: config.num_items]]
+        return problems, report["dataset"], report["split"], [], record.style.task
     dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
     known = saved if dataset in (saved.get("eval_dataset"), saved.get("dataset")) else {}
     separator = config.decimal_separator
@@ -167,10 +174,11 @@ def held_out_problems(
         config.question_column or known.get("question_column"),
         config.answer_column or known.get("answer_column"),
         decimal_separator=separator,
+        task=record.style.task if saved else None,
     )
     sieve = Sieve(strict=False)
-    problems = keep_usable(sieve, reading.split, reading, build_rewards())
-    return problems[: config.num_items], dataset, reading.split, sieve.notes
+    problems = keep_usable(sieve, reading.split, reading, build_rewards(task=reading.task))
+    return problems[: config.num_items], dataset, reading.split, sieve.notes, reading.task
 
 
 @dataclass(frozen=True)
@@ -202,8 +210,10 @@ def prepare(config: EvaluateConfig) -> Examination:
     else:
         folder = resolve_model(config.model)
         record = read_record(folder)
-    problems, dataset, split, notes = held_out_problems(config, record)
+    problems, dataset, split, notes, task = held_out_problems(config, record)
+    style = record.style
     if not record.trained:
+        style = PromptStyle(task.system_prompt, task=task)
         notes.append(
             f"no train_config.json lies with {record.folder}: asked with the built-in prompt, on "
             f"{dataset} ({split})"
@@ -219,7 +229,7 @@ def prepare(config: EvaluateConfig) -> Examination:
         notes=notes,
         folder=folder,
         tokenizer=tokenizer,
-        style=record.fitted_style(tokenizer),
+        style=fit_style(tokenizer, style),
         max_completion_length=config.max_completion_length or record.max_completion_length,
         sampling=build_sampling(config, record),
         load_in_4bit=in_4bit if stored or config.load_in_4bit is None else config.load_in_4bit,
@@ -280,7 +290,8 @@ def evaluate(
     if asked.notes:
         report["notes"] = asked.notes
     if config.output is not None:
-        write_jsonl(config.beside("items"), build_eval_items(asked.problems, models))
+        items = build_eval_items(asked.problems, models, asked.style.task)
+        write_jsonl(config.beside("items"), items)
         if asked.sampling:
             rows = build_sampled_items(asked.problems, samples, asked.style.task)
             write_jsonl(config.beside("samples"), rows)

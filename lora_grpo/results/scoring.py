@@ -4,14 +4,16 @@ two models.
 The parser that pays the reward is the one that counts here.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_grpo.data.problems import Problem
-from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.policy.generate import Completion
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 Z95 = 1.959963984540054
 
@@ -30,11 +32,11 @@ class Item:
 
 def judge(problem: Problem, completion: Completion, task: Task = NUMBER_TASK) -> Item:
     """Score one completion: strict reads the answer tags, lenient the last one anywhere."""
-    last = task.find_last(completion.text)
+    asked = (completion.text, problem.answer, problem.as_row())
     return Item(
         completion=completion.text,
-        strict=task.is_right(completion.text, problem.answer),
-        lenient=last is not None and task.same(last, problem.answer),
+        strict=task.is_right(*asked),
+        lenient=task.is_right_anywhere(*asked),
         format=task.has_format(completion.text),
         truncated=completion.truncated,
         tokens=completion.tokens,
@@ -105,15 +107,32 @@ def build_evaluation(dataset: str, split: str, models: dict[str, Sequence[Item]]
 
 
 def build_eval_items(
-    problems: Sequence[Problem], models: dict[str, Sequence[Item]]
+    problems: Sequence[Problem], models: dict[str, Sequence[Item]], task: Task = NUMBER_TASK
 ) -> list[dict[str, Any]]:
-    """Return `eval_items.jsonl`: one row per problem, with each model's item under its name."""
+    """Return `eval_items.jsonl`: one row per problem, with each model's item under its name, and
+    with the problem's columns where the task judges by them."""
     return [
         {
             "index": index,
             "question": problem.question,
             "answer": problem.answer,
+            **({"columns": keep_json(problem.columns)} if task.needs_row else {}),
             **{name: asdict(items[index]) for name, items in models.items()},
         }
         for index, problem in enumerate(problems)
     ]
+
+
+def keep_json(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that JSON can hold."""
+    kept = {}
+    for name, value in columns.items():
+        with suppress(TypeError, ValueError):
+            kept[name] = json.loads(json.dumps(value))
+    return kept
+
+
+def read_item(row: dict[str, Any]) -> Problem:
+    """Return the problem of a row of `eval_items.jsonl`."""
+    columns = row.get("columns", {})
+    return Problem(row["index"] + 1, row["question"], row["answer"], columns=columns)

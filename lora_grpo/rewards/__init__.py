@@ -1,8 +1,8 @@
 """Read a completion, pay it, check the pay: the promised names of the room."""
 
-from lora_grpo.data.numbers import same_number
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import Reward, build_rewards, check_gold, score
+from lora_grpo.tasks.numbers import same_number
+from lora_grpo.tasks.task import NUMBER_TASK
 
 parse_answer = NUMBER_TASK.parse
 

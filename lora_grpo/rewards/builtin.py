@@ -10,10 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_grpo.data.numbers import parse_number
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import build_messages
-from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.rewards.custom import (
     Completion,
     RewardFunction,
@@ -21,6 +19,8 @@ from lora_grpo.rewards.custom import (
     parse_weight,
     to_texts,
 )
+from lora_grpo.tasks.numbers import parse_number
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 # What TRL passes to a reward by these names is its own: a dataset's column of that name stays out.
 NAMES_OF_TRL = frozenset(
@@ -58,10 +58,22 @@ def build_correctness(task: Task) -> RewardFunction:
     def correctness(
         completions: list[Completion], answer: list[str], **columns: Any
     ) -> list[float]:
-        pairs = zip(to_texts(completions), answer, strict=True)
-        return [float(task.is_right(text, gold)) for text, gold in pairs]
+        rows = unzip(columns, len(answer))
+        judged = zip(to_texts(completions), answer, rows, strict=True)
+        return [task.score(text, gold, {**row, "answer": gold}) for text, gold, row in judged]
 
     return correctness
+
+
+def unzip(columns: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return one row per completion of what a trainer passes by column; what is no column of the
+    batch, such as TRL's `trainer_state`, is left out."""
+    by_row = {
+        name: values
+        for name, values in columns.items()
+        if isinstance(values, list) and len(values) == count
+    }
+    return [{name: values[index] for name, values in by_row.items()} for index in range(count)]
 
 
 def build_length_penalty(max_completion_length: int | None) -> RewardFunction:
@@ -215,7 +227,9 @@ def reward_columns(problems: Sequence[Problem]) -> dict[int, dict[str, Any]]:
     }
 
 
-def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed: Any) -> None:
+def try_rewards(
+    rewards: Sequence[Reward], problems: Sequence[Problem], task: Task = NUMBER_TASK, **passed: Any
+) -> None:
     """Call each reward once as training will: made-up completions of the first problem.
 
     `passed` is what else the trainer gives: `trainer_state`, `log_extra`, `log_metric`.
@@ -224,7 +238,7 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed
         RewardError, ValueError: a mistake in a user's own function.
     """
     columns = next(iter(reward_columns(problems).values()))
-    texts = [perfect(columns["answer"]), "I do not know.", ""]
+    texts = [perfect(columns["answer"], task), "I do not know.", ""]
     batch = {name: [value] * len(texts) for name, value in columns.items()}
     batch["prompts"] = [build_messages(columns["question"]) for _ in texts]
     for reward in rewards:
@@ -236,12 +250,14 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem], **passed
         )
 
 
-def perfect(answer: str) -> str:
+def perfect(answer: str, task: Task = NUMBER_TASK) -> str:
     """Return a completion that earns full marks for a readable gold answer."""
-    return NUMBER_TASK.write("I work it out.", answer)
+    return task.write("I work it out.", answer)
 
 
-def check_gold(answers: list[str], rewards: Sequence[Reward], /, **columns: list[Any]) -> list[int]:
+def check_gold(
+    answers: list[str], rewards: Sequence[Reward], task: Task = NUMBER_TASK, /, **columns: list[Any]
+) -> list[int]:
     """Return the positions of gold answers that `correctness` does not pay in full.
 
     Each is put in a perfect completion; one that fails can never be learned. `columns` holds what
@@ -250,12 +266,14 @@ def check_gold(answers: list[str], rewards: Sequence[Reward], /, **columns: list
     judge = next((reward for reward in rewards if reward.name == "correctness"), None)
     if judge is None:
         return []
-    completions = [perfect(answer) for answer in answers]
+    completions = [perfect(answer, task) for answer in answers]
     values = judge.function(completions=completions, answer=answers, **columns)
     return [index for index, value in enumerate(values) if value is None or value < 1.0]
 
 
-def find_unpaid(problems: Sequence[Problem], rewards: Sequence[Reward]) -> list[Problem]:
+def find_unpaid(
+    problems: Sequence[Problem], rewards: Sequence[Reward], task: Task = NUMBER_TASK
+) -> list[Problem]:
     """Return the problems whose gold answer `correctness` does not pay in full; it gets what it
     gets in training."""
     if not problems:
@@ -263,4 +281,5 @@ def find_unpaid(problems: Sequence[Problem], rewards: Sequence[Reward]) -> list[
     rows = list(reward_columns(problems).values())
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     columns["prompts"] = [build_messages(problem.question) for problem in problems]
-    return [problems[index] for index in check_gold(columns.pop("answer"), rewards, **columns)]
+    unpaid = check_gold(columns.pop("answer"), rewards, task, **columns)
+    return [problems[index] for index in unpaid]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora_grpo.data.prompt import build_messages
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import Reward, score_with
+from lora_grpo.tasks.task import NUMBER_TASK
 
 Standing = Literal["right", "loose", "flawed", "tagless"]
 QUESTION = "How many is that?"

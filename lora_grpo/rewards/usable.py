@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lora_grpo.data.gold import describe_unreadable
 from lora_grpo.data.problems import Problem, Reading
-from lora_grpo.data.task import Task
 from lora_grpo.rewards.builtin import Reward, find_unpaid
+from lora_grpo.tasks.task import Task
 
 NAMED_ROWS = 5
 SHOWN_GOLDS = 3
@@ -90,15 +90,15 @@ def keep_usable(
     sieve.notes += [note for note in reading.notes if note not in sieve.notes]
     lacking = "rows lack a question or an answer"
     problems = sieve.drop(name, reading.problems, reading.blank, lacking)
-    unpaid = find_unpaid(problems, rewards)
+    unpaid = find_unpaid(problems, rewards, reading.task)
     if len(unpaid) == len(problems):
-        raise ValueError(f"{reading.dataset}: {explain_golds(unpaid)}")
+        raise ValueError(f"{reading.dataset}: {explain_golds(unpaid, reading.task)}")
     shown = f", such as {unpaid[0].answer!r:.40}" if unpaid else ""
     why = f"gold answers do not earn full marks against themselves{shown}"
     return sieve.drop(name, problems, [problem.row for problem in unpaid], why)
 
 
-def explain_golds(problems: Sequence[Problem]) -> str:
+def explain_golds(problems: Sequence[Problem], task: Task) -> str:
     """Say what gold answers look like where none of them can be paid, and what to change."""
     shown = "; ".join(
         f"row {problem.row}: {problem.answer[:40]!r} from {problem.source[-60:]!r}"
@@ -107,7 +107,7 @@ def explain_golds(problems: Sequence[Problem]) -> str:
     what = describe_unreadable([problem.answer for problem in problems])
     return (
         f"none of the {len(problems)} gold answers earns full marks: they {what}, and the built-in "
-        f"rewards pay numbers only ({shown}): name another column by --answer-column, give the "
-        "number itself as the answer, or pay them by a reward of your own with --reward-set none "
-        "--reward file.py:function"
+        f"rewards pay {task.noun}s only ({shown}): name another column by --answer-column, give "
+        f"the {task.noun} itself as the answer, or pay them by a reward of your own with "
+        "--reward-set none --reward file.py:function"
     )

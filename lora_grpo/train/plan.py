@@ -33,7 +33,7 @@ from lora_grpo.policy.base import (
     resolve_model,
 )
 from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
-from lora_grpo.train.prepare import Data, prepare_data
+from lora_grpo.train.prepare import Data, prepare_data, read_training_data
 from lora_grpo.train.unused_settings import describe_unused, find_unused
 
 if TYPE_CHECKING:
@@ -221,15 +221,15 @@ def fit_memory(
 
 
 def describe_words(data: Data) -> list[str]:
-    """Return a note if gold answers are not numbers: only numbers count as correct."""
-    problems = [*data.train, *data.validation, *data.test]
-    words = [problem.answer for problem in problems if not data.style.task.can_read(problem.answer)]
+    """Return a note if the task cannot read gold answers: such answers never count as correct."""
+    problems, task = [*data.train, *data.validation, *data.test], data.style.task
+    words = [problem.answer for problem in problems if not task.can_read(problem.answer)]
     if not words:
         return []
     return [
-        f"{len(words):,} of {len(problems):,} gold answers are no numbers, such as "
-        f"{words[0]!r:.40}: strict accuracy and the choice of the best step count only numbers "
-        "between the tags; judge the run by its rewards"
+        f"{len(words):,} of {len(problems):,} gold answers are no {task.noun}s, such as "
+        f"{words[0]!r:.40}: strict accuracy and the choice of the best step count only "
+        f"{task.noun}s between the tags; judge the run by its rewards"
     ]
 
 
@@ -246,8 +246,9 @@ def make_plan(config: TrainConfig) -> Plan:
 
     from lora_grpo.grpo.settings import check_update
 
-    weights = parse_reward_weights(config.reward_weight)
-    rewards = build_rewards(config.reward_set, config.reward, weights, config.max_completion_length)
+    weights, length = parse_reward_weights(config.reward_weight), config.max_completion_length
+    reading = read_training_data(config)
+    rewards = build_rewards(config.reward_set, config.reward, weights, length, reading.task)
     run_dir = name_run(config)
     folder = resolve_model(
         config.model, config.revision, weights=not (config.dry_run or config.preview)
@@ -258,11 +259,12 @@ def make_plan(config: TrainConfig) -> Plan:
         config = dataclasses.replace(config, load_in_4bit=True)
     tokenizer = load_tokenizer(folder)
     parameters, trained = count_parameters(folder, config)
-    data = prepare_data(config, tokenizer, rewards)
+    data = prepare_data(config, tokenizer, rewards, reading)
     steps = count_steps(config, len(data.train))
     try_rewards(
         rewards,
         data.train,
+        reading.task,
         trainer_state=TrainerState(max_steps=steps),
         log_extra=lambda column, values: None,
         log_metric=lambda name, value: None,
@@ -287,6 +289,7 @@ def make_plan(config: TrainConfig) -> Plan:
         **config.vllm_correction,
         dtype=placement.dtype,
         num_validation_items=data.num_validation_items,
+        task=reading.task.name,
         decimal_separator=data.decimal_separator,
         run_name=run_dir.name,
         backend=choice.backend,

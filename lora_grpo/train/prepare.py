@@ -25,6 +25,8 @@ from lora_grpo.data.prompt import (
 from lora_grpo.data.sources import list_splits
 from lora_grpo.rewards.builtin import Reward
 from lora_grpo.rewards.usable import Sieve, check_prompt, keep_usable
+from lora_grpo.tasks.kinds import find_task
+from lora_grpo.tasks.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,24 +109,37 @@ def hold_out(problems: list[Problem], count: int, seed: int) -> tuple[list[Probl
     return kept, [problem for problem in problems if normalise(problem.question) in chosen]
 
 
+def read_training_data(config: TrainConfig) -> Reading:
+    """Read the training split, with the task that is asked for or that its gold answers show.
+
+    Raises:
+        FileNotFoundError, ValueError: the data are missing or broken.
+    """
+    separator, task = config.decimal_separator, find_task(config.task)
+    return read_data(config, config.dataset, "train", separator, task)
+
+
 def prepare_data(
-    config: TrainConfig, tokenizer: "PreTrainedTokenizerBase", rewards: Sequence[Reward]
+    config: TrainConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    rewards: Sequence[Reward],
+    reading: Reading | None = None,
 ) -> Data:
-    """Load, check and split the problems of a run.
+    """Check and split the problems of a run; `reading` is the training split, if read already.
 
     Raises:
         FileNotFoundError, ValueError: the data are missing, broken or too few, or rows would be
         dropped with --strict-data.
     """
     sieve = Sieve(config.strict_data)
-    style = read_style(config, tokenizer, rewards, sieve)
-    reading = read_data(config, config.dataset, "train", config.decimal_separator)
+    reading = reading or read_training_data(config)
+    style = read_style(config, tokenizer, rewards, sieve, reading.task)
     train = keep_usable(sieve, "train", reading, rewards)
     test_name = find_test(config, reading.split)
     if test_name is not None:
         same = test_name == config.dataset
         separator = reading.decimal_separator if same else config.decimal_separator
-        test_reading = read_data(config, test_name, "test", separator)
+        test_reading = read_data(config, test_name, "test", separator, reading.task)
         test, test_split = keep_usable(sieve, "test", test_reading, rewards), test_reading.split
         train = drop_overlap(sieve, train, test)
     else:
@@ -165,21 +180,26 @@ def read_style(
     tokenizer: "PreTrainedTokenizerBase",
     rewards: Sequence[Reward],
     sieve: Sieve,
+    task: Task,
 ) -> PromptStyle:
     """Return the style of the prompts, after checking the user's system prompt, if any."""
     path = config.system_prompt_file
-    style = PromptStyle(read_system_prompt(path))
+    style = PromptStyle(read_system_prompt(path, task), task=task)
     if path is not None and config.resume is None:
-        sieve.notes += check_prompt(path, style.system_prompt, rewards, style.task, config.one_shot)
+        sieve.notes += check_prompt(path, style.system_prompt, rewards, task, config.one_shot)
     return fit_style(tokenizer, style)
 
 
 def read_data(
-    config: TrainConfig, dataset: str, split: str, decimal_separator: DecimalSeparator
+    config: TrainConfig,
+    dataset: str,
+    split: str,
+    decimal_separator: DecimalSeparator,
+    task: Task | None,
 ) -> Reading:
     columns = (config.question_column, config.answer_column)
     flag = "--eval-dataset" if dataset == config.eval_dataset else "--dataset"
-    return read_problems(dataset, split, *columns, flag, decimal_separator)
+    return read_problems(dataset, split, *columns, flag, decimal_separator, task)
 
 
 def num_questions(problems: Sequence[Problem]) -> int:

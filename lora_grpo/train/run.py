@@ -163,6 +163,7 @@ def build_trainer(
             shared_prefix=config.shared_prefix,
             replacements=replacements,
             prefill=plan.data.style.prefill,
+            task=plan.data.style.task,
             columns=reward_columns(plan.data.train),
         )
     trainer.args.output_dir = str(plan.run_dir)
@@ -339,7 +340,8 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     report |= {"best_step": best, "steps": steps}
     if steps < plan.steps:
         report["ended_early"] = reason_ended(plan.config, run_dir)
-    write_jsonl(run_dir / EVAL_ITEMS, build_eval_items(plan.data.test, models))
+    items = build_eval_items(plan.data.test, models, plan.data.style.task)
+    write_jsonl(run_dir / EVAL_ITEMS, items)
     write_json(run_dir / EVAL, report)
     write_adapter_card(run_dir)
     (run_dir / BASE_ITEMS).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from lora_grpo.data.prompt import (
     read_system_prompt,
     render,
 )
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.tasks.task import NUMBER_TASK
 
 EXAMPLE = Problem(4, "How many?", "72", "48/2=<<48/2=24>>24 clips\n48+24=<<48+24=72>>72")
 

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PromptStyle, build_messages, perfect_completion, render
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.deploy import chat_model
 from lora_grpo.deploy.chat import ChatConfig, chat, converse
 from lora_grpo.deploy.chat_model import SIDES, ChatModel, Decoding, WordStreamer
@@ -25,6 +24,7 @@ from lora_grpo.deploy.chat_screen import paint, show, split_parts
 from lora_grpo.deploy.source import find_source
 from lora_grpo.policy.base import choose_placement, load_adapter, load_base
 from lora_grpo.policy.generate import Completion, complete
+from lora_grpo.tasks.task import NUMBER_TASK
 
 SYSTEM = (
     "Respond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.diagnosis.history import History
 from lora_grpo.diagnosis.rules import RULES, diagnose
+from lora_grpo.tasks.task import NUMBER_TASK
 
 STEPS = 24
 Row = dict[str, Any]

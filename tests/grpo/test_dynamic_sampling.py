@@ -32,6 +32,7 @@ from lora_grpo.grpo.settings import dataset_rows
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.grpo.vllm_rollout import sample_with_vllm
 from lora_grpo.rewards.builtin import Reward
+from lora_grpo.tasks.task import Verdict
 from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import describe_step
 
@@ -47,7 +48,8 @@ STEP = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
 def batch_of(lengths: list[int], rewards: list[float], name: str = "draw") -> Batch:
     count = len(lengths)
     names = [f"{name} {row}" for row in range(count)]
-    return Batch(names, names, names, lengths, [False] * count, {"reward": rewards})
+    verdicts = [Verdict(name, True, True) for name in names]
+    return Batch(names, names, names, lengths, [False] * count, {"reward": rewards}, verdicts)
 
 
 def ragged_draw(seed: int, ratio_by_token: bool) -> Draw:

@@ -23,12 +23,12 @@ from lora_grpo.config.presets import PRESETS, parse_train_config
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PromptStyle, build_messages
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.files import read_jsonl, write_jsonl
 from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
 from lora_grpo.results.card import CardNote, write_adapter_card, write_model_card
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation
+from lora_grpo.tasks.task import NUMBER_TASK
 
 RIGHT = "<reasoning>\n2+3=5\n</reasoning>\n<answer>\n5\n</answer>"
 QUESTION = "What is 2 + 3?"

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from lora_grpo.cli import run
-from lora_grpo.data.numbers import same_number
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import build_rewards
 from lora_grpo.rewards.corpus import build_corpus, rank
+from lora_grpo.tasks.numbers import same_number
+from lora_grpo.tasks.task import NUMBER_TASK
 
 Check = Callable[..., tuple[int, str]]
 OWN_REWARDS = """

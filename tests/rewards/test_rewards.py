@@ -6,9 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.data.numbers import last_number, same_number
 from lora_grpo.data.problems import load_problems
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.rewards.builtin import (
     build_rewards,
     check_gold,
@@ -18,6 +16,8 @@ from lora_grpo.rewards.builtin import (
     score_with,
 )
 from lora_grpo.rewards.custom import RewardError
+from lora_grpo.tasks.numbers import last_number, same_number
+from lora_grpo.tasks.task import NUMBER_TASK
 
 # A busy machine is no failure.
 settings.register_profile("no deadline", deadline=None)

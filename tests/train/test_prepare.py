@@ -9,10 +9,10 @@ from lora_grpo.config.presets import parse_train_config
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem, load_problems, normalise
 from lora_grpo.data.prompt import build_messages, count_tokens, render
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.policy.adapter import read_record
 from lora_grpo.results.evaluate import EvaluateConfig, held_out_problems
 from lora_grpo.rewards.builtin import build_rewards
+from lora_grpo.tasks.task import NUMBER_TASK
 from lora_grpo.train.prepare import Data, count_validation_items, hold_out, prepare_data
 
 REWARDS = build_rewards()
@@ -430,7 +430,7 @@ def test_decimal_commas_of_train_are_those_of_test(tmp_path: Path, tokenizer) ->
 def test_evaluation_drops_and_counts_what_training_would(tmp_path: Path) -> None:
     rows = [*make_rows(5), {"question": "Who?", "answer": "Ann"}, {"question": "blank"}]
     path = write(tmp_path / "a.jsonl", rows)
-    problems, _, _, notes = held_out_problems(
+    problems, _, _, notes, _ = held_out_problems(
         EvaluateConfig(model="tiny", dataset=path), read_record(tmp_path)
     )
     assert [problem.row for problem in problems] == [1, 2, 3, 4, 5]

@@ -17,6 +17,7 @@ from lora_grpo.grpo.groups import dead_groups
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import read_jsonl
 from lora_grpo.rewards.builtin import Reward
+from lora_grpo.tasks.task import NUMBER_TASK
 from lora_grpo.train.console import Display
 from lora_grpo.train.recorder import LOGGED, Recorder, describe_step
 
@@ -80,6 +81,7 @@ def crafted(rewards: list[float | None], completion: str = "") -> Batch:
         [1] * count,
         [False] * count,
         {"own": rewards},
+        [NUMBER_TASK.judge(completion, "2")] * count,
     )
 
 

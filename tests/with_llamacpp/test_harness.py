@@ -15,16 +15,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_grpo.data.arithmetic import generate_problems
-from lora_grpo.data.numbers import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import build_messages, render
-from lora_grpo.data.task import NUMBER_TASK
 from lora_grpo.machine.backend import installed
 from lora_grpo.policy.adapter import read_record
 from lora_grpo.policy.base import EMBEDDED_FOLDER, load_tokenizer
 from lora_grpo.policy.generate import Completion
 from lora_grpo.results.scoring import judge
 from lora_grpo.rewards.corpus import build_corpus
+from lora_grpo.tasks.numbers import CANONICAL, NUMBER_WORDS, PER, SQUARED, read_quantity
+from lora_grpo.tasks.task import NUMBER_TASK
 
 ROOT = Path(__file__).parents[2]
 TASKS = ROOT / "docs/lm_eval"

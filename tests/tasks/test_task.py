@@ -1,8 +1,14 @@
 """How a completion's tags are read."""
 
+from datetime import date
+
 import pytest
 
-from lora_grpo.data.task import NUMBER_TASK
+from lora_grpo.data.problems import Problem
+from lora_grpo.policy.generate import Completion
+from lora_grpo.results.scoring import build_eval_items, judge, read_item
+from lora_grpo.rewards.builtin import build_rewards, score_with
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 PERFECT = NUMBER_TASK.write("48 / 2 = 24\n48 + 24 = 72", "72")
 
@@ -69,3 +75,26 @@ def test_white_space_around_the_blocks_is_free(completion: str) -> None:
 )
 def test_anything_else_has_no_format(completion: str) -> None:
     assert not NUMBER_TASK.has_format(completion)
+
+
+ODD = Task(
+    name="odd",
+    noun="number",
+    compare=lambda answer, gold, row: answer == row["parity"],
+    can_read=lambda text: True,
+    find_last=lambda text: text.split()[-1],
+    needs_row=True,
+)
+
+
+def test_a_task_judges_by_the_row_in_rewards_and_evaluation() -> None:
+    problem = Problem(1, "3?", "3", columns={"parity": "odd", "when": date(2026, 1, 1)})
+    text = ODD.write("3 is odd.", "odd")
+    rewards = build_rewards(task=ODD)
+    assert score_with(rewards, text, "3", **problem.columns)["correctness"] == 1
+    assert score_with(rewards, text, "3", parity="even")["total"] == 0.2
+    item = judge(problem, Completion(text, 5, False), ODD)
+    assert item.strict and not item.lenient
+    [row] = build_eval_items([problem], {"adapter": [item]}, ODD)
+    assert row["columns"] == {"parity": "odd"}, "what JSON cannot hold is left out"
+    assert judge(read_item(row), Completion(text, 5, False), ODD) == item

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lora_grpo.data.numbers import last_number, parse_number, read_quantity, same_number, to_plain
+from lora_grpo.tasks.numbers import last_number, parse_number, read_quantity, same_number, to_plain
 
 # A busy machine is no failure.
 settings.register_profile("no deadline", deadline=None)

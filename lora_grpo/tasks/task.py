@@ -5,25 +5,47 @@ paid in training is what is measured and shown. Reading takes time linear in the
 completion: tags are counted and cut out as plain strings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
-from lora_grpo.data.numbers import last_number, parse_number, same_number
+from lora_grpo.tasks.numbers import last_number, parse_number, same_number
 
 Tags = tuple[str, str]
+# What a dataset's row holds, by column, with `question` and `answer` as they were read.
+Row = Mapping[str, Any]
+NO_ROW: Row = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A completion as its task sees it: the answer that it gives, if any, whether that is right,
+    and whether the completion has the requested format."""
+
+    answer: str | None
+    correct: bool
+    format: bool
 
 
 @dataclass(frozen=True)
 class Task:
-    """One reasoning block and one answer block, each between its tags.
+    """One reasoning block and one answer block, each between its tags, and what is right there.
 
-    `same` compares an answer with the gold answer; `can_read` returns whether it can compare a text
-    at all; `find_last` returns the last answer in a text without tags, for lenient accuracy.
+    `compare` returns whether an answer equals the gold answer, and may ask the problem's row;
+    `can_read` returns whether a gold answer can be compared at all; `find_last` returns the last
+    answer in a text without tags, for lenient accuracy. `noun` says what an answer is.
+    A task that asks more of the row than its question sets `needs_row`: the row is then recorded
+    with the evaluated problems.
     """
 
-    same: Callable[[str, str], bool]
+    name: str
+    noun: str
+    compare: Callable[[str, str, Row], bool]
     can_read: Callable[[str], bool]
     find_last: Callable[[str], str | None]
+    instruction: str = ""
+    needs_row: bool = False
     reasoning: Tags = ("<reasoning>", "</reasoning>")
     answer: Tags = ("<answer>", "</answer>")
 
@@ -34,8 +56,9 @@ class Task:
 
     @property
     def system_prompt(self) -> str:
-        """The built-in system prompt: the layout of a completion."""
-        return "Respond in the following format:\n" + self.write("...", "...")
+        """The built-in system prompt: the layout of a completion, and what an answer looks like."""
+        layout = "Respond in the following format:\n" + self.write("...", "...")
+        return f"{layout}\n{self.instruction}" if self.instruction else layout
 
     def write(self, reasoning: str, answer: str) -> str:
         """Return a completion in the layout that the system prompt shows."""
@@ -55,10 +78,28 @@ class Task:
         """Return the stripped text between the reasoning tags, or None, as `parse` does."""
         return between(completion, *self.reasoning)
 
-    def is_right(self, completion: str, gold: str) -> bool:
+    def same(self, answer: str, gold: str, row: Row = NO_ROW) -> bool:
+        """Return whether an answer equals the gold answer of a row."""
+        return self.compare(answer, gold, row)
+
+    def score(self, completion: str, gold: str, row: Row = NO_ROW) -> float:
+        """Return what the reward `correctness` pays, 1 for a right answer."""
+        return float(self.is_right(completion, gold, row))
+
+    def is_right(self, completion: str, gold: str, row: Row = NO_ROW) -> bool:
         """Return whether the text between the answer tags equals the gold answer."""
         answer = self.parse(completion)
-        return answer is not None and self.same(answer, gold)
+        return answer is not None and self.same(answer, gold, row)
+
+    def is_right_anywhere(self, completion: str, gold: str, row: Row = NO_ROW) -> bool:
+        """Return whether the last answer anywhere, with tags or without, equals the gold answer."""
+        last = self.find_last(completion)
+        return last is not None and self.same(last, gold, row)
+
+    def judge(self, completion: str, gold: str, row: Row = NO_ROW) -> Verdict:
+        """Return the answer that a completion gives, and whether it and its format are right."""
+        right = self.is_right(completion, gold, row)
+        return Verdict(self.parse(completion), right, self.has_format(completion))
 
     def has_format(self, completion: str) -> bool:
         """Return whether the completion is one reasoning block and one answer block, neither blank.
@@ -86,7 +127,9 @@ def between(text: str, opening: str, closing: str) -> str | None:
 
 
 NUMBER_TASK = Task(
-    same=same_number,
+    name="number",
+    noun="number",
+    compare=lambda answer, gold, row: same_number(answer, gold),
     can_read=lambda text: parse_number(text) is not None,
     find_last=last_number,
 )

@@ -1,0 +1,18 @@
+"""The tasks by name, as `--task` and the record of a run name them."""
+
+from typing import Any, Literal
+
+from lora_grpo.tasks.task import NUMBER_TASK, Task
+
+TaskName = Literal["auto", "number"]
+TASKS: dict[str, Task] = {task.name: task for task in (NUMBER_TASK,)}
+
+
+def find_task(name: str) -> Task | None:
+    """Return the task of a name, None for `auto`, which is chosen from the gold answers."""
+    return None if name == "auto" else TASKS[name]
+
+
+def recall_task(trained: dict[str, Any]) -> Task:
+    """Return the task that `train_config.json` records; older runs were of numbers."""
+    return find_task(trained.get("task") or NUMBER_TASK.name) or NUMBER_TASK
