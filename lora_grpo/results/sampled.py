@@ -10,9 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_grpo.data.problems import Problem
-from lora_grpo.data.task import NUMBER_TASK, Task
 from lora_grpo.policy.drawing import Sampling
 from lora_grpo.results.scoring import Item, mcnemar_p, mean_interval
+from lora_grpo.tasks.task import NO_ROW, NUMBER_TASK, Row, Task
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -27,7 +27,7 @@ def reported_ks(num_samples: int) -> list[int]:
     return [*(2**power for power in range((num_samples - 1).bit_length())), num_samples]
 
 
-def majority(completions: Sequence[str], task: Task = NUMBER_TASK) -> str | None:
+def majority(completions: Sequence[str], task: Task = NUMBER_TASK, row: Row = NO_ROW) -> str | None:
     """Return the answer that most completions give between the tags, as the first of them wrote it;
     None if none can be read.
 
@@ -38,15 +38,16 @@ def majority(completions: Sequence[str], task: Task = NUMBER_TASK) -> str | None
     votes: dict[str, int] = {}
     for answer in answers:
         if answer is not None and task.can_read(answer):
-            known = next((other for other in votes if task.same(answer, other)), answer)
+            known = next((other for other in votes if task.same(answer, other, row)), answer)
             votes[known] = votes.get(known, 0) + 1
     return max(votes, key=votes.__getitem__, default=None)
 
 
 def votes_right(problem: Problem, samples: Sequence[Item], task: Task = NUMBER_TASK) -> bool:
     """Return whether the majority's answer is the gold one."""
-    chosen = majority([item.completion for item in samples], task)
-    return chosen is not None and task.same(chosen, problem.answer)
+    row = problem.as_row()
+    chosen = majority([item.completion for item in samples], task, row)
+    return chosen is not None and task.same(chosen, problem.answer, row)
 
 
 def summarise_samples(
