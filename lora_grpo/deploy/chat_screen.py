@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lora_grpo.machine.terminal import printable
 from lora_grpo.policy.generate import Completion
 from lora_grpo.tasks.task import Task
 
@@ -50,7 +51,7 @@ def paint(completion: str, finished: bool = True) -> Text:
         if kind != "text":
             painted.append(kind, "underline").append("\n")
         # A model's escape codes are not for the terminal to obey.
-        painted.append(text.replace("\x1b", "\u241b"), STYLES[kind])
+        painted.append(printable(text), STYLES[kind])
     return painted
 
 

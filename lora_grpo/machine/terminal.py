@@ -43,6 +43,9 @@ NEEDED = ((3, 11), (3, 13))  # pyproject.toml: requires-python, the upper one ex
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
+PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
 
 class FailedError(RuntimeError):
     """What was asked for was tried and failed; a script that ends with it has status 1."""
@@ -89,9 +92,21 @@ def make_console(console: Console | None = None) -> Console:
     from rich.console import Console
 
     console = console or Console(highlight=False)
-    if not console.is_terminal:
+    if not (console.is_terminal and console.file.isatty()):
         console.width = WIDTH_IN_A_FILE
     return console
+
+
+def can_redraw(console: Console) -> bool:
+    """Return whether what a console shows may be drawn again: on a terminal that can, and where
+    NO_COLOR does not ask for plain text; FORCE_COLOR makes no terminal of a log file."""
+    is_utf = console.encoding.startswith("utf")
+    return console.is_interactive and console.file.isatty() and is_utf and not console.no_color
+
+
+def printable(text: str) -> str:
+    """Return a model's text with pictures of the control characters that a terminal would obey."""
+    return text.translate(PICTURES)
 
 
 def complain(sentence: str, status: int) -> int:

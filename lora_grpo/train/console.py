@@ -1,11 +1,12 @@
 """What a run prints: the plan, one line per step, a completion at intervals, and the final table.
 
-A terminal also gets a progress bar; a log file gets the lines only.
+A terminal shows progress, reward and completions in a block below the lines (`live.py`); a log file
+gets the lines only.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from rich.table import Table
 
 from lora_grpo.diagnosis.rules import Finding
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.machine.terminal import make_console
+from lora_grpo.machine.terminal import can_redraw, make_console, printable
 from lora_grpo.memory.terms import GIB
+from lora_grpo.train.live import LiveView
 
 LINES = 50
+WORDS = (
+    "strict: the answer between the tags is right; lenient: the last one anywhere in the text is",
+    "clipped: completions cut off at --max-completion-length, before their end",
+    "dead groups: those whose completions all earned the same, so that nothing is learnt from them",
+)
 
 
 def format_seconds(seconds: float) -> str:
@@ -52,7 +59,8 @@ class Display:
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.console = make_console(console)
         self.quiet = quiet
-        self.progress: Progress | None = None
+        self.view: LiveView | None = None
+        self.known: set[str] = set()  # the figures that had a value in some step
         self.started = time.perf_counter()
         self.first_step: int | None = None
 
@@ -77,8 +85,24 @@ class Display:
         self.console.print(table)
 
     @contextmanager
-    def bar(self, name: str, total: int):
+    def training(self, total: int) -> Iterator[None]:
+        """Show the steps' progress, reward and completions on a terminal while the block runs."""
+        if self.quiet or not can_redraw(self.console):
+            yield
+            return
+        try:
+            with LiveView(self.console, total) as self.view:
+                yield
+        finally:
+            self.view = None
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show a bar on a terminal while the block runs; yields a function that advances it."""
+        if self.view:
+            with self.view.bar(name, total) as advance:
+                yield advance
+            return
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -86,7 +110,7 @@ class Display:
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=self.quiet or not self.console.is_terminal,
+            disable=self.quiet or not can_redraw(self.console),
         ) as progress:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
@@ -95,24 +119,33 @@ class Display:
         """Print one line for a step, and one of its completions every `every` steps."""
         step = row["step"]
         self.first_step = step if self.first_step is None else self.first_step
+        self.known |= {name for name, value in row.items() if value is not None}
         if step % max(1, total // LINES) == 0 or step in (self.first_step, total):
             self.say(self.step_line(row, batch, total))
-        if step % every == 0:
+        if self.view:
+            self.view.update(row, batch, describe_first(batch))
+        elif step % every == 0:
             self.sample(batch)
 
     def step_line(self, row: dict[str, Any], batch: Batch, total: int) -> str:
+        """Return a step's figures; one that no step of the run had yet has no column."""
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
-        share = {name: percent(row.get(name)) for name in SHARES}
         drawn = f" ({row['drawn_groups']} groups drawn)" if batch.dropped_completions else ""
+        share = {name: percent(row.get(name)) for name in SHARES}
+        speed = number(row.get("tokens_per_second_generate"), ".0f")
+        columns = {
+            "reward": f"reward {number(row.get('reward'), '.3f'):>5}",
+            "correct": f"correct {share['correct']:>7}",
+            "format": f"format {share['format']:>7}",
+            "completion_length": f"length {number(row.get('completion_length'), '.1f'):>5}",
+            "clipped_ratio": f"clipped {share['clipped_ratio']:>6}",
+            "frac_reward_zero_std": f"dead groups {share['frac_reward_zero_std']:>7}{drawn}",
+            "tokens_per_second_generate": f"{speed:>5} tokens/s",
+        }
+        figures = "  ".join(text for name, text in columns.items() if name in self.known)
         return (
-            f"step {row['step']:>{len(str(total))}}/{total}  "
-            f"reward {number(row.get('reward'), '.3f'):>5}  "
-            f"correct {share['correct']:>7}  format {share['format']:>7}  "
-            f"length {number(row.get('completion_length'), '.1f'):>5}  "
-            f"clipped {share['clipped_ratio']:>6}  "
-            f"dead groups {share['frac_reward_zero_std']:>7}{drawn}  "
-            f"{number(row.get('tokens_per_second_generate'), '.0f'):>5} tokens/s  "
+            f"step {row['step']:>{len(str(total))}}/{total}  {figures}  "
             f"{number(row.get('seconds'), '.1f')} s  {format_seconds(left)} left"
         )
 
@@ -120,17 +153,13 @@ class Display:
         """Print the first completion of the batch with its rewards."""
         if self.quiet or not batch.completions:
             return
-        earned = "  ".join(
-            f"{name} {number(scores[0], '.2f')}" for name, scores in batch.rewards.items()
-        )
-        body = (
-            f"{batch.questions[0]}\n\n{batch.completions[0]}\n\ngold {batch.answers[0]}  |  "
-            f"{earned}"
-        )
-        self.console.print(Panel(escape(body), title="a completion", title_align="left", width=100))
+        body = f"{batch.questions[0]}\n\n{batch.completions[0]}\n\n{describe_first(batch)}"
+        panel = Panel(escape(printable(body)), title="a completion", title_align="left", width=100)
+        self.console.print(panel)
 
-    def before(self, base: dict[str, Any]) -> None:
-        """Print the base's accuracy, before anything is trained."""
+    def before(self, base: dict[str, Any], explain: bool = True) -> None:
+        """Print the base's accuracy, before anything is trained, and what the words of the lines
+        mean."""
         self.say(
             f"base: strict {percent(base['strict_accuracy'])}, lenient "
             f"{percent(base['lenient_accuracy'])}, "
@@ -140,6 +169,8 @@ class Display:
             "base, validation and the final table are greedy decoding, one completion per problem; "
             "the lines of the steps are completions sampled for training"
         )
+        for line in WORDS if explain else ():
+            self.say(line)
         self.started = time.perf_counter()
 
     def validation(self, row: dict[str, Any], kept: bool) -> None:
@@ -201,6 +232,12 @@ class Display:
 def with_interval(sampled: dict[str, Any], figure: str) -> str:
     """Return a sampled figure and its 95 % interval."""
     return f"{percent(sampled[figure])} ({interval(sampled['ci95'][figure])})"
+
+
+def describe_first(batch: Batch) -> str:
+    """Return the gold answer of the batch's first completion, and what each reward pays it."""
+    earned = (f"{name} {number(scores[0], '.2f')}" for name, scores in batch.rewards.items())
+    return f"gold {batch.answers[0]}  |  {'  '.join(earned)}"
 
 
 def describe_validation(row: dict[str, Any]) -> str:

@@ -246,7 +246,7 @@ def optimise(
     )
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
-    with stop_on_signals(recorder):
+    with stop_on_signals(recorder), display.training(plan.steps):
         try:
             goes_on = reason_ended(plan.config, run_dir) is None
             if checkpoint is None or (goes_on and step_of(checkpoint) < plan.steps):
@@ -330,7 +330,7 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         open_run(plan, record)
         with removed_if_never_started(plan):
             base = base_items(plan, policy, trainer, display)
-            display.before(summarise(base))
+            display.before(summarise(base), explain=plan.config.resume is None)
             attach(policy, trainer)
             steps = optimise(plan, policy, trainer, display, peak_memory, began)
         best = keep_adapters(plan, trainer, steps)

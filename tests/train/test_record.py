@@ -123,8 +123,8 @@ def test_every_shape_of_batch(
     speeds = [row["tokens_per_second_generate"], row["tokens_per_second_update"]]
     assert speeds == ([float(sum(batch.tokens))] * 2 if seconds else [None] * 2)
     shown = line.splitlines()[0]
-    assert ("reward     -" in shown) == (row["reward"] is None)
-    assert ("    - tokens/s" in shown) == (seconds == 0)
+    assert ("reward " in shown) == (row["reward"] is not None)
+    assert ("tokens/s" in shown) == (seconds > 0)
 
 
 def test_a_group_is_dead_by_the_rewards_that_applied() -> None:
