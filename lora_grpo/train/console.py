@@ -85,13 +85,14 @@ class Display:
         self.console.print(table)
 
     @contextmanager
-    def training(self, total: int) -> Iterator[None]:
-        """Show the steps' progress, reward and completions on a terminal while the block runs."""
+    def training(self, total: int, done: int = 0) -> Iterator[None]:
+        """Show the steps' progress, reward and completions on a terminal while the block runs;
+        `done` were made before."""
         if self.quiet or not can_redraw(self.console):
             yield
             return
         try:
-            with LiveView(self.console, total) as self.view:
+            with LiveView(self.console, total, done) as self.view:
                 yield
         finally:
             self.view = None

@@ -60,7 +60,7 @@ def lay_out(console: Console, shown: Sequence[str], width: int, count: int) -> G
 class LiveView:
     """A block below the printed lines, redrawn while the run trains; a context manager."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
         self.console = console
         self.rewards: list[float] = []
         self.shown: tuple[str, str, str] | None = None
@@ -72,7 +72,7 @@ class LiveView:
             console=console,
             speed_estimate_period=SPEED_PERIOD,
         )
-        self.steps = self.progress.add_task("steps", total=total)
+        self.steps = self.progress.add_task("steps", total=total, completed=done)
         self.live = Live(
             console=console,
             get_renderable=self.draw,

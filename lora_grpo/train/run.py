@@ -246,10 +246,11 @@ def optimise(
     )
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
-    with stop_on_signals(recorder), display.training(plan.steps):
+    done = step_of(checkpoint) if checkpoint else 0
+    with stop_on_signals(recorder), display.training(plan.steps, done):
         try:
             goes_on = reason_ended(plan.config, run_dir) is None
-            if checkpoint is None or (goes_on and step_of(checkpoint) < plan.steps):
+            if checkpoint is None or (goes_on and done < plan.steps):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             else:
                 trainer._load_from_checkpoint(str(checkpoint))
