@@ -25,7 +25,16 @@ QUESTIONS = (
 # The bare answer before a worked one.
 ANSWERS = (
     *("ground_truth", "final_answer", "expected_answer", "answer", "gold_answer", "gold"),
-    *("correct_answer", "gt_answer", "target", "solution", "correct", "result", "answers"),
+    *(
+        "correct_answer",
+        "gt_answer",
+        "answer_key",
+        "target",
+        "solution",
+        "correct",
+        "result",
+        "answers",
+    ),
     *("output", "response", "completion", "label", "expected_output", "reference_answer"),
     *CHATS,
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
+from lora_grpo.data.answers import Fields, Golds, choose_task, read_golds
 from lora_grpo.data.columns import (
     ANSWERS,
     ASSISTANTS,
@@ -23,15 +24,10 @@ from lora_grpo.data.columns import (
     read_fields,
     unused_context,
 )
-from lora_grpo.data.gold import (
-    DecimalSeparator,
-    choose_separator,
-    describe_units,
-    find_gold,
-    find_golds,
-    swap_separators,
-)
+from lora_grpo.data.gold import DecimalSeparator
+from lora_grpo.data.options import find_option_columns
 from lora_grpo.data.sources import read_rows, resolve_split
+from lora_grpo.tasks.choice import CHOICE_TASK
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 INSTRUCTIONS = ("\\boxed", "####", "Answer:")
@@ -64,7 +60,7 @@ class Problem:
 class Reading:
     """What a split was read as: its problems, the rows that lack a question or an answer, how
     gold answers write decimals, a sentence for each thing that is not as usual, and the task that
-    judges their answers. `dataset` is the flag with its value."""
+    judges their answers, with the reason. `dataset` is the flag with its value."""
 
     dataset: str
     split: str
@@ -73,28 +69,7 @@ class Reading:
     decimal_separator: DecimalSeparator
     notes: tuple[str, ...]
     task: Task = NUMBER_TASK
-
-
-def choose_text(texts: Sequence[str]) -> str:
-    """Return the answer that counts of several: the first that is a number, else the first; empty
-    text for none."""
-    if len(texts) < 2:
-        return "".join(texts)
-    return next((text for text in texts if find_gold(text).is_number), texts[0])
-
-
-def read_answers(rows: Sequence[Row], columns: list[str]) -> tuple[list[str], list[str]]:
-    """Return the answer's text in each row, empty where there is none, and maybe a note."""
-    found = read_fields(rows, columns, ASSISTANTS)
-    if len(columns) > 1:
-        return ["\n".join(texts) for texts in found], []
-    several = [number for number, texts in enumerate(found, start=1) if len(texts) > 1]
-    notes = [
-        f"{len(several)} rows hold several answers, such as row {number}: only the first number "
-        "among them is paid"
-        for number in several[:1]
-    ]
-    return [choose_text(texts) for texts in found], notes
+    why_task: str = ""
 
 
 def describe_instructions(questions: Sequence[str]) -> list[str]:
@@ -110,43 +85,47 @@ def describe_instructions(questions: Sequence[str]) -> list[str]:
     return []
 
 
-def to_problems(
-    rows: list[Row],
-    question_columns: list[str],
-    answer_columns: list[str],
-    decimal_separator: DecimalSeparator,
-) -> tuple[list[Problem], DecimalSeparator, list[str]]:
-    """Return the problems of the rows that have a question and an answer, how their gold answers
-    write decimals, and notes."""
+def read_fields_of(
+    rows: list[Row], question_columns: list[str], answer_columns: list[str], options: list[str]
+) -> tuple[list[int], Fields]:
+    """Return the rows that have a question and an answer, by their index, and what these hold.
+
+    Raises:
+        ValueError: there are none.
+    """
     questions = ["\n".join(texts) for texts in read_fields(rows, question_columns, USERS)]
-    answers, several = read_answers(rows, answer_columns)
-    kept = [index for index, text in enumerate(answers) if text and questions[index]]
+    answers = read_fields(rows, answer_columns, ASSISTANTS)
+    kept = [index for index, texts in enumerate(answers) if texts and questions[index]]
     if not kept:
         raise ValueError(
             f"has no usable rows: {'+'.join(question_columns)} or {'+'.join(answer_columns)} is "
             "empty in each"
         )
-    golds, layouts = find_golds([answers[index] for index in kept])
-    texts = [gold.answer for gold in golds]
-    if all(isinstance(get(rows[index], answer_columns[-1]), Number) for index in kept):
-        decimal_separator = "point"
-    separator, separators = choose_separator(texts, decimal_separator)
-    if separator == "comma":
-        texts = [swap_separators(text) or text for text in texts]
-    problems = [
+    numbers = [isinstance(get(rows[index], answer_columns[-1]), Number) for index in kept]
+    return kept, Fields(
+        rows=[rows[index] for index in kept],
+        questions=[questions[index] for index in kept],
+        answers=[answers[index] for index in kept],
+        joined=len(answer_columns) > 1,
+        all_numbers=all(numbers),
+        option_columns=tuple(options),
+    )
+
+
+def to_problems(kept: Sequence[int], fields: Fields, golds: Golds) -> list[Problem]:
+    """Return a problem for each of the rows `kept`."""
+    parts = (kept, fields.rows, golds.questions, golds.answers, golds.sources)
+    return [
         Problem(
             row=index + 1,
-            question=questions[index],
-            answer=text,
-            solution=answers[index].rpartition("####")[0].strip() or None,
-            columns=rows[index],
-            source=answers[index],
+            question=question,
+            answer=answer,
+            solution=source.rpartition("####")[0].strip() or None,
+            columns=row,
+            source=source,
         )
-        for index, text in zip(kept, texts, strict=True)
+        for index, row, question, answer, source in zip(*parts, strict=True)
     ]
-    asked = describe_instructions([problem.question for problem in problems])
-    notes = [*describe_chats(rows, question_columns), *asked, *several, *layouts, *separators]
-    return problems, separator, [*notes, *describe_units(texts)]
 
 
 def read_problems(
@@ -174,12 +153,20 @@ def read_problems(
         columns = list_columns(table.rows)
         question = find_question(columns, question_column)
         answer = find_columns(columns, answer_column, ANSWERS, "answer")
-        problems, separator, said = to_problems(table.rows, question, answer, decimal_separator)
+        options = find_option_columns(columns, [*question, *answer])
+        kept, fields = read_fields_of(table.rows, question, answer, options)
     except ValueError as error:
         raise ValueError(f"{flag} {dataset} {error}") from error
+    chosen, why = (task, "asked for by --task") if task else choose_task(fields)
+    golds = read_golds(chosen, fields, decimal_separator)
+    problems = to_problems(kept, fields, golds)
     blank = sorted(set(range(1, len(table.rows) + 1)) - {problem.row for problem in problems})
-    notes = [*table.notes, *describe_columns(question, answer), *said]
-    notes += unused_context(columns, question, answer)
+    notes = [*table.notes, *describe_columns(question, answer)]
+    notes += describe_chats(table.rows, question)
+    notes += [*describe_instructions(fields.questions), *golds.notes]
+    notes += unused_context(
+        columns, question, [*answer, *(options if chosen is CHOICE_TASK else ())]
+    )
     if found != split:
         notes.append(f"{dataset} has no {split} split: its {found} split stands for it")
     return Reading(
@@ -187,9 +174,10 @@ def read_problems(
         found,
         problems,
         blank,
-        separator,
+        golds.decimal_separator,
         tuple(notes),
-        task or NUMBER_TASK,
+        chosen,
+        why,
     )
 
 

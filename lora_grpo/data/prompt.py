@@ -74,7 +74,7 @@ def read_system_prompt(path: Path | None, task: Task = NUMBER_TASK) -> str:
 def perfect_completion(problem: Problem, task: Task = NUMBER_TASK) -> str:
     """Return the completion that the prompt asks for, GSM8K's `<<calculations>>` left out."""
     reasoning = re.sub(r"<<[^<>]*>>", "", problem.solution or problem.answer)
-    return task.write(reasoning, problem.answer)
+    return task.write(reasoning, task.write_gold(problem.answer))
 
 
 def build_messages(question: str, style: PromptStyle = PLAIN) -> list[Message]:

@@ -252,7 +252,7 @@ def try_rewards(
 
 def perfect(answer: str, task: Task = NUMBER_TASK) -> str:
     """Return a completion that earns full marks for a readable gold answer."""
-    return task.write("I work it out.", answer)
+    return task.write("I work it out.", task.write_gold(answer))
 
 
 def check_gold(

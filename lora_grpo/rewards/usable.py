@@ -107,7 +107,7 @@ def explain_golds(problems: Sequence[Problem], task: Task) -> str:
     what = describe_unreadable([problem.answer for problem in problems])
     return (
         f"none of the {len(problems)} gold answers earns full marks: they {what}, and the built-in "
-        f"rewards pay {task.noun}s only ({shown}): name another column by --answer-column, give "
-        f"the {task.noun} itself as the answer, or pay them by a reward of your own with "
-        "--reward-set none --reward file.py:function"
+        f"rewards pay {task.noun}s only ({shown}): name another column by --answer-column, what "
+        f"answers are by --task, give the {task.noun} itself as the answer, or pay them by a "
+        "reward of your own with --reward-set none --reward file.py:function"
     )

@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
+from lora_grpo.tasks.choice import CHOICE_TASK
 from lora_grpo.tasks.task import NUMBER_TASK, Task
+from lora_grpo.tasks.text import TEXT_TASK
 
-TaskName = Literal["auto", "number"]
-TASKS: dict[str, Task] = {task.name: task for task in (NUMBER_TASK,)}
+TaskName = Literal["auto", "number", "choice", "text"]
+TASKS: dict[str, Task] = {task.name: task for task in (NUMBER_TASK, CHOICE_TASK, TEXT_TASK)}
 
 
 def find_task(name: str) -> Task | None:

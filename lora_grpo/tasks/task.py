@@ -34,7 +34,8 @@ class Task:
 
     `compare` returns whether an answer equals the gold answer, and may ask the problem's row;
     `can_read` returns whether a gold answer can be compared at all; `find_last` returns the last
-    answer in a text without tags, for lenient accuracy. `noun` says what an answer is.
+    answer in a text without tags, for lenient accuracy; `write_gold` returns a gold answer as a
+    model would write it. `noun` says what an answer is.
     A task that asks more of the row than its question sets `needs_row`: the row is then recorded
     with the evaluated problems.
     """
@@ -46,6 +47,7 @@ class Task:
     find_last: Callable[[str], str | None]
     instruction: str = ""
     needs_row: bool = False
+    write_gold: Callable[[str], str] = str
     reasoning: Tags = ("<reasoning>", "</reasoning>")
     answer: Tags = ("<answer>", "</answer>")
 

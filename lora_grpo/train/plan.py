@@ -395,6 +395,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
             "test",
             f"{data.test_name} ({data.test_split}): {len(data.test):,}, base and adapter, greedy",
         ),
+        ("task", data.why_task),
         *(("", note) for note in data.notes),
         ("rewards", ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)),
         (

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SHARE = 10
+SHOWN_GOLDS = 3
 # Default size of the validation set: an eighth of the completions that are sampled until the next
 # validation, within these limits. Their standard errors are 6 and 3 points.
 FEWEST_ITEMS, MOST_ITEMS, VALIDATION_SHARE = 64, 256, 8
@@ -51,6 +52,7 @@ class Data:
     style: PromptStyle
     notes: tuple[str, ...]
     longest_prompt: int
+    why_task: str = ""
 
     def columns_sha256(self) -> str:
         """Return the hash of all columns of the training rows; only a user's rewards read them."""
@@ -172,7 +174,14 @@ def prepare_data(
         style=style,
         notes=(*sieve.notes, *describe_sizes(config, train, test)),
         longest_prompt=longest,
+        why_task=describe_task(reading, train),
     )
+
+
+def describe_task(reading: Reading, train: Sequence[Problem]) -> str:
+    """Return the task with the reason for it, and three gold answers as it reads them."""
+    shown = ", ".join(f"{problem.answer!r:.40}" for problem in train[:SHOWN_GOLDS])
+    return f"{reading.task.name} ({reading.why_task}), such as {shown}"
 
 
 def read_style(

@@ -108,7 +108,12 @@ def test_the_plan_says_that_words_are_counted_as_wrong(tmp_path: Path) -> None:
         "    log_metric('level', level[0] + trainer_state.global_step)\n"
         "    return [float(gold in text) for text, gold in zip(completions, answer, strict=True)]\n"
     )
-    own = {"dataset": str(data), "reward_set": "none", "reward": (f"{path}:mine",)}
+    own = {
+        "dataset": str(data),
+        "task": "number",
+        "reward_set": "none",
+        "reward": (f"{path}:mine",),
+    }
     [note] = [note for note in make_plan(small(tmp_path, **own)).notes if "no numbers" in note]
     assert "40 of 40" in note and "strict accuracy" in note
     assert not any("no numbers" in note for note in make_plan(small(tmp_path)).notes)

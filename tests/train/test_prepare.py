@@ -137,7 +137,7 @@ def test_repeats_of_a_question_are_held_out_together() -> None:
 
 BAD_ROWS = [
     *make_rows(12),
-    {"question": "Who?", "answer": "Ann"},
+    {"question": "Who?", "answer": "It was Ann who came, not I."},
     *make_rows(3, 50),
     {"question": "How big?", "answer": "#### x + 1"},
 ]
@@ -428,7 +428,11 @@ def test_decimal_commas_of_train_are_those_of_test(tmp_path: Path, tokenizer) ->
 
 
 def test_evaluation_drops_and_counts_what_training_would(tmp_path: Path) -> None:
-    rows = [*make_rows(5), {"question": "Who?", "answer": "Ann"}, {"question": "blank"}]
+    rows = [
+        *make_rows(5),
+        {"question": "Who?", "answer": "It was Ann who came, not I."},
+        {"question": "blank"},
+    ]
     path = write(tmp_path / "a.jsonl", rows)
     problems, _, _, notes, _ = held_out_problems(
         EvaluateConfig(model="tiny", dataset=path), read_record(tmp_path)
