@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from lora_grpo.deploy.hub_files import CARD, PushRefused, list_files
+from lora_grpo.deploy.hub_files import SAMPLES, PushRefused, describe_own_data, list_files
 from lora_grpo.export.command import export_model
 from lora_grpo.export.config import QUANTS, ExportConfig, check_names, plain_name, split
 from lora_grpo.machine.files import read_json
@@ -42,11 +42,14 @@ class PushConfig:
     gguf: tuple[str, ...] = ()
     """Also push GGUF files of these types, such as q8_0,q4_k_m: exports/<run>-gguf-<types>, made
     first where they are not there."""
+    samples: bool = True
+    """Push questions and completions too: completions.jsonl, eval_items.jsonl, report.html and the
+    samples in the card."""
     public: bool = False
     """Make the repositories public; asks first."""
     dry_run: bool = False
-    """Show the card, then list every file, its size, where it would go and whether it holds data of
-    your own; contacts nothing."""
+    """List every file, its size, where it would go and whether it holds data of your own; contacts
+    nothing."""
     yes: bool = False
     """Answer every question with yes, for scripts."""
 
@@ -145,7 +148,7 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
     for part in parts:
         if not part.folder.exists():
             part.make(report)
-        folders.append(list_files(part.folder, part.repo))
+        folders.append(list_files(part.folder, part.repo, config.samples))
     remotes, links = [], []
     for part in parts:
         with explained(part.repo):
@@ -155,27 +158,28 @@ def push_to_hub(config: PushConfig, api: "HfApi | None" = None, report: Report =
         for question in list_questions(files, remote, config.public):
             ask(config.yes, question)
     for files, remote in pairs:
+        report(f"{remote.repo}: {describe_own_data(files)}")
         with explained(remote.repo):
             links.append(push_files(api, files, remote, config.public, report))
+        if not config.samples and (left := [name for name in SAMPLES if name in remote.files]):
+            report(f"{links[-1]} still holds {', '.join(left)} of an earlier push: delete it there")
         report(f"done: {links[-1]}")
     return links
 
 
 def show_plan(config: PushConfig, parts: list[Part], report: Report) -> None:
-    """Report the adapter's card, then every file with its size and repository."""
+    """Report every file with its size and repository, and which of them hold the user's data."""
     kind = "public" if config.public else "private"
     for part in parts:
         if not part.folder.exists():
             report(f"{part.repo} ({kind}): {part.folder}, which the push makes first")
             continue
-        files = list_files(part.folder, part.repo)
-        if part.make is None:
-            for card in (file for file in files if file.name == CARD):
-                report(f"--- {card.path}\n{card.read().decode(errors='replace')}---")
+        files = list_files(part.folder, part.repo, config.samples)
         size = sum(file.size for file in files) / 1e6
         report(f"{part.repo} ({kind}): {len(files)} files of {part.folder}, {size:.1f} MB")
         for file in files:
             report(f"  {file.size:>13,}  {file.name}{file.describe()}")
+        report(f"  {describe_own_data(files)}")
     report("dry run: nothing was sent, no question was asked")
 
 

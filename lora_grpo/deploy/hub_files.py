@@ -14,9 +14,9 @@ from typing import Any
 
 from lora_grpo.machine.files import read_json
 from lora_grpo.machine.terminal import FailedError
-from lora_grpo.policy.adapter import CONFIG, EVAL_ITEMS, TRAIN_CONFIG
+from lora_grpo.policy.adapter import CONFIG, TRAIN_CONFIG
 from lora_grpo.policy.base import public_name
-from lora_grpo.results.card import CARD, hub_place
+from lora_grpo.results.card import CARD, SAMPLE_MARKS, SAMPLES_HEADING, hub_place
 
 
 class PushError(FailedError):
@@ -46,13 +46,14 @@ TOKENS = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 TEXTS = (".json", ".jsonl", ".md", ".txt", ".html", ".jinja")
 # What a user wrote or a model answered, beside figures and weights.
 OWN_DATA = {
-    "train_config.json": "system prompt, names of data files",
+    "train_config.json": "system prompt, worked example, names of data files",
     "completions.jsonl": "training prompts and completions",
     "eval_items.jsonl": "test questions, gold answers and completions",
     "report.html": "sample prompts and completions",
     "system_prompt.txt": "system prompt",
     CARD: "sample questions and completions",
 }
+SAMPLES = ("completions.jsonl", "eval_items.jsonl", "report.html")  # a run is whole without them
 NAME = r"[^\s/\\\"'`<>|:*?()\[\],;]+"
 # Any machine's path, of two parts or more.
 PATH = re.compile(rf"(?<![\w/.~<])(?:file://|~)?/(?!/){NAME}(?:/{NAME})+")
@@ -74,37 +75,49 @@ class Published:
         """Return the content as it will be published."""
         return self.path.read_bytes() if self.data is None else self.data
 
+    @property
+    def own_data(self) -> str:
+        """Which of a user's own data the file holds, if any."""
+        if self.name == CARD and SAMPLES_HEADING not in self.read().decode(errors="replace"):
+            return ""
+        return OWN_DATA.get(self.name, "")
+
     def describe(self) -> str:
         """Return which of a user's own data the file holds, and what was changed in it."""
-        notes = []
-        if self.name in OWN_DATA and (
-            self.name != CARD or self.path.with_name(EVAL_ITEMS).is_file()
-        ):
-            notes.append(f"your own: {OWN_DATA[self.name]}")
+        notes = [f"your own: {self.own_data}"] if self.own_data else []
         if self.data is not None:
             notes.append("without local paths")
         return f"  ({'; '.join(notes)})" if notes else ""
 
 
-def list_files(folder: Path, repo: str) -> list[Published]:
+def list_files(folder: Path, repo: str, samples: bool = True) -> list[Published]:
     """Return what is published of a folder: of an adapter directory the files on a list, and no
-    checkpoint or other step's weights; of a merged or exported one all but hidden files.
+    checkpoint or other step's weights; of a merged or exported one all but hidden files. Without
+    `samples` no questions and completions.
 
     Raises:
-        ValueError: a file that is no text holds a path of this machine.
+        ValueError: a file that is no text holds a path of this machine, or a card's samples cannot
+            be taken out.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if (folder / CONFIG).is_file():
         licences = [name for name in names if name.startswith("LICENSE")]
         names = [*(name for name in ADAPTER_FILES if name in names), *licences]
     secrets = find_paths(folder)
-    return [publish(folder / name, secrets, repo) for name in names if not name.startswith(".")]
+    left_out = () if samples else SAMPLES
+    return [
+        publish(folder / name, secrets, repo, samples)
+        for name in names
+        if not name.startswith(".") and name not in left_out
+    ]
 
 
-def publish(path: Path, secrets: list[str], repo: str) -> Published:
+def publish(path: Path, secrets: list[str], repo: str, samples: bool = True) -> Published:
     """Return a file as it will be published; `secrets` are paths that it may not hold, `repo` is
     what its card's code then loads."""
     data = clean_file(path, secrets, repo)
+    if path.name == CARD and not samples:
+        data = without_samples(path, path.read_bytes() if data is None else data)
     digest, size, end = hashlib.sha256(), 0, b""
     for block in read_blocks(path) if data is None else [data]:
         digest.update(block)
@@ -176,6 +189,32 @@ def clean_file(path: Path, secrets: list[str], repo: str) -> bytes | None:
         place = json.dumps(hub_place(path.parent.resolve().name), ensure_ascii=False)
         cleaned = cleaned.replace(place, f'"{repo}"')
     return None if cleaned == text else cleaned.encode()
+
+
+def without_samples(path: Path, card: bytes) -> bytes:
+    """Return a card without its sample answers.
+
+    Raises:
+        ValueError: it has some, and no marks around them.
+    """
+    opening, closing = (mark.encode() for mark in SAMPLE_MARKS)
+    start, end = card.find(opening), card.rfind(closing)  # a sample may hold the mark itself
+    if 0 <= start < end:
+        card = card[:start] + card[end + len(closing) :].lstrip()
+    if SAMPLES_HEADING.encode() in card:
+        raise ValueError(
+            f"{path} has a section {SAMPLES_HEADING!r} without the marks that --no-samples goes "
+            "by: take the section out of the file"
+        )
+    return card
+
+
+def describe_own_data(files: list[Published]) -> str:
+    """Return which files hold data of the user's own, and the flag that leaves samples out."""
+    own = [file.name for file in files if file.own_data]
+    has_samples = any(name in (*SAMPLES, CARD) for name in own)
+    hint = "; --no-samples leaves out all questions and completions" if has_samples else ""
+    return f"data of your own is in {', '.join(own) or 'none of them'}{hint}"
 
 
 def last_part(found: re.Match[str]) -> str:

@@ -22,6 +22,9 @@ from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
 from lora_grpo.results.records import Records, lora_rank, read_records, short_name
 
 CARD = "README.md"
+SAMPLES_HEADING = "## Sample answers of the adapter"
+# Around what a push leaves out by --no-samples; a reader of the card does not see them.
+SAMPLE_MARKS = ("<!-- samples -->", "<!-- end of samples -->")
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#])")
@@ -89,6 +92,8 @@ def collect_values(folder: Path, records: Records, note: CardNote) -> dict[str, 
     trained, items = records.trained, records.items
     return {
         "note": note,
+        "sample_marks": SAMPLE_MARKS,
+        "samples_heading": SAMPLES_HEADING,
         "name": note.name,
         "home": "adapters" if note.kind == "adapter" else "merged",
         "hub_place": hub_place(note.name),

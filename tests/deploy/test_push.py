@@ -129,7 +129,7 @@ def test_only_what_changed_is_sent_and_without_asking_where_a_push_wrote_it(
     push(hub, adapter)
     uploads = hub.count("PUT /lfs/")
     said = push(hub, adapter)
-    assert "nothing to send" in said[0] and said[-1].startswith("done")
+    assert "nothing to send" in said[-2] and said[-1].startswith("done")
     assert len(hub.repositories[REPO].commits) == 2
     (adapter / "README.md").write_text("another card\n")
     said = push(hub, adapter)
@@ -332,13 +332,40 @@ def test_a_dry_run_needs_no_hub_and_no_token(adapter: Path, tmp_path: Path) -> N
     flags = ("--repo", REPO, "--gguf", "q8_0", "--dry-run")
     done = run_here("push_to_hub.py", adapter, *flags, home=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "me/run (private): " in done.stdout and "library_name: peft" in done.stdout
+    assert "me/run (private): " in done.stdout and "library_name: peft" not in done.stdout
     assert "me/run-GGUF (private): exports/run-gguf-q8_0, which the push makes" in done.stdout
     lines = [line for line in done.stdout.splitlines() if "adapter_config.json" in line]
     assert lines and all("without local paths" in line for line in lines)
     size = f"{os.stat(adapter / 'adapter_model.safetensors').st_size:,}"
     assert f"{size}  adapter_model.safetensors" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+CARD_WITH_SAMPLES = (
+    "# run\n\n<!-- samples -->\n## Sample answers of the adapter\n\nSecret 1\n"
+    "<!-- end of samples -->\n## Proof\nSecret 2\n<!-- end of samples -->\n\n## Training\nkept\n"
+)
+
+
+def test_samples_are_named_and_left_out_when_asked(hub: Hub, adapter: Path) -> None:
+    """Also those in the card, where a completion may hold the mark that ends them."""
+    (adapter / "README.md").write_text(CARD_WITH_SAMPLES)
+    own = ("completions.jsonl", "report.html", "README.md")
+    (adapter / "report.html").write_text("Secret 3")
+    (dry,) = (line for line in push(hub, adapter, dry_run=True) if "data of your own" in line)
+    (sent,) = (line for line in push(hub, adapter) if "data of your own" in line)
+    assert dry.strip() == sent.partition(": ")[2] and "--no-samples" in sent
+    assert all(name in sent for name in own) and "Secret" not in sent
+    said = push(hub, adapter, repo="me/other", samples=False)
+    files = hub.repositories["me/other"].commits[-1]
+    assert not {"completions.jsonl", "report.html"} & set(files)
+    assert files["README.md"] == b"# run\n\n## Training\nkept\n"
+    assert not any("--no-samples" in line for line in said)
+    (still,) = (line for line in push(hub, adapter, samples=False) if "still holds" in line)
+    assert "completions.jsonl, report.html" in still
+    (adapter / "README.md").write_text(CARD_WITH_SAMPLES.replace("<!--", "<!"))
+    with pytest.raises(ValueError, match=r"README\.md has a section .*--no-samples"):
+        push(hub, adapter, samples=False)
 
 
 @pytest.mark.parametrize(

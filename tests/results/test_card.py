@@ -26,7 +26,7 @@ from lora_grpo.data.prompt import PromptStyle, build_messages
 from lora_grpo.machine.files import read_jsonl, write_jsonl
 from lora_grpo.merge.command import MergeConfig, merge_adapter
 from lora_grpo.policy.base import EMBEDDED_FOLDER
-from lora_grpo.results.card import CardNote, write_adapter_card, write_model_card
+from lora_grpo.results.card import SAMPLE_MARKS, CardNote, write_adapter_card, write_model_card
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation
 from lora_grpo.tasks.task import NUMBER_TASK
 
@@ -378,7 +378,8 @@ def test_no_text_breaks_the_card(run: Path, prompt: str, completion: str, datase
     ]
     tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
     inner = [child for token in tokens for child in token.children or []]
-    assert not [token for token in [*tokens, *inner] if token.type.startswith("html")]
+    html = [token.content for token in [*tokens, *inner] if token.type.startswith("html")]
+    assert [content.strip() for content in html] == list(SAMPLE_MARKS)
     written = [block.replace("\r\n", "\n") for block in code_in(card, "text")]
     assert written[0] == prompt.replace("\r\n", "\n") + "\n"
     assert written[2] == completion.replace("\r\n", "\n") + "\n"
