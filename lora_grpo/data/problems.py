@@ -27,7 +27,9 @@ from lora_grpo.data.columns import (
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.options import find_option_columns
 from lora_grpo.data.sources import read_rows, resolve_split
+from lora_grpo.data.tables import Table
 from lora_grpo.tasks.choice import CHOICE_TASK
+from lora_grpo.tasks.reasoning_gym import PREFIX, REASONING_GYM
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 INSTRUCTIONS = ("\\boxed", "####", "Answer:")
@@ -149,6 +151,14 @@ def read_problems(
         table = read_rows(dataset, found)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{flag} {error}") from error
+    if dataset.startswith(PREFIX):
+        named = (question_column or answer_column) is not None
+        return take_procedural(f"{flag} {dataset}", found, table, task, named)
+    if task is REASONING_GYM:
+        raise ValueError(
+            f"{flag} {dataset}: the task {task.name} judges only problems of its generators: use "
+            f"{flag} {PREFIX}NAME, or train with --task number"
+        )
     try:
         columns = list_columns(table.rows)
         question = find_question(columns, question_column)
@@ -179,6 +189,33 @@ def read_problems(
         chosen,
         why,
     )
+
+
+def take_procedural(
+    dataset: str, split: str, table: Table, task: Task | None, named: bool
+) -> Reading:
+    """Return the problems of generators, whose gold answers are taken as they are.
+
+    Raises:
+        ValueError: columns were named.
+    """
+    if named:
+        raise ValueError(
+            f"{dataset} has no columns: leave --question-column and --answer-column out"
+        )
+    problems = [
+        Problem(
+            number,
+            row["question"].strip(),
+            row["answer"].strip(),
+            columns=row,
+            source=row["answer"],
+        )
+        for number, row in enumerate(table.rows, start=1)
+    ]
+    chosen = task or REASONING_GYM
+    why = "the generator's own scorer" if chosen is REASONING_GYM else "asked for by --task"
+    return Reading(dataset, split, problems, [], "point", table.notes, chosen, why)
 
 
 def load_problems(

@@ -1,4 +1,5 @@
-"""Where a dataset's rows lie: a local file or folder, the Hub, or the built-in arithmetic.
+"""Where a dataset's rows lie: a local file or folder, the Hub, the built-in arithmetic,
+or the generators of `reasoning-gym`.
 
 A dataset's name and a split go in, its rows come out; or a name goes in, and its splits come out.
 """
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.data.arithmetic import SPLITS, generate_problems
+from lora_grpo.data.procedural import SPLITS as PROCEDURAL_SPLITS
+from lora_grpo.data.procedural import read_procedural
 from lora_grpo.data.tables import READERS, Table, arrow_rows, endings, is_data_file, read_file
+from lora_grpo.tasks.reasoning_gym import PREFIX
 
 if TYPE_CHECKING:
     import datasets
@@ -175,6 +179,8 @@ def list_splits(dataset: str) -> list[str]:
     """Return the splits of a dataset, none for a single file."""
     if dataset == BUILT_IN:
         return list(SPLITS)
+    if dataset.startswith(PREFIX):
+        return list(PROCEDURAL_SPLITS)
     path = find_local(dataset)
     if path is None:
         return list(load_hub(dataset))
@@ -202,6 +208,8 @@ def read_rows(dataset: str, split: str) -> Table:
     """
     if dataset == BUILT_IN:
         return Table(generate_problems(BUILT_IN_ROWS.get(split, 0), split))
+    if dataset.startswith(PREFIX):
+        return read_procedural(dataset, split)
     path = find_local(dataset)
     if path is not None and path.is_file():
         return read_file(path, split)

