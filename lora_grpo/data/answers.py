@@ -114,7 +114,7 @@ def read_choices(fields: Fields, separator: DecimalSeparator) -> Golds:
 def letter_of(text: str, options: dict[str, str]) -> str:
     """Return the letter of the option that a gold answer names, or the text where it names none."""
     marked = find_marked(text)
-    tries = (marked or text, last_choice(text) or "")
+    tries = (marked or text, (last_choice(text) or "") if options else "")
     return next((letter for one in tries if (letter := read_choice(one, options))), text)
 
 
