@@ -22,6 +22,7 @@ Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
 Level = Literal["token", "sequence"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 # When a run ends before its last step, which a resumed run may change.
 END_SETTINGS = ("max_minutes", "stop_at_accuracy")
@@ -143,6 +144,10 @@ class TrainConfig:
     """Upper clipping: by default 0.28 (DAPO), for GSPO 4e-4, luspo 2.5e-3; cispo's cap is 5."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the spread of the group, of the batch, or not at all."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """Advantages of summed rewards, or sums of rewards each normalised in its group (GDPO)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus, for exploration; above 0 dead groups cost an update too."""
     num_iterations: int = 1
     """Updates on one batch of completions: 1 keeps every update on-policy."""
     dynamic_sampling: bool = False
@@ -333,7 +338,10 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
     (
         "at least 0",
         lambda value: 0 <= value < math.inf,
-        ("num_validation_items", "beta", "weight_decay", "epsilon", "epsilon_high"),
+        (
+            *("num_validation_items", "beta", "entropy_coef", "weight_decay"),
+            *("epsilon", "epsilon_high"),
+        ),
     ),
     (
         "at least 1",

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.tasks.task import NUMBER_TASK, Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -33,7 +36,8 @@ class Batch:
     """The completions that the current updates learn from, and their rewards.
 
     The lists have B entries. `rewards` holds the weighted scores by reward, None where a reward did
-    not apply; `verdicts` says how the task judged each completion. Completions that dynamic
+    not apply; `verdicts` says how the task judged each completion. `normalised` is there where each
+    reward is normalised in its group before they are added up: the sums. Completions that dynamic
     sampling replaced count as dropped.
     """
 
@@ -44,6 +48,7 @@ class Batch:
     truncated: list[bool] = field(default_factory=list)
     rewards: dict[str, list[float | None]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    normalised: list[float | None] | None = None
     dropped_completions: int = 0
     dropped_tokens: int = 0
 
@@ -56,6 +61,10 @@ class Batch:
             else sum(score or 0.0 for score in scores)
             for scores in zip(*self.rewards.values(), strict=True)
         ]
+
+    def compared(self) -> list[float | None]:
+        """Return what the advantages compare in a group: total rewards, or `normalised`."""
+        return self.totals() if self.normalised is None else self.normalised
 
     def correct(self) -> float | None:
         """Return the share of completions with the right answer."""
@@ -90,8 +99,9 @@ class StepState:
 
     `batch` serves every update on the same completions. `inputs` is TRL's micro-batch while its
     loss is computed, and None otherwise; `part` is the part of a micro-batch in one backward pass,
-    if the whole does not fit into memory. `seconds` and `tokens_computed` (the tokens that went
-    through the model in the packed update) are of this step alone.
+    if the whole does not fit into memory. `entropy_weight` turns a micro-batch's mean entropy into
+    its part of the step's mean. `seconds` and `tokens_computed` (the tokens that went through the
+    model in the packed update) are of this step alone.
     """
 
     batch: Batch = field(default_factory=Batch)
@@ -101,6 +111,7 @@ class StepState:
         default_factory=lambda: dict.fromkeys(("generate", "sync", "reward", "update"), 0.0)
     )
     tokens_computed: int = 0
+    entropy_weight: "torch.Tensor | float" = 1.0
 
 
 def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
@@ -117,6 +128,9 @@ def join_batches(batches: Sequence[Batch], kept: Sequence[int]) -> Batch:
         rewards={
             name: pick(batch.rewards[name] for batch in batches) for name in batches[0].rewards
         },
+        normalised=None
+        if batches[0].normalised is None
+        else pick(batch.normalised for batch in batches),
         dropped_completions=sum(len(batch.tokens) for batch in batches) - len(kept),
         dropped_tokens=sum(sum(batch.tokens) for batch in batches) - sum(columns["tokens"]),
     )

@@ -12,46 +12,73 @@ from itertools import chain
 from typing import Any
 
 import torch
-from trl.trainer.utils import pad
+from trl.trainer.utils import nanstd, pad
 
 from lora_grpo.grpo.batch import Batch, join_batches
 
 SAME = 1e-6  # rewards closer than this are equal
+ADDED = 1e-4  # TRL's addition to a standard deviation that it divides by
 Inputs = dict[str, Any]
 
 
-def dead_groups(totals: Sequence[float | None], num_generations: int) -> list[bool]:
-    """Return for each group whether its rewards are all equal, so that there is nothing to learn.
+def dead_groups(compared: Sequence[float | None], num_generations: int) -> list[bool]:
+    """Return for each group whether its rewards are all equal, so that there is nothing to learn;
+    `compared` is what `Batch.compared` returns.
 
     Completions to which no reward applied (None) are left out.
     """
-    starts = range(0, len(totals), num_generations)
-    groups = [totals[start : start + num_generations] for start in starts]
-    known = [[total for total in group if total is not None] for group in groups]
+    starts = range(0, len(compared), num_generations)
+    groups = [compared[start : start + num_generations] for start in starts]
+    known = [[value for value in group if value is not None] for group in groups]
     return [not group or max(group) - min(group) < SAME for group in known]
 
 
+def normalise_in_groups(
+    scores: torch.Tensor, weights: torch.Tensor, num_generations: int
+) -> list[float | None]:
+    """Return each completion's weighted sum of its rewards (B, R), each normalised in its group, as
+    TRL's `normalize_then_sum` adds them up (GDPO, arXiv 2601.05242); None if no reward applied.
+
+    A reward that is equal for all of a group counts as exactly 0, not as its rounding error.
+    """
+    grouped = scores.double().view(-1, num_generations, scores.shape[1])
+    lowest = grouped.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
+    highest = grouped.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
+    centred = grouped - grouped.nanmean(1, keepdim=True)
+    normal = centred / (nanstd(grouped, dim=1, keepdim=True) + ADDED)
+    normal = normal.masked_fill(highest - lowest < SAME, 0.0).view_as(scores)
+    sums = (normal * weights.double()).nansum(1)
+    applied = ~scores.isnan().all(1)
+    return [value if there else None for value, there in zip(sums.tolist(), applied, strict=True)]
+
+
+def normalise_in_batch(compared: Sequence[float | None]) -> torch.Tensor:
+    """Return the advantages (B,) that TRL's `normalize_then_sum` makes of a batch's sums."""
+    sums = torch.tensor([torch.nan if value is None else value for value in compared])
+    return ((sums - sums.nanmean()) / (nanstd(sums) + ADDED)).nan_to_num(nan=0.0)
+
+
 def silence_dead_groups(
-    advantages: torch.Tensor, totals: Sequence[float | None], num_generations: int
+    advantages: torch.Tensor, compared: Sequence[float | None], num_generations: int
 ) -> torch.Tensor:
     """Return the advantages (B,) with those of dead groups exactly zero.
 
     TRL divides the rounding error of a mean of equal rewards by 1e-4, up to 1e-4 of an advantage.
     """
-    dead = torch.tensor(dead_groups(totals, num_generations), device=advantages.device)
+    dead = torch.tensor(dead_groups(compared, num_generations), device=advantages.device)
     return advantages.masked_fill(dead.repeat_interleave(num_generations), 0.0)
 
 
-def live_rows(inputs: Inputs, beta: float) -> list[int]:
+def live_rows(inputs: Inputs, learns_from_all: bool = False) -> list[int]:
     """Return the rows of a micro-batch with a gradient of the loss with respect to their
-    log-probs."""
+    log-probs: those with an advantage, or `learns_from_all` that have a token."""
     live = inputs["completion_mask"].any(dim=1)
-    if beta == 0:
+    if not learns_from_all:
         live &= inputs["advantages"] != 0
     return live.nonzero()[:, 0].tolist()
 
 
-def arrange(micro_batches: list[Inputs], beta: float) -> list[Inputs]:
+def arrange(micro_batches: list[Inputs], learns_from_all: bool) -> list[Inputs]:
     """Distribute a step's rows anew over its micro-batches: completions of one prompt together, in
     the order of their length, and rows without a gradient last, so that whole micro-batches of them
     cost nothing.
@@ -60,7 +87,7 @@ def arrange(micro_batches: list[Inputs], beta: float) -> list[Inputs]:
     micro-batch, so the gradient is the same; bnpo, the exception, is allowed only one.
     """
     rows = {name: gather(name, micro_batches) for name in micro_batches[0]}
-    live = set(live_rows(rows, beta))
+    live = set(live_rows(rows, learns_from_all))
     prompts = masked_lists(rows["prompt_ids"], rows["prompt_mask"])
     lengths = rows["completion_mask"].sum(1).tolist()
     order = sorted(range(len(prompts)), key=lambda r: (r not in live, prompts[r], lengths[r]))
@@ -157,10 +184,10 @@ def fill_with_signal(
 
 def live_groups(draw: Draw, num_generations: int) -> list[bool]:
     """Return for each group whether any of its completions has a gradient."""
-    totals, advantages = draw.batch.totals(), draw.output["advantages"]
-    advantages = silence_dead_groups(advantages, totals, num_generations)
-    live = set(live_rows({**draw.output, "advantages": advantages}, beta=0.0))
-    starts = range(0, len(totals), num_generations)
+    compared, advantages = draw.batch.compared(), draw.output["advantages"]
+    advantages = silence_dead_groups(advantages, compared, num_generations)
+    live = set(live_rows({**draw.output, "advantages": advantages}))
+    starts = range(0, len(compared), num_generations)
     return [not live.isdisjoint(range(start, start + num_generations)) for start in starts]
 
 
@@ -194,4 +221,6 @@ def join(draws: Sequence[Draw], kept: list[int], pad_token_id: int) -> Draw:
     joined |= {name: joined[name][:, -longest_prompt:] for name in names & PROMPT_FIELDS}
     joined |= {name: joined[name][:, :longest] for name in names & COMPLETION_FIELDS}
     joined["num_items_in_batch"] = joined["completion_mask"].sum()
+    if batch.normalised is not None:  # over the batch, so over this one
+        joined["advantages"] = normalise_in_batch(batch.normalised).to(joined["advantages"])
     return Draw(joined, batch)

@@ -53,17 +53,21 @@ def packed_logps(
     """Return log-probs and entropies (B, T) of completions under the current adapter.
 
     An update skips rows without a gradient: they get the old log-probs, so a ratio of 1, and the
-    mean entropy of the computed rows, so that TRL logs that mean (NaN if no row is computed).
+    mean entropy of the computed rows, so that TRL logs that mean (NaN if no row is computed). With
+    an entropy bonus no row is skipped, and its entropies have a gradient.
     """
     inputs = trainer.step.inputs
-    rows = range(len(input_ids)) if inputs is None else live_rows(inputs, trainer.beta)
+    rows = range(len(input_ids)) if inputs is None else live_rows(inputs, trainer.learns_from_all)
+    bonus = inputs is not None and trainer.entropy_coef != 0
     old = None if inputs is None else inputs.get("old_per_token_logps")
     blank = torch.zeros(len(input_ids), completion_length, device=input_ids.device)
     logps = blank if old is None else old.float()
     rows = [row for row in rows if attention_mask[row, -completion_length:].any()]
     if not rows:
         # A loss without a graph could not be passed to `backward`; this one's gradient is 0.
-        return logps + sum((p * 0).sum() for p in trainer.trained), blank + torch.nan
+        return logps + sum(
+            (p * 0).sum() for p in trainer.trained
+        ), blank if bonus else blank + torch.nan
     packed, model = pack(input_ids, attention_mask, completion_length, rows), trainer.inner_model()
     with trainer.accelerator.autocast():
         hidden = model.base_model(
@@ -73,9 +77,9 @@ def packed_logps(
             groups=packed.groups,
         ).last_hidden_state[0, packed.predictors]
         weight = model.get_output_embeddings().weight
-        found = TiledLogProbs.apply(hidden, weight, packed.targets, trainer.temperature)
+        found = TiledLogProbs.apply(hidden, weight, packed.targets, trainer.temperature, bonus)
     trainer.step.tokens_computed += packed.input_ids.numel()
     place, entropies = (packed.rows, packed.columns), torch.zeros_like(blank)
-    if inputs is not None:
+    if inputs is not None and not bonus:
         entropies += found[1].mean()
     return logps.index_put(place, found[0]), entropies.index_put(place, found[1])

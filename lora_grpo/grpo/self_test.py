@@ -98,10 +98,12 @@ def update(
     trainer.packed, trainer.step.inputs = packed, batch
     length = batch["completion_mask"].shape[1]
     with computing_packed(trainer.inner_model()) if packed else nullcontext(), torch.enable_grad():
-        logps = trainer._get_per_token_logps_and_entropies(
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, batch["ids"], batch["mask"], length, compute_entropy=True
-        )[0]
+        )
         total = (logps * batch["weights"]).sum()
+        if trainer.entropy_coef != 0:
+            total = total + (entropies * batch["completion_mask"]).sum()
         gradients = torch.autograd.grad(total, trainer.trained, allow_unused=True)
     counted = batch["completion_mask"].bool()
     parts = [

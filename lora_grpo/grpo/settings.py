@@ -105,6 +105,8 @@ def grpo_config(
         loss_type=config.loss_type,
         **config.loss_settings,
         scale_rewards=config.scale_rewards,
+        multi_objective_aggregation=config.multi_objective_aggregation,
+        entropy_coef=config.entropy_coef,
         num_iterations=config.num_iterations,
         mask_truncated_completions=config.mask_truncated_completions,
         learning_rate=config.learning_rate,

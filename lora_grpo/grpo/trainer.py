@@ -25,6 +25,7 @@ from lora_grpo.grpo.groups import (
     Replacements,
     arrange,
     fill_with_signal,
+    normalise_in_groups,
     silence_dead_groups,
 )
 from lora_grpo.grpo.packed_update import computing_packed, packed_scores
@@ -117,6 +118,12 @@ class LoraGRPOTrainer(GRPOTrainer):
         """Return the model that holds the adapter, without PEFT's wrapper."""
         return self.model.get_base_model()
 
+    @property
+    def learns_from_all(self) -> bool:
+        """Whether completions without an advantage have a gradient too: of the KL term, or of the
+        entropy bonus."""
+        return self.beta != 0 or self.entropy_coef != 0
+
     # Sampling
 
     def _generate(self, prompts: list) -> tuple:
@@ -199,6 +206,9 @@ class LoraGRPOTrainer(GRPOTrainer):
                 self.task.judge(text, row["answer"], row)
                 for text, row in zip(texts, columns, strict=True)
             ],
+            normalised=normalise_in_groups(scores, self.reward_weights, self.num_generations)
+            if self.multi_objective_aggregation == "normalize_then_sum"
+            else None,
         )
         self.step.seconds["reward"] += time.perf_counter() - started
         return scores
@@ -210,7 +220,7 @@ class LoraGRPOTrainer(GRPOTrainer):
             output = generate_and_score(rows)
             batch = self.step.batch
             output["advantages"] = silence_dead_groups(
-                output["advantages"], batch.totals(), self.num_generations
+                output["advantages"], batch.compared(), self.num_generations
             )
             self.log_clipped(output)
             return Draw(output, batch)
@@ -250,7 +260,7 @@ class LoraGRPOTrainer(GRPOTrainer):
         of_one_step = self.args.steps_per_generation == self.args.gradient_accumulation_steps
         if not self.packed or not of_one_step or self._buffered_inputs is before:
             return inputs
-        self._buffered_inputs = arrange(self._buffered_inputs, self.beta)
+        self._buffered_inputs = arrange(self._buffered_inputs, self.learns_from_all)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def training_step(self, model: torch.nn.Module, inputs: Any, *rest: Any) -> torch.Tensor:
@@ -311,6 +321,10 @@ class LoraGRPOTrainer(GRPOTrainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any):
         self.step.inputs = inputs
+        if not BY_UNSLOTH and self.entropy_coef != 0:
+            # TRL divides by the micro-batch's tokens, so that its bonus depends on their share.
+            tokens = inputs["num_items_in_batch"].clamp(min=1) / self.args.steps_per_generation
+            self.step.entropy_weight = inputs["completion_mask"].sum() / tokens
         try:
             return super().compute_loss(model, inputs, *rest, **more)
         finally:
@@ -339,7 +353,8 @@ class LoraGRPOTrainer(GRPOTrainer):
             return trl_s_own(model, *batch, batch_size=rows, **more)
 
         if self.step.inputs is not None:
-            return score(len(input_ids))
+            logps, entropies, auxiliary = score(len(input_ids))
+            return logps, entropies * self.step.entropy_weight, auxiliary
         return self.scoring_rows.run(score, len(input_ids), batch_size)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -12,6 +12,7 @@ from lora_grpo.memory.terms import FLOAT32, Job, Phase, Term
 NORM_COPIES = 5
 TILE_TOKENS, TILE_VOCABULARY = 1024, 4096  # as in `tiled_logprobs`
 LOGIT_COPIES = 3
+ENTROPY_COPIES = 3  # an estimate: what an entropy with a gradient saves
 # Unsloth's log-probs: an estimate of 6 tiles of this many tokens and vocabulary entries.
 UNSLOTH_TILES, UNSLOTH_TOKENS, UNSLOTH_VOCABULARY = 6, 2048, 8192
 # What an allocator loses to holes, as a share of the update's tensors.
@@ -141,7 +142,7 @@ def logits_term(job: Job) -> Term:
         hidden = rows * job.shape.hidden_size * (FLOAT32 + 2 * job.width)
         why = f"estimate: {UNSLOTH_TILES} tiles of {tokens} x {UNSLOTH_VOCABULARY}"
         return Term("logits in chunks", UNSLOTH_TILES * tile + hidden, why)
-    copies = LOGIT_COPIES + (config.temperature != 1)
+    copies = LOGIT_COPIES + (config.temperature != 1) + ENTROPY_COPIES * (config.entropy_coef > 0)
     why = f"{copies} float32 copies of {rows:,} x {vocabulary:,}"
     return Term("logits", copies * rows * vocabulary * FLOAT32, why)
 
@@ -153,9 +154,10 @@ def tiles_term(job: Job, predictions: int) -> Term:
     rows, columns = min(predictions, TILE_TOKENS), min(vocabulary, TILE_VOCABULARY)
     # Logits and their odds, those of the tile before too; a narrower type's logits come twice.
     each = FLOAT32 * (2 + (vocabulary > columns)) + job.width * (job.width < FLOAT32)
-    tiles = rows * (columns * each + 2 * hidden * FLOAT32)
-    joined = predictions * hidden * FLOAT32
-    size = predictions * hidden * (job.width + FLOAT32) + max(tiles, joined)
+    gradients = 1 + (job.config.entropy_coef > 0)
+    tiles = rows * (columns * each + (1 + gradients) * hidden * FLOAT32)
+    joined = gradients * predictions * hidden * FLOAT32
+    size = predictions * hidden * (job.width + gradients * FLOAT32) + max(tiles, joined)
     why = f"tiles of {rows:,} x {columns:,}; {predictions:,} hidden states and their gradients"
     return Term("log-probs in tiles", size, why)
 

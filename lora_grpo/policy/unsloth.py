@@ -43,6 +43,7 @@ def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
         "--init-lora-weights orthogonal: Unsloth does not know it": (
             config.init_lora_weights == "orthogonal"
         ),
+        "--entropy-coef: Unsloth's loss has no entropy bonus": config.entropy_coef != 0,
         "--dynamic-sampling: Unsloth orders its log-probs by the prompts of one draw, so that "
         "several draws cannot be joined": config.dynamic_sampling,
     }

@@ -318,10 +318,18 @@ def make_plan(config: TrainConfig) -> Plan:
 def describe_update(config: TrainConfig) -> str:
     """Return the loss with the settings that it reads, and the learning rate."""
     settings = ", ".join(f"{name} {value}" for name, value in config.loss_settings.items())
+    bonus = f", entropy_coef {config.entropy_coef:g}" if config.entropy_coef else ""
     return (
-        f"{config.loss_type}, {settings}, beta {config.beta}, learning rate "
+        f"{config.loss_type}, {settings}, beta {config.beta}{bonus}, learning rate "
         f"{config.learning_rate:g} {config.lr_scheduler_type}"
     )
+
+
+def describe_rewards(plan: Plan) -> str:
+    """Return the rewards with their weights, and how they are put together if not summed."""
+    rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
+    aggregation = plan.config.multi_objective_aggregation
+    return rewards if aggregation == "sum_then_normalize" else f"{rewards}; {aggregation}"
 
 
 def describe_model(plan: Plan) -> list[tuple[str, str]]:
@@ -397,7 +405,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         ),
         ("task", data.why_task),
         *(("", note) for note in data.notes),
-        ("rewards", ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)),
+        ("rewards", describe_rewards(plan)),
         (
             "steps",
             f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "

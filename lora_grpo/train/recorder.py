@@ -115,10 +115,9 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
     TRL logs None for a figure that has no finite value in the step, such as the entropy where every
     group is dead, and leaves out what its settings do not ask for.
     """
-    totals = batch.totals()
-    dead = dead_groups(totals, num_generations)
+    dead = dead_groups(batch.compared(), num_generations)
     return {
-        "reward": mean(totals),
+        "reward": mean(batch.totals()),
         "rewards": {name: mean(scores) for name, scores in batch.rewards.items()},
         "correct": batch.correct(),
         "format": batch.formatted(),

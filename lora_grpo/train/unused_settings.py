@@ -26,6 +26,11 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
         ),
         (unsloth, "Unsloth's update is its own", ("shared_prefix",)),
         (not config.dynamic_sampling, "no --dynamic-sampling", ("dynamic_sampling_rounds",)),
+        (
+            config.multi_objective_aggregation == "normalize_then_sum",
+            "normalize_then_sum divides by each reward's spread, then by the batch's",
+            ("scale_rewards",),
+        ),
         (by_steps, "--max-steps decides; --max-steps None takes epochs", ("num_train_epochs",)),
         (
             config.lr_scheduler_type == "constant",

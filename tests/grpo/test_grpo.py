@@ -74,7 +74,16 @@ def test_only_the_adapter_is_trained_and_in_float32_on_a_4bit_base(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
-@pytest.mark.parametrize("knobs", [{}, {"num_iterations": 2}, {"num_iterations": 2, "beta": 0.1}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"num_iterations": 2},
+        {"num_iterations": 2, "beta": 0.1},
+        {"multi_objective_aggregation": "normalize_then_sum", "max_steps": 2},
+        {"entropy_coef": 0.1, "max_steps": 2},
+    ],
+)
 def test_steps_equal_plain_trl(
     tmp_path: Path, shared_prefix: bool, knobs: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,10 +97,12 @@ def test_steps_equal_plain_trl(
         trainer.train()
     names = ("reward", "completions/mean_length", "frac_reward_zero_std")
     assert "reward" in plain.state.log_history[0]
-    for mine, theirs in zip(ours.state.log_history[:4], plain.state.log_history[:4], strict=True):
+    logs = (trainer.state.log_history[: knobs["max_steps"]] for trainer in (ours, plain))
+    for mine, theirs in zip(*logs, strict=True):
         # What was sampled is logged with the first of the updates on it.
         assert [mine.get(name) for name in names] == [theirs.get(name) for name in names]
-        error = 1e-4 if shared_prefix else 0
+        # TRL's dead groups keep a rounding error, which normalising each reward enlarges.
+        error = 1e-4 if shared_prefix else 1e-6 * ("multi_objective_aggregation" in knobs)
         for name in ("loss", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=error, abs=0)
 

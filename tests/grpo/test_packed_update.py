@@ -56,6 +56,32 @@ def test_the_ratio_of_a_whole_completion(tmp_path: Path, loss_type: str, beta: f
     )
 
 
+@pytest.mark.parametrize(("loss_type", "beta"), [("dapo", 0.0), ("grpo", 0.1), ("cispo", 0.0)])
+def test_the_entropy_bonus(tmp_path: Path, loss_type: str, beta: float) -> None:
+    """Groups without an advantage have a gradient of their own then, truncated rows have none."""
+    case = {"loss_type": loss_type, "beta": beta, "dead": DEAD, "truncated": TRUNCATED}
+    compare(tmp_path, 12, entropy_coef=0.1, **case)
+    with_bonus, without = (
+        update(tmp_path, LoraGRPOTrainer, 12, entropy_coef=weight, **case)[1] for weight in (0.1, 0)
+    )
+    assert worst_difference(with_bonus, without) > 1e-2
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_the_entropy_bonus_is_the_mean_over_the_step_in_any_micro_batch(
+    tmp_path: Path, shared_prefix: bool
+) -> None:
+    case = {"entropy_coef": 0.1, "dead": DEAD, "truncated": TRUNCATED}
+    _, whole, trainer = update(tmp_path, LoraGRPOTrainer, 12, **case)
+    for size in (1, 4):
+        _, found, parted = update(
+            tmp_path, LoraGRPOTrainer, size, shared_prefix=shared_prefix, **case
+        )
+        assert parted.packed == shared_prefix and worst_difference(found, whole) < 1e-4
+        logged = parted._metrics["train"]["entropy"]
+        assert sum(logged) / len(logged) == pytest.approx(*trainer._metrics["train"]["entropy"])
+
+
 def test_the_level_of_the_ratio_changes_the_gradient(tmp_path: Path) -> None:
     found = [
         update(tmp_path, LoraGRPOTrainer, 12, old=True, loss_type="grpo", **level)[1]
@@ -122,6 +148,28 @@ def test_logprobs_and_entropies(tmp_path: Path) -> None:
     for mine, theirs in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(mine[counted], theirs[counted], rtol=1e-4, atol=1e-5)
         assert not mine[~counted].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_logprobs_and_entropies_are_autograds(dtype: torch.dtype) -> None:
+    """With more than one tile of the vocabulary, and logits of 0 and of 80."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 16, generator=draw).to(dtype) for size in (5, 9000))
+    hidden *= torch.tensor([0, 0.1, 1, 2, 5])[:, None]
+    targets, temperature = torch.tensor([0, 8999, 4096, 4095, 17]), 0.7
+    mixed = torch.randn(2, 5, generator=draw)
+    found = TiledLogProbs.apply(hidden.requires_grad_(), weight, targets, temperature, True)
+    (gradient,) = torch.autograd.grad((torch.stack(found) * mixed).sum(), hidden)
+    exact = hidden.detach().double().requires_grad_()
+    logps = (exact @ weight.double().T / temperature).log_softmax(-1)
+    wanted = logps[range(5), targets], -(logps.exp() * logps).sum(-1)
+    (expected,) = torch.autograd.grad((torch.stack(wanted) * mixed).sum(), exact)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    assert (gradient - expected).norm(dim=1) / expected.norm(dim=1) == pytest.approx(
+        torch.zeros(5), abs=tolerance
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
 
 
 SHAPE = {
