@@ -15,7 +15,7 @@ from lora_grpo.machine.folders import RUN_FILE, check_kind, kind_of
 
 SETTINGS = typing.get_type_hints(TrainConfig)
 FLAGS_ONLY = frozenset({"config", "resume"})
-OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview"})
+OF_ONE_CALL = frozenset({"quiet", "dry_run", "preview", "length_preview"})
 RECORD_MARK = "dataset_sha256"
 # How runs went whose records lack a setting that is newer than they are.
 OLD_RECORDS = {"task": "number"}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_grpo.config.files import read_config_file, read_run
+from lora_grpo.config.files import OF_ONE_CALL, read_config_file, read_run
 from lora_grpo.config.train_config import END_SETTINGS, MEMORY_SETTINGS, TrainConfig, flag
 from lora_grpo.machine.hardware import find_gpu
 
@@ -77,13 +77,22 @@ LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
 # What a resumed run may change: its output, its length, and how memory is used.
 FREE_AT_RESUME = frozenset(
-    {"resume", "quiet", "dry_run", "preview", "max_steps", *END_SETTINGS, *MEMORY_SETTINGS}
+    {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS},
 )
 # Paths whose contents the record knows by their hash or text; the paths themselves may change.
 LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
 
 # Schedules whose every rate depends on the number of steps.
 FALLING = ("linear", "cosine")
+
+
+def why_not_longer(config: TrainConfig) -> str | None:
+    """Return why the steps made would be others in a longer run, or None if they would not."""
+    if config.lr_scheduler_type in FALLING:
+        return f"--lr-scheduler-type {config.lr_scheduler_type} sets every rate by the last step"
+    if config.curriculum:
+        return "--curriculum spreads the problems from easy to hard over all steps"
+    return None
 
 
 def choose_preset() -> tuple[str, str]:
@@ -210,11 +219,8 @@ def check_resume(saved: TrainConfig, asked: TrainConfig) -> None:
     steps = f"--max-steps was {saved.max_steps}, now {asked.max_steps}"
     if asked.max_steps is None or asked.max_steps < saved.max_steps:
         raise ValueError(f"{steps}: a resumed run can only be prolonged")
-    if saved.max_steps != asked.max_steps and saved.lr_scheduler_type in FALLING:
-        raise ValueError(
-            f"{steps}: with --lr-scheduler-type {saved.lr_scheduler_type} that changes the rate of "
-            "the steps already made; start anew"
-        )
+    if saved.max_steps != asked.max_steps and (reason := why_not_longer(saved)):
+        raise ValueError(f"{steps}: {reason}; start anew")
 
 
 # What other tools, and older versions of TRL, call a setting.

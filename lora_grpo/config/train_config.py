@@ -58,6 +58,8 @@ class TrainConfig:
     """Print the resolved configuration and the plan, load no weights, write nothing."""
     preview: bool = False
     """Print three problems as the model will see them, with their gold answers, and stop."""
+    length_preview: bool = False
+    """Sample 16 completions of up to four times the limit, say which limit holds 90 %, and stop."""
     quiet: bool = False
     """Print only warnings and the final table."""
 
@@ -108,6 +110,14 @@ class TrainConfig:
     """Stop on a row that would be dropped: blank, bad gold answer, overlap, prompt too long."""
     num_eval_items: int | None = None
     """Number of held-out problems to evaluate on, before and after; by default all."""
+    difficulty_filter: bool = False
+    """Train only on problems that the model at the start solves at times, by sampling each once."""
+    difficulty_samples: int = 4
+    """Completions per problem for --difficulty-filter."""
+    difficulty_problems: int | None = None
+    """Problems to sample for --difficulty-filter; by default as many as the run has prompts."""
+    curriculum: bool = False
+    """Order the problems that --difficulty-filter leaves from easy to hard, over the whole run."""
     num_validation_items: int | None = None
     """Problems held out to choose the best step; by default a tenth, 256 at most. 0: no choice."""
 
@@ -211,6 +221,7 @@ class TrainConfig:
                 if value is not None and not allows(value):
                     raise ValueError(f"{flag(name)} must be {words}, got {value}")
         self._check_groups()
+        self._check_problems()
         self._check_loss()
         self._check_update()
 
@@ -226,6 +237,25 @@ class TrainConfig:
                 "multiple of --num-generations, so that a step holds whole groups: got "
                 f"{self.per_device_train_batch_size} x {self.gradient_accumulation_steps} with "
                 f"{self.num_generations}"
+            )
+
+    def _check_problems(self) -> None:
+        if self.difficulty_filter and self.max_steps is None:
+            raise ValueError(
+                "--difficulty-filter with --max-steps None: how many problems an epoch has is only "
+                "known after the sampling: give a number of steps"
+            )
+        if (self.difficulty_problems or self.prompts_per_step) < self.prompts_per_step:
+            raise ValueError(
+                f"--difficulty-problems must be at least {self.prompts_per_step}, the prompts of a "
+                f"step, got {self.difficulty_problems}: some are left out"
+            )
+        if self.curriculum and not self.difficulty_filter:
+            raise ValueError("--curriculum needs --difficulty-filter, which tells easy from hard")
+        if self.length_preview and self.resume:
+            raise ValueError(
+                f"--length-preview with --resume {self.resume}: a run keeps the length it began "
+                "with: look before a new run"
             )
 
     def _check_loss(self) -> None:
@@ -350,9 +380,11 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
             *("r", "lora_alpha", "max_prompt_length", "max_completion_length", "num_iterations"),
             *("dynamic_sampling_rounds", "per_device_train_batch_size", "max_steps"),
             *("gradient_accumulation_steps", "num_eval_items", "eval_steps", "eval_batch_size"),
+            "difficulty_problems",
             *("save_steps", "log_completions_steps", "report_steps", "vllm_max_num_seqs"),
         ),
     ),
+    ("at least 2", lambda value: value >= 2, ("difficulty_samples",)),
     (
         "greater than 0",
         lambda value: 0 < value < math.inf,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.config.presets import FALLING
+from lora_grpo.config.presets import why_not_longer
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import build_messages, render
 from lora_grpo.diagnosis.history import read_history
@@ -40,6 +40,16 @@ def preview(plan: Plan, display: Display) -> None:
         whole = problem.source in ("", problem.answer)
         source = "" if whole else f", from {problem.source[-SHOWN_SOURCE:]!r}"
         display.say(f"--- row {problem.row}, gold answer {problem.answer!r}{source}\n{text}")
+
+
+def look_at_lengths(plan: Plan, display: Display) -> None:
+    """Sample a few completions and say how long they are, without writing anything."""
+    from lora_grpo.train.lengths import preview_length, with_longer_limit
+    from lora_grpo.train.run import open_training_policy
+
+    longer = with_longer_limit(plan)
+    with open_training_policy(longer) as policy:
+        preview_length(plan.config.max_completion_length, longer, policy, display)
 
 
 def advise_on_memory(plan: Plan, error: "MemoryExhaustedError") -> str:
@@ -82,6 +92,9 @@ def run(config: TrainConfig, why: str) -> int:
     if config.preview:
         preview(plan, display)
         return 0
+    if config.length_preview:
+        look_at_lengths(plan, display)
+        return 0
     if config.dry_run:
         for name, value in plan.settings.items():
             display.say(f"  {name} = {value}")
@@ -104,10 +117,9 @@ def describe_end(plan: Plan, report: dict[str, Any]) -> str:
     """Return a sentence that the run is complete, and how to prolong it."""
     if "ended_early" in report:
         return f"{plan.run_dir} {describe_early_end(plan, report)}"
-    schedule = plan.config.lr_scheduler_type
     done = f"{plan.run_dir} is complete: all {plan.steps} steps are made, nothing was changed"
-    if schedule in FALLING:
-        return f"{done}; --lr-scheduler-type {schedule} ends there, so it cannot be prolonged"
+    if reason := why_not_longer(plan.config):
+        return f"{done}; it cannot be prolonged, because {reason}"
     more = ("--resume", plan.run_dir, "--max-steps", str(2 * plan.steps))
     return f"{done}; to prolong it: {command_line('train_lora.py', *more)}"
 

@@ -98,6 +98,14 @@ def count_steps(config: TrainConfig, num_problems: int) -> int:
     return batches * config.num_iterations
 
 
+def count_candidates(config: TrainConfig, num_problems: int) -> int | None:
+    """Return how many problems the difficulty filter samples, or None without it."""
+    if not config.difficulty_filter:
+        return None
+    prompts = math.ceil(config.max_steps / config.num_iterations) * config.prompts_per_step
+    return min(config.difficulty_problems or prompts, num_problems)
+
+
 def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
     """Return how many parameters the model and the adapter have, without loading weights.
 
@@ -289,6 +297,7 @@ def make_plan(config: TrainConfig) -> Plan:
         **config.vllm_correction,
         dtype=placement.dtype,
         num_validation_items=data.num_validation_items,
+        difficulty_problems=count_candidates(config, len(data.train)),
         task=reading.task.name,
         decimal_separator=data.decimal_separator,
         run_name=run_dir.name,
@@ -330,6 +339,22 @@ def describe_rewards(plan: Plan) -> str:
     rewards = ", ".join(f"{reward.name} x {reward.weight:g}" for reward in plan.rewards)
     aggregation = plan.config.multi_objective_aggregation
     return rewards if aggregation == "sum_then_normalize" else f"{rewards}; {aggregation}"
+
+
+def describe_filter(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return what the difficulty filter samples before the first step, and what that costs."""
+    if not config.difficulty_filter:
+        return []
+    samples = config.difficulty_samples * config.difficulty_problems
+    return [
+        (
+            "difficulty",
+            f"{config.difficulty_samples} completions for each of {config.difficulty_problems:,} "
+            f"problems first, as many as {samples / config.completions_per_step:.0f} steps sample; "
+            "those always or never right are left out"
+            + (", the others go from easy to hard" if config.curriculum else ""),
+        )
+    ]
 
 
 def describe_model(plan: Plan) -> list[tuple[str, str]]:
@@ -411,6 +436,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
             f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "
             f"completions of up to {config.max_completion_length} tokens",
         ),
+        *describe_filter(config),
         *([("dead groups", rounds)] if config.dynamic_sampling else []),
         ("update", describe_update(config)),
         *(("", note) for note in plan.notes),

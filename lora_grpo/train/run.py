@@ -50,6 +50,8 @@ from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, 
 from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.custom import RewardError
 from lora_grpo.train.console import Display
+from lora_grpo.train.difficulty import check_kept, train_on_solvable
+from lora_grpo.train.lengths import describe_truncation
 from lora_grpo.train.plan import Plan
 from lora_grpo.train.provenance import read_record
 from lora_grpo.train.recorder import Recorder, best_step, cut_back, reason_ended
@@ -325,6 +327,7 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_error()
     began, run_dir = time.perf_counter(), plan.run_dir
     record = read_record(plan)
+    check_kept(plan)
     peak_memory = watch_memory(plan.placement.device, plan.free_before)
     with open_training_policy(plan) as policy:
         trainer = build_trainer(plan, policy, record, display)
@@ -332,7 +335,11 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         with removed_if_never_started(plan):
             base = base_items(plan, policy, trainer, display)
             display.before(summarise(base), explain=plan.config.resume is None)
+            if warning := describe_truncation(base, plan.config.max_completion_length):
+                display.say_always(warning)
             attach(policy, trainer)
+            if plan.config.difficulty_filter:
+                train_on_solvable(plan, record, policy, trainer, display)
             steps = optimise(plan, policy, trainer, display, peak_memory, began)
         best = keep_adapters(plan, trainer, steps)
         adapter = evaluate_problems(plan, policy, "evaluating the adapter", display)

@@ -25,6 +25,11 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
             ("vllm_gpu_memory_utilization",),
         ),
         (unsloth, "Unsloth's update is its own", ("shared_prefix",)),
+        (
+            not config.difficulty_filter,
+            "no --difficulty-filter",
+            ("difficulty_samples", "difficulty_problems"),
+        ),
         (not config.dynamic_sampling, "no --dynamic-sampling", ("dynamic_sampling_rounds",)),
         (
             config.multi_objective_aggregation == "normalize_then_sum",
