@@ -539,7 +539,7 @@ def test_a_falling_rate_cannot_be_prolonged(tmp_path: Path) -> None:
     flags = ("--preset=tiny", "--max-steps=30", "--lr-scheduler-type=cosine")
     run = save_run(tmp_path, parse(*flags))
     assert parse("--resume", run).max_steps == 30
-    with pytest.raises(ValueError, match="now 31: with --lr-scheduler-type cosine"):
+    with pytest.raises(ValueError, match="now 31: --lr-scheduler-type cosine"):
         parse("--resume", run, "--max-steps", "31")
 
 
