@@ -4,6 +4,7 @@ Rows by column go in. A column is named by its path: `question`, `reward_model.g
 of a struct, `body+question` for two that are joined; chat messages count as text.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,9 @@ TEXT_KEYS = ("content", "value", "text", "ground_truth")
 SYSTEMS = ("system", "developer")
 USERS, ASSISTANTS = ("user", "human"), ("assistant", "gpt", "model", "bot", "chatgpt")
 HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
-JSON_START = re.compile(r'\s*(?:\[\s*["{]|\{\s*")')
+# Lists and objects as text: JSON, or as Python prints them into the cells of a CSV file.
+LITERAL_START = re.compile(r"""\s*(?:\[\s*["'{]|\{\s*["'])""")
+NO_LITERAL = (ValueError, SyntaxError, RecursionError, MemoryError)
 
 
 def squash(name: str) -> str:
@@ -59,7 +62,7 @@ def list_columns(rows: Sequence[Row]) -> dict[str, bool]:
     for row in rows:
         for key, value in row.items():
             filled[key] = filled.get(key, False) or value not in (None, "", [])
-            for part in value if isinstance(value, dict) else ():
+            for part in as_struct(value):
                 filled.setdefault(f"{key}.{part}", True)
     return filled
 
@@ -129,7 +132,8 @@ def unused_context(columns: dict[str, bool], question: list[str], answer: list[s
     notes = []
     for name in CONTEXTS:
         column = match(columns, name, nested=False)
-        if column is None or not columns[column] or column in (*question, *answer):
+        used = [part.partition(".")[0] for part in (*question, *answer)]
+        if column is None or not columns[column] or column in (*question, *answer, *used):
             continue
         before = name in BEFORE_THE_QUESTION
         joined = "+".join([column, *question] if before else [*question, column])
@@ -144,17 +148,31 @@ def get(row: Row, path: str) -> Any:
     if path in row or "." not in path:
         return row.get(path)
     outer, _, inner = path.partition(".")
-    value = row.get(outer)
-    return value.get(inner) if isinstance(value, dict) else None
+    return as_struct(row.get(outer)).get(inner)
+
+
+def read_literal(value: Any) -> Any:
+    """Return the list or object that a text spells out, in JSON or in Python; else the value."""
+    if isinstance(value, str) and LITERAL_START.match(value):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(*NO_LITERAL):
+                return read(value)
+    return value
+
+
+def as_struct(value: Any) -> dict[str, Any]:
+    """Return the object that a field is, perhaps as text; an empty one if it is something else."""
+    found = read_literal(value)
+    return found if isinstance(found, dict) else {}
 
 
 def simplify(value: Any) -> Any:
-    """Return a value without what only wraps it: a list or an object of one, JSON written as text,
-    the parts of a turn's text."""
-    if isinstance(value, str) and JSON_START.match(value):
-        with suppress(json.JSONDecodeError):
-            inner = simplify(json.loads(value))
-            return value if isinstance(inner, dict) else inner
+    """Return a value without what only wraps it: a list or an object of one, perhaps as text, the
+    parts of a turn's text."""
+    found = read_literal(value)
+    if found is not value:
+        inner = simplify(found)
+        return value if isinstance(inner, dict) else inner
     if isinstance(value, list) and len(value) == 1 and not is_chat(value):
         return simplify(value[0])
     if isinstance(value, dict):

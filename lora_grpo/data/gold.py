@@ -219,6 +219,8 @@ def choose_separator(
     if by_point <= by_comma and len(only_comma) > len(thousands):
         differing = (text for text in separated if parse_number(text) != by_comma_value(text))
         return "comma", [describe_separator(text, "comma", "point") for text in differing][:1]
+    if by_point <= by_comma and only_comma and thousands:
+        return "point", [describe_separator(thousands[0], "point", "comma")]
     dotted = [answer for answer in separated if "." in answer and answer in by_point]
     if dotted and all(THOUSANDS_BY_POINT.search(answer) for answer in dotted):
         return "point", [describe_separator(dotted[0], "point", "comma")]

@@ -122,6 +122,9 @@ def find_rows(path: Path, value: Any, split: str) -> Table:
     if rows is not None:
         return Table(rows, ("its keys are read as columns",))
     holders = [key for key, item in columns.items() if holds_rows(item)]
+    holders = holders or [key for key, item in value.items() if leads_to_rows(item)]
+    if not holders and have_a_key_in_common(value):
+        return Table([*value.values()], ("its values are read as rows",))
     if not holders:
         return Table([value])
     key = next((key for key in (split, *ROW_KEYS) if key in holders), None)
@@ -156,6 +159,24 @@ def holds_rows(value: Any) -> bool:
         return bool(value) and all(isinstance(as_list(item), list) for item in value.values())
     rows = isinstance(value, list) and all(isinstance(row, dict) for row in value)
     return rows and not is_chat(value)
+
+
+def leads_to_rows(value: Any) -> bool:
+    """Return whether an object holds several rows under one of its keys, or deeper."""
+    return isinstance(value, dict) and any(
+        leads_to_rows(item) or (isinstance(item, list) and len(item) > 1 and holds_rows(item))
+        for item in value.values()
+    )
+
+
+def have_a_key_in_common(value: dict[str, Any]) -> bool:
+    """Return whether the values are objects of one kind, as in `{"id1": {...}, "id2": {...}}`."""
+    items = list(value.values())
+    return (
+        len(items) > 1
+        and all(isinstance(item, dict) for item in items)
+        and bool(set.intersection(*map(set, items)))
+    )
 
 
 def fit(text: str, separator: str) -> tuple[bool, float, int]:

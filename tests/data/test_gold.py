@@ -80,7 +80,6 @@ def test_a_number_inside_of_something_else_is_not_the_answer(text: str) -> None:
         (["0,5 %", "1,0 %"], "comma"),
         (["1,5", "0.5"], "point"),  # of both kinds: nothing is decided against the usual
         (["1,200", "3"], "point"),
-        (["1,200", "2,400", "2,5"], "point"),  # one slip in English notation
         (["1.5", "2"], "point"),
     ],
 )
@@ -92,6 +91,16 @@ def test_the_decimal_separator_is_decided_by_what_can_be_read(
     said = ["decimal comma" in note and "--decimal-separator point" in note for note in notes]
     # The rewards read `1.234,5` as it is meant in any case.
     assert said == ([True] if separator == "comma" and answers[0] != "1.234,5" else [])
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [["1,200", "2,400", "2,5"], ["1,500", "2,750", "0,125"]],  # one slip, or decimals throughout
+)
+def test_what_reads_as_thousands_beside_decimal_commas_is_said(answers: list[str]) -> None:
+    separator, [note] = choose_separator(answers)
+    assert separator == "point"
+    assert f"{answers[0]!r}" in note and "--decimal-separator comma makes it 1." in note
 
 
 def test_units_are_said() -> None:

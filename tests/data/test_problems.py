@@ -1,5 +1,6 @@
 """Rows become problems: columns of many frameworks, what is left out, and what is said of it."""
 
+import gzip
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -74,6 +75,10 @@ def test_the_built_in_problems_need_no_file() -> None:
         {"prompt": [USER], "solution": "5"},
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}]}], "answer": 5},
+        {"messages": str([USER, ASSISTANT])},  # as pandas writes it into CSV
+        {"question": "q", "answer": "['5']"},
+        {"prompt": str([USER]), "reward_model": json.dumps({"style": "rule", "ground_truth": "5"})},
+        {"body": {"messages": [USER]}, "reward_model": "{'ground_truth': ['5']}"},
         {
             "data_source": "gsm8k",
             "prompt": [USER],
@@ -108,6 +113,22 @@ def test_columns_are_joined_by_plus_and_unused_text_is_said(tmp_path: Path) -> N
     joined = read(tmp_path, row, question_column="body+question+OPTIONS")
     assert joined.problems[0].question == "Ann has 2.\nHow many?\nA) 1\nB) 2"
     assert joined.notes[1:] == ()
+
+
+def test_the_struct_that_holds_the_question_is_no_unused_text(tmp_path: Path) -> None:
+    [note] = read(tmp_path, {"body": {"messages": [USER]}, "answer": "5"}).notes
+    assert "question from body.messages" in note
+
+
+def test_a_german_spreadsheet(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    text = "\ufeffFrage;Antwort\r\nWie viel ist 1,5 + 1?;2,5\r\nUnd 1.000 + 1,5?;1.001,5\r\n"
+    path.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(ValueError, match="among Frage, Antwort: name the question's by --question"):
+        read_problems(str(path))
+    reading = read_problems(str(path), question_column="frage", answer_column="Antwort")
+    assert [problem.answer for problem in reading.problems] == ["2.5", "1001.5"]
+    assert reading.decimal_separator == "comma"
 
 
 def test_what_is_left_out_of_a_chat_is_said(tmp_path: Path) -> None:

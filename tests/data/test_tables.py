@@ -35,6 +35,8 @@ def write(path: Path, data: str | bytes) -> Path:
         json.dumps({"train": ROWS, "test": ROWS[:1]}),
         json.dumps({"name": "x", "my_rows": ROWS}),
         json.dumps({"data": COLUMNS}),
+        json.dumps({"status": "ok", "result": {"count": 3, "page": {"items": ROWS}}}),
+        json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}),
         json.dumps(COLUMNS),
         json.dumps({name: dict(enumerate(column)) for name, column in COLUMNS.items()}),
         json.dumps(dict(enumerate(ROWS))),
