@@ -167,6 +167,11 @@ class TrainConfig:
     mask_truncated_completions: bool = False
     """Leave truncated completions out of the loss instead of letting their low reward count."""
 
+    sft_steps: int = 0
+    """Steps of supervised fine-tuning on worked solutions before GRPO, to teach the format."""
+    sft_learning_rate: float = 2e-4
+    """Learning rate of --sft-steps: it falls linearly to 0."""
+
     reward_set: Literal["default", "classic", "none"] = "default"
     """Built-in rewards: `default`, `classic` (the five of the usual GSM8K recipe), or `none`."""
     reward: Repeatable = ()
@@ -349,6 +354,11 @@ class TrainConfig:
         return defaults | {name: value for name, value in given.items() if value is not None}
 
     @property
+    def start(self) -> str | None:
+        """What GRPO starts from, as `eval.json` calls it; None for a fresh adapter."""
+        return "sft" if self.sft_steps else None
+
+    @property
     def completions_per_step(self) -> int:
         """B, the completions of one update."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -369,7 +379,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         "at least 0",
         lambda value: 0 <= value < math.inf,
         (
-            *("num_validation_items", "beta", "entropy_coef", "weight_decay"),
+            *("num_validation_items", "sft_steps", "beta", "entropy_coef", "weight_decay"),
             *("epsilon", "epsilon_high"),
         ),
     ),
@@ -389,8 +399,8 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         "greater than 0",
         lambda value: 0 < value < math.inf,
         (
-            *("learning_rate", "temperature", "max_grad_norm", "num_train_epochs", "gpu_memory"),
-            "max_minutes",
+            *("learning_rate", "sft_learning_rate", "temperature", "max_grad_norm"),
+            *("num_train_epochs", "gpu_memory", "max_minutes"),
         ),
     ),
     (

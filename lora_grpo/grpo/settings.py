@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -21,12 +21,14 @@ from lora_grpo.data.prompt import TEMPLATE_SETTINGS, PromptStyle, build_messages
 from lora_grpo.policy.base import Placement
 from lora_grpo.rewards.builtin import Reward
 
+Row = TypeVar("Row")
 
-def order_problems(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
+
+def order_problems(problems: Sequence[Row], count: int, seed: int | str) -> list[Row]:
     """Return `count` problems from shuffled passes over all of them; a larger `count` only adds
     problems at the end."""
     draw = random.Random(seed)
-    ordered: list[Problem] = []
+    ordered: list[Row] = []
     while len(ordered) < count:
         ordered += draw.sample(problems, len(problems))
     return ordered[:count]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +31,7 @@ from lora_grpo.grpo.packed_update import computing_packed, packed_scores
 from lora_grpo.grpo.self_test import why_not_packed
 from lora_grpo.machine.allocator import giving_back
 from lora_grpo.machine.out_of_memory import UPDATE, RowLimit, release_memory
-from lora_grpo.policy.checkpoints import whole_checkpoint
+from lora_grpo.policy.checkpoints import WholeCheckpoints
 from lora_grpo.policy.layers import one_matrix
 from lora_grpo.policy.sampling import sample
 from lora_grpo.rewards.builtin import Reward
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 BY_UNSLOTH = GRPOTrainer.__name__ == "UnslothGRPOTrainer"
 
 
-class LoraGRPOTrainer(GRPOTrainer):
+class LoraGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """TRL's trainer for one adapter. A step, in the order of time:
 
      1. `training_step` gets the step's first micro-batch of prompts and calls `_prepare_inputs`,
@@ -356,15 +355,6 @@ class LoraGRPOTrainer(GRPOTrainer):
             logps, entropies, auxiliary = score(len(input_ids))
             return logps, entropies * self.step.entropy_weight, auxiliary
         return self.scoring_rows.run(score, len(input_ids), batch_size)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run_dir = self.args.output_dir
-        with whole_checkpoint(Path(run_dir), self.state.global_step) as staged:
-            self.args.output_dir = str(staged)
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.output_dir = run_dir
 
 
 def check_overrides(trainer_class: type) -> None:

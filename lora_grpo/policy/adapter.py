@@ -29,6 +29,7 @@ TOKENIZER_CORE = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTERS = ("run", "adapter", "last", "other")
 METADATA = "__metadata__"
 LOGS = METRICS, COMPLETIONS, VALIDATION = "metrics.jsonl", "completions.jsonl", "validation.jsonl"
+START = "start"  # the folder of the adapter that GRPO started from
 EVAL, EVAL_ITEMS = "eval.json", "eval_items.jsonl"
 
 
@@ -196,13 +197,21 @@ def save_adapter(model: "PeftModel", directory: Path, step: int | None = None) -
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=f"{STAGED}adapter.") as staged:
         # No embedding is adapted; by default PEFT would ask the Hub about that at every call.
-        model.save_pretrained(staged, save_embedding_layers=False)
+        model.save_pretrained(staged, save_embedding_layers=False, selected_adapters=["default"])
         name_embedded_base(Path(staged))
         if step is not None:
             write_step(Path(staged) / WEIGHTS, step)
         for name in (CONFIG, WEIGHTS):
             (Path(staged) / name).chmod(0o644)
             os.replace(Path(staged) / name, directory / name)
+
+
+def load_weights(model: "PeftModel", weights: Path) -> None:
+    """Put the weights of a saved adapter into the model's adapter of the same shape."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(weights))
 
 
 def name_embedded_base(directory: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 from lora_grpo.machine.files import STAGED, read_json, read_jsonl
@@ -44,6 +45,8 @@ def whole_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
     try:
         yield staged
         name_embedded_base(staged / name)
+        # A frozen reference, which the run's `start` holds already.
+        shutil.rmtree(staged / name / "ref", ignore_errors=True)
         if (run_dir / WEIGHTS).is_file():
             shutil.copyfile(run_dir / WEIGHTS, staged / name / BEST)
         shutil.rmtree(run_dir / name, ignore_errors=True)
@@ -51,6 +54,19 @@ def whole_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     rotate_checkpoints(run_dir)
+
+
+class WholeCheckpoints:
+    """Lets a trainer of transformers write each checkpoint whole or not at all."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = self.args.output_dir
+        with whole_checkpoint(Path(run_dir), self.state.global_step) as staged:
+            self.args.output_dir = str(staged)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = run_dir
 
 
 def check_run(run_dir: Path) -> None:

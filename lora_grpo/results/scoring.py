@@ -103,6 +103,10 @@ def build_evaluation(dataset: str, split: str, models: dict[str, Sequence[Item]]
     if {"base", "adapter"} <= models.keys():
         strict = [[item.strict for item in models[name]] for name in ("base", "adapter")]
         found["mcnemar_p"] = mcnemar_p(*strict)
+    for name in {"sft", "start"} & models.keys():  # what GRPO itself added
+        found[f"mcnemar_p_{name}"] = mcnemar_p(
+            *([item.strict for item in models[part]] for part in (name, "adapter"))
+        )
     return found
 
 

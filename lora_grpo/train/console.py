@@ -158,14 +158,24 @@ class Display:
         panel = Panel(escape(printable(body)), title="a completion", title_align="left", width=100)
         self.console.print(panel)
 
-    def before(self, base: dict[str, Any], explain: bool = True) -> None:
-        """Print the base's accuracy, before anything is trained, and what the words of the lines
-        mean."""
+    def before(self, name: str, model: dict[str, Any]) -> None:
+        """Print a model's accuracy, before GRPO has trained anything."""
         self.say(
-            f"base: strict {percent(base['strict_accuracy'])}, lenient "
-            f"{percent(base['lenient_accuracy'])}, "
-            f"format {percent(base['format_rate'])}"
+            f"{name}: strict {percent(model['strict_accuracy'])}, lenient "
+            f"{percent(model['lenient_accuracy'])}, "
+            f"format {percent(model['format_rate'])}"
         )
+
+    def sft_step(self, row: dict[str, Any], total: int) -> None:
+        """Print one line for a step of supervised fine-tuning."""
+        if row["step"] % max(1, total // LINES) == 0 or row["step"] in (1, total):
+            self.say(
+                f"sft step {row['step']:>{len(str(total))}}/{total}  "
+                f"loss {number(row['loss'], '.3f')}  {number(row['seconds'], '.1f')} s"
+            )
+
+    def begin(self, explain: bool = True) -> None:
+        """Say what the words of the steps' lines mean, and start the clock."""
         self.say(
             "base, validation and the final table are greedy decoding, one completion per problem; "
             "the lines of the steps are completions sampled for training"
@@ -208,13 +218,14 @@ class Display:
 
     def results(self, report: dict[str, Any]) -> None:
         """Print base and adapter side by side."""
-        models = [name for name in ("base", "adapter") if name in report]
+        models = [name for name in ("base", *START_NAMES, "adapter") if name in report]
         name = f"{report['dataset']} ({report['split']})"
         self.say_always(f"{report['num_items']} problems of {name}, greedy")
         table = Table()
         table.add_column("")
         for name in models:
-            table.add_column(name if "adapter" in models else "model", justify="right")
+            label = START_NAMES.get(name, name) if "adapter" in models else "model"
+            table.add_column(label, justify="right")
         for label, cell in ROWS:
             table.add_row(label, *(cell(report[name]) for name in models))
         if sampled := report.get("sampled"):
@@ -224,8 +235,12 @@ class Display:
         self.console.print(table)
         if "mcnemar_p" in report:
             self.console.print(
-                f"McNemar's exact test of the two on the same items: p = {report['mcnemar_p']:.2g}"
+                "McNemar's exact test of adapter and base on the same items: "
+                f"p = {report['mcnemar_p']:.2g}"
             )
+        for name, words in START_NAMES.items():
+            if (p := report.get(f"mcnemar_p_{name}")) is not None:
+                self.console.print(f"the same of adapter and {words}: p = {p:.2g}")
         if sampled:
             self.say_always(describe_sampling(sampled))
 
@@ -257,6 +272,8 @@ def describe_sampling(sampled: dict[str, Any]) -> str:
     )
 
 
+# What `eval.json` calls where GRPO started from, in words.
+START_NAMES = {"sft": "after warm-up", "start": "given adapter"}
 SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")
 ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("strict accuracy", lambda model: percent(model["strict_accuracy"])),

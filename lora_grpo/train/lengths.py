@@ -56,12 +56,12 @@ def describe_lengths(items: Sequence[Item], limit: int, sampled_to: int) -> str:
 
 
 def describe_truncation(items: Sequence[Item], limit: int) -> str | None:
-    """Return a warning if the limit cut off more than a tenth of the base's answers."""
+    """Return a warning if the limit cut off more than a tenth of the answers."""
     cut = sum(item.truncated for item in items) / len(items)
     if 1 - cut >= SHARE:
         return None
     return (
-        f"{percent(cut)} of the base's {len(items)} answers were cut off at "
+        f"{percent(cut)} of {len(items)} answers before GRPO were cut off at "
         f"--max-completion-length {limit}, and earn no reward for an answer: in a new run "
         f"--length-preview samples {SAMPLED} completions of up to {LONGER * limit:,} tokens and "
         f"says which limit holds {SHARE:.0%} of them"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_grpo.config.presets import NEEDS_GPU
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.prompt import find_turn_end, perfect_completion
+from lora_grpo.data.worked import Worked, build_worked
 from lora_grpo.machine.allocator import gives_back
 from lora_grpo.machine.backend import Choice, check_4bit, choose_backend, claim
 from lora_grpo.machine.hardware import GPU, available_memory, find_gpu
@@ -54,6 +55,7 @@ class Plan:
     tokenizer: "PreTrainedTokenizerBase"
     rewards: list[Reward]
     data: Data
+    worked: list[Worked]
     steps: int
     parameters: int
     trained_parameters: int
@@ -269,6 +271,11 @@ def make_plan(config: TrainConfig) -> Plan:
     parameters, trained = count_parameters(folder, config)
     data = prepare_data(config, tokenizer, rewards, reading)
     steps = count_steps(config, len(data.train))
+    worked, found = [], ""
+    if config.sft_steps:
+        worked, found = build_worked(
+            data.train, data.style, tokenizer, config.max_completion_length
+        )
     try_rewards(
         rewards,
         data.train,
@@ -290,6 +297,7 @@ def make_plan(config: TrainConfig) -> Plan:
     )
     unused = find_unused(config, choice, placement)
     notes = [*describe_unused(config, unused), *describe_words(data)]
+    notes += [f"--sft-steps: {found}"] if found else []
     config = dataclasses.replace(
         config,
         **settings,
@@ -315,6 +323,7 @@ def make_plan(config: TrainConfig) -> Plan:
         tokenizer=tokenizer,
         rewards=rewards,
         data=data,
+        worked=worked,
         steps=steps,
         parameters=parameters,
         trained_parameters=trained,
@@ -353,6 +362,19 @@ def describe_filter(config: TrainConfig) -> list[tuple[str, str]]:
             f"problems first, as many as {samples / config.completions_per_step:.0f} steps sample; "
             "those always or never right are left out"
             + (", the others go from easy to hard" if config.curriculum else ""),
+        )
+    ]
+
+
+def describe_warm_up(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return a row on the supervised fine-tuning before GRPO, if there is any."""
+    if not config.sft_steps:
+        return []
+    return [
+        (
+            "warm-up",
+            f"{config.sft_steps} steps of supervised fine-tuning on {config.prompts_per_step} "
+            f"worked solutions each, learning rate {config.sft_learning_rate:g} falling to 0",
         )
     ]
 
@@ -431,6 +453,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         ("task", data.why_task),
         *(("", note) for note in data.notes),
         ("rewards", describe_rewards(plan)),
+        *describe_warm_up(config),
         (
             "steps",
             f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "

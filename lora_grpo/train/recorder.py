@@ -5,9 +5,11 @@ never been interrupted.
 """
 
 import math
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +22,7 @@ from lora_grpo.diagnosis.rules import diagnose
 from lora_grpo.grpo.batch import Batch, StepState, mean
 from lora_grpo.grpo.groups import dead_groups, padding_share
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
-from lora_grpo.machine.files import append_jsonl, read_jsonl, write_jsonl
+from lora_grpo.machine.files import STAGED, append_jsonl, read_jsonl, write_jsonl
 from lora_grpo.machine.process import PeakMemory
 from lora_grpo.policy.adapter import (
     COMPLETIONS,
@@ -31,6 +33,7 @@ from lora_grpo.policy.adapter import (
     read_step,
     save_adapter,
 )
+from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoints, step_of
 from lora_grpo.report.page import REPORT, write_report
 from lora_grpo.train.console import Display
 
@@ -77,6 +80,32 @@ def elapsed_until_now(run_dir: Path) -> float:
 def reason_ended(config: TrainConfig, run_dir: Path) -> str | None:
     """Return why a run ended at its last recorded step, or None if it may go on."""
     return reason_to_end(config, elapsed_until_now(run_dir), read_jsonl(run_dir / VALIDATION))
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove only what a killed run had begun to write or to remove."""
+    for path in [*run_dir.glob(f"{STAGED}*"), *run_dir.glob(f"last/{STAGED}*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    rotate_checkpoints(run_dir)
+
+
+def return_to_checkpoint(run_dir: Path) -> Path | None:
+    """Put the directory back to the state of its newest checkpoint, and return that, if any.
+
+    Later steps are made again, on a GPU not bit for bit, so an adapter that was kept in one of them
+    is replaced by the best one up to the checkpoint.
+    """
+    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
+    cut_back(run_dir, step_of(checkpoint) if checkpoint else -1)
+    clear_leftovers(run_dir)
+    if checkpoint and (checkpoint / BEST).is_file():
+        staged = run_dir / f"{STAGED}{WEIGHTS}"
+        shutil.copyfile(checkpoint / BEST, staged)
+        staged.replace(run_dir / WEIGHTS)
+    return checkpoint
 
 
 def finite(value: Any) -> Any:
@@ -131,7 +160,43 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
     }
 
 
-class Recorder(TrainerCallback):
+class Stopped(Exception):
+    """The run was told to stop by a signal, and saved; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopOnSignal(TrainerCallback):
+    """Remembers that a signal came, so that the training ends after the current step."""
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        """End the run after the current step; a second signal ends it at once."""
+        signal.signal(number, signal.default_int_handler)
+        self.stopped_by = number
+        print(
+            f"\n{signal.Signals(number).name}: saving after this step (once more to stop now)",
+            flush=True,
+        )
+
+
+@contextmanager
+def stop_on_signals(recorder: StopOnSignal) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the run after the current step."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, recorder.stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Recorder(StopOnSignal):
     """Records and shows each step, keeps the best adapter, and decides when to save and to stop.
 
     `validate` returns the accuracy on the validation problems, if there are any. `began` is when
@@ -149,26 +214,23 @@ class Recorder(TrainerCallback):
         peak_memory: PeakMemory | None = None,
         began: float | None = None,
     ) -> None:
+        super().__init__()
         self.trainer, self.config, self.run_dir = trainer, config, run_dir
         self.display, self.validate = display, validate
         self.predicted_memory = predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
         self.said: set[str] = set()  # the rules whose findings were printed
-        self.stopped_by: int | None = None
         self.started = self.step_seconds = 0.0
         # The seconds of the commands before this one count too.
         self.began = (time.perf_counter() if began is None else began) - elapsed_until_now(run_dir)
         self.elapsed_seconds = 0.0
         self.skipped_in_a_row = 0
 
-    def stop(self, number: int, frame: FrameType | None) -> None:
-        """End the run after the current step; a second signal ends it at once."""
-        signal.signal(number, signal.default_int_handler)
-        self.stopped_by = number
-        print(
-            f"\n{signal.Signals(number).name}: saving after this step (once more to stop now)",
-            flush=True,
-        )
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.validate and self.config.start and state.global_step == 0:
+            self.keep_best(0)  # so that the choice can say that GRPO did no better
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any

@@ -6,7 +6,6 @@ can be resumed.
 
 import dataclasses
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +23,6 @@ from lora_grpo.grpo.settings import build_dataset, dataset_rows, grpo_config, lo
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.grpo.vllm_rollout import attach
 from lora_grpo.machine.files import (
-    STAGED,
     read_json,
     read_jsonl,
     staged_directory,
@@ -39,32 +37,34 @@ from lora_grpo.policy.adapter import (
     METRICS,
     TRAIN_CONFIG,
     WEIGHTS,
+    load_weights,
     read_train_config,
     save_adapter,
 )
-from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoints, step_of
+from lora_grpo.policy.checkpoints import list_checkpoints, step_of
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.card import write_adapter_card
 from lora_grpo.results.evaluate import evaluate_model
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, summarise
 from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.custom import RewardError
-from lora_grpo.train.console import Display
+from lora_grpo.train.console import START_NAMES, Display
 from lora_grpo.train.difficulty import check_kept, train_on_solvable
 from lora_grpo.train.lengths import describe_truncation
 from lora_grpo.train.plan import Plan
 from lora_grpo.train.provenance import read_record
-from lora_grpo.train.recorder import Recorder, best_step, cut_back, reason_ended
+from lora_grpo.train.recorder import (
+    Recorder,
+    Stopped,
+    best_step,
+    reason_ended,
+    return_to_checkpoint,
+    stop_on_signals,
+)
+from lora_grpo.train.start import prepare_start
 
-BASE_ITEMS = ".base_items.jsonl"  # until the end, so that a resumed run need not repeat them
-
-
-class Stopped(Exception):
-    """The run was told to stop by a signal, and saved; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+# `.base_items.jsonl` and so on, until the end, so that a resumed run need not repeat them.
+ITEMS = "_items.jsonl"
 
 
 def open_run(plan: Plan, record: dict[str, Any]) -> None:
@@ -104,17 +104,42 @@ def evaluate_problems(
 def base_items(
     plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display
 ) -> list[Item]:
-    """Return the base's answers; a resumed run reads those that were saved before.
+    """Return the base's answers.
 
     The adapter is switched off: even a fresh one can change the rounding.
     """
+    with trainer.model.disable_adapter():
+        return items_once(plan, policy, "base", "evaluating the base", display)
+
+
+def models_before(
+    plan: Plan, policy: Policy, trainer: LoraGRPOTrainer, display: Display
+) -> dict[str, list[Item]]:
+    """Make what GRPO starts from; return the answers of the base, and of that if it is more than a
+    fresh adapter."""
+    start = plan.config.start
+    models = {"base": base_items(plan, policy, trainer, display)}
+    display.before("base", summarise(models["base"]))
+    attach(policy, trainer)
+    prepare_start(plan, trainer, display)
+    if start:
+        models[start] = items_once(plan, policy, start, "evaluating the start", display)
+        display.before(START_NAMES[start], summarise(models[start]))
+    warning = describe_truncation(models[start or "base"], plan.config.max_completion_length)
+    if warning:
+        display.say_always(warning)
+    return models
+
+
+def items_once(plan: Plan, policy: Policy, name: str, what: str, display: Display) -> list[Item]:
+    """Return a model's answers before GRPO, as `eval.json` names the model; a resumed run reads
+    those that were saved before."""
     finished = read_jsonl(plan.run_dir / EVAL_ITEMS)
     if finished:
-        return [Item(**row["base"]) for row in finished]
-    path = plan.run_dir / BASE_ITEMS
+        return [Item(**row[name]) for row in finished]
+    path = plan.run_dir / f".{name}{ITEMS}"
     if not path.exists():
-        with trainer.model.disable_adapter():
-            items = evaluate_problems(plan, policy, "evaluating the base", display)
+        items = evaluate_problems(plan, policy, what, display)
         write_jsonl(path, [dataclasses.asdict(item) for item in items])
     return [Item(**row) for row in read_jsonl(path)]
 
@@ -173,44 +198,6 @@ def build_trainer(
     # Known only after the start-up self-test.
     record["shared_prefix"] = record["shared_prefix"] and trainer.packed
     return trainer
-
-
-@contextmanager
-def stop_on_signals(recorder: Recorder) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the current step."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, recorder.stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def clear_leftovers(run_dir: Path) -> None:
-    """Remove only what a killed run had begun to write or to remove."""
-    for path in [*run_dir.glob(f"{STAGED}*"), *run_dir.glob(f"last/{STAGED}*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    rotate_checkpoints(run_dir)
-
-
-def return_to_checkpoint(run_dir: Path) -> Path | None:
-    """Put the directory back to the state of its newest checkpoint, and return that, if any.
-
-    Later steps are made again, on a GPU not bit for bit, so an adapter that was kept in one of them
-    is replaced by the best one up to the checkpoint.
-    """
-    checkpoint = next(reversed(list_checkpoints(run_dir)), None)
-    cut_back(run_dir, step_of(checkpoint) if checkpoint else 0)
-    clear_leftovers(run_dir)
-    if checkpoint and (checkpoint / BEST).is_file():
-        staged = run_dir / f"{STAGED}{WEIGHTS}"
-        shutil.copyfile(checkpoint / BEST, staged)
-        staged.replace(run_dir / WEIGHTS)
-    return checkpoint
 
 
 def optimise(
@@ -281,15 +268,12 @@ def explain_non_finite(
 def keep_adapters(plan: Plan, trainer: LoraGRPOTrainer, steps: int) -> int:
     """Save the adapter after `steps`, the last one, put the best one into the model, and return the
     best one's step."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     save_adapter(trainer.model, plan.run_dir / "last", steps)
     best = best_step(plan.run_dir)
     if best is None:
         save_adapter(trainer.model, plan.run_dir, steps)
         return steps
-    set_peft_model_state_dict(trainer.model, load_file(plan.run_dir / WEIGHTS))
+    load_weights(trainer.model, plan.run_dir / WEIGHTS)
     return best
 
 
@@ -333,17 +317,13 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
         trainer = build_trainer(plan, policy, record, display)
         open_run(plan, record)
         with removed_if_never_started(plan):
-            base = base_items(plan, policy, trainer, display)
-            display.before(summarise(base), explain=plan.config.resume is None)
-            if warning := describe_truncation(base, plan.config.max_completion_length):
-                display.say_always(warning)
-            attach(policy, trainer)
+            models = models_before(plan, policy, trainer, display)
             if plan.config.difficulty_filter:
                 train_on_solvable(plan, record, policy, trainer, display)
+            display.begin(explain=plan.config.resume is None)
             steps = optimise(plan, policy, trainer, display, peak_memory, began)
         best = keep_adapters(plan, trainer, steps)
-        adapter = evaluate_problems(plan, policy, "evaluating the adapter", display)
-    models = {"base": base, "adapter": adapter}
+        models["adapter"] = evaluate_problems(plan, policy, "evaluating the adapter", display)
     report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
     report |= {"best_step": best, "steps": steps}
     if steps < plan.steps:
@@ -352,5 +332,6 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     write_jsonl(run_dir / EVAL_ITEMS, items)
     write_json(run_dir / EVAL, report)
     write_adapter_card(run_dir)
-    (run_dir / BASE_ITEMS).unlink(missing_ok=True)
+    for path in run_dir.glob(f".*{ITEMS}"):
+        path.unlink()
     return report

@@ -36,6 +36,7 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
             "normalize_then_sum divides by each reward's spread, then by the batch's",
             ("scale_rewards",),
         ),
+        (config.sft_steps == 0, "no --sft-steps", ("sft_learning_rate",)),
         (by_steps, "--max-steps decides; --max-steps None takes epochs", ("num_train_epochs",)),
         (
             config.lr_scheduler_type == "constant",

@@ -27,6 +27,18 @@ def contents(run_dir: Path) -> dict[str, Any]:
         **{name: (run_dir / name).read_bytes() for name in WEIGHTS},
         "eval.json": json.loads((run_dir / "eval.json").read_text()),
         "card": (run_dir / "README.md").read_text(),
+        **start_of(run_dir / "start"),
         "leftovers": sorted(path.name for path in run_dir.glob(".*")),
         "checkpoints": sorted(path.name for path in run_dir.glob("checkpoint-*")),
     }
+
+
+def start_of(folder: Path) -> dict[str, Any]:
+    """Return what GRPO started from, where that is not a fresh adapter."""
+    if not folder.is_dir():
+        return {}
+    found: dict[str, Any] = {"start": sorted(path.name for path in folder.iterdir())}
+    found["start/weights"] = (folder / "adapter_model.safetensors").read_bytes()
+    if (folder / "metrics.jsonl").is_file():
+        found["start/metrics.jsonl"] = read_rows(folder / "metrics.jsonl")
+    return found

@@ -152,10 +152,9 @@ def test_a_column_is_printed_from_its_first_value_on(capsys: pytest.CaptureFixtu
 
 
 def test_the_words_are_explained_where_a_run_begins(capsys: pytest.CaptureFixture[str]) -> None:
-    base = {"strict_accuracy": 0.1, "lenient_accuracy": 0.2, "format_rate": 0.3}
-    Display().before(base)
+    Display().begin()
     begun = capsys.readouterr().out.splitlines()
-    Display().before(base, explain=False)
+    Display().begin(explain=False)
     resumed = capsys.readouterr().out.splitlines()
     assert begun == [*resumed, *WORDS]
     for word in ("strict", "lenient", "clipped", "dead groups"):

@@ -31,7 +31,7 @@ def test_the_limit_that_holds_nine_of_ten() -> None:
 
 def test_the_bases_answers_warn_only_if_more_than_a_tenth_is_cut_off() -> None:
     assert describe_truncation(items(*range(9), never=1), 100) is None
-    assert "20.0 % of the base's 10 answers" in describe_truncation(items(*range(8), never=2), 100)
+    assert "20.0 % of 10 answers before GRPO" in describe_truncation(items(*range(8), never=2), 100)
 
 
 def test_a_preview_says_the_limit_and_writes_nothing(

@@ -1,79 +1,20 @@
 """The job: an adapter directory that is whole, and that a kill at any moment cannot change."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killed_runs import SMALL, finish, kill_at, lines_of, start, there
 from run_directory import contents, read_rows
 
 from lora_grpo.config.files import read_run
-from lora_grpo.config.presets import PRESETS, parse_train_config
+from lora_grpo.config.presets import parse_train_config
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.train import command as job
-
-SMALL = {
-    **PRESETS["tiny"],
-    "preset": "tiny",
-    "quiet": True,
-    "max_steps": 6,
-    "num_generations": 4,
-    "max_completion_length": 24,
-    "per_device_train_batch_size": 8,
-    "num_eval_items": 16,
-    "num_validation_items": 8,
-    "eval_steps": 2,
-    "save_steps": 2,
-    "log_completions_steps": 1,
-}
-
-
-def train_in_process(settings: dict, outcome: Path) -> None:
-    """Train in this process; runs in a child that may be killed."""
-    import torch
-
-    from lora_grpo.train.console import Display
-    from lora_grpo.train.plan import make_plan
-    from lora_grpo.train.run import Stopped, train
-
-    torch.set_num_threads(1)
-    if settings.get("resume"):
-        saved = read_run(Path(settings["resume"]))
-        settings = {**saved, **settings}
-    try:
-        train(make_plan(TrainConfig(**settings)), Display(quiet=True))
-    except Stopped as stop:
-        outcome.write_text(str(stop))
-        return
-    outcome.write_text("done")
-
-
-@pytest.fixture(scope="module")
-def children():
-    """Processes that start with everything imported and no thread of torch's running yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["lora_grpo.train.run", "lora_grpo.train.plan", "trl.trainer.grpo_trainer"]
-    )
-    return context
-
-
-def start(children, outcome: Path, **settings) -> multiprocessing.Process:
-    outcome.unlink(missing_ok=True)
-    process = children.Process(target=train_in_process, args=({**settings}, outcome))
-    process.start()
-    return process
-
-
-def finish(children, outcome: Path, **settings) -> None:
-    process = start(children, outcome, **settings)
-    process.join(240)
-    assert process.exitcode == 0 and outcome.read_text() == "done"
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +23,6 @@ def whole_run(children, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("whole")
     finish(children, home / "outcome", **SMALL, adapters_dir=home, run_name="run")
     return home / "run"
-
-
-def lines_of(name: str, count: int) -> Callable[[Path], bool]:
-    return lambda run: (run / name).exists() and (run / name).read_text().count("\n") >= count
-
-
-def there(pattern: str) -> Callable[[Path], bool]:
-    return lambda run: any(run.glob(pattern))
 
 
 def test_a_finished_run_says_so_and_is_left_as_it_is(whole_run: Path, capsys) -> None:
@@ -111,15 +44,6 @@ MOMENTS = {
     "old checkpoints are being removed": (there("checkpoint-6"), 0.0),
     "the last adapter was saved": (there("last/adapter_model.safetensors"), 0.0),
 }
-
-
-def kill_at(process: multiprocessing.Process, reached: Callable[[], bool], delay: float) -> None:
-    while process.is_alive() and not reached():
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -275,7 +199,6 @@ def test_the_best_step_is_kept(whole_run: Path) -> None:
 def test_resume_refuses_a_changed_world_and_takes_a_moved_one(
     children, tmp_path: Path, capsys
 ) -> None:
-    from lora_grpo.config.files import read_run
     from lora_grpo.policy.base import EMBEDDED_FOLDER
     from lora_grpo.train.plan import make_plan
     from lora_grpo.train.provenance import read_record
