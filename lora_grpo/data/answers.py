@@ -23,6 +23,7 @@ from lora_grpo.data.gold import (
 )
 from lora_grpo.data.options import find_letters, read_options
 from lora_grpo.tasks.choice import CHOICE_TASK, find_options, last_choice, list_options, read_choice
+from lora_grpo.tasks.latex import MATH_TASK, unwrap
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 from lora_grpo.tasks.text import TEXT_TASK, join_golds
 
@@ -129,6 +130,13 @@ def read_words(fields: Fields, separator: DecimalSeparator) -> Golds:
     return Golds(fields.questions, golds, sources, [])
 
 
+def read_formulas(fields: Fields, separator: DecimalSeparator) -> Golds:
+    """Return gold answers that are formulas: what is marked as the answer, else the whole text."""
+    sources = [texts[0] if len(texts) == 1 else "\n".join(texts) for texts in fields.answers]
+    golds = [unwrap(find_marked(text) or text) for text in sources]
+    return Golds(fields.questions, golds, sources, [])
+
+
 def read_raw(fields: Fields, separator: DecimalSeparator) -> Golds:
     """Return what the answer columns hold, as it is."""
     texts = ["\n".join(texts) for texts in fields.answers]
@@ -139,6 +147,7 @@ READERS: dict[str, Callable[[Fields, DecimalSeparator], Golds]] = {
     "number": read_numbers,
     "choice": read_choices,
     "text": read_words,
+    "math": read_formulas,
 }
 
 
@@ -178,7 +187,7 @@ def choose_task(fields: Fields) -> tuple[Task, str]:
     golds = [find_marked(text) or text for text in sources]
     formulas = [bare_number(gold) is not None or is_formula(gold) for gold in golds]
     if share(formulas) >= MOST:
-        return TEXT_TASK, ""  # replaced by the task `math`
+        return MATH_TASK, describe_choice(formulas, "are numbers or formulas")
     short = [len(gold) <= LONGEST_TEXT and len(gold.split()) <= MOST_WORDS for gold in golds]
     if share(short) >= MOST and not any(map(is_formula, golds)):
         return TEXT_TASK, describe_choice(short, f"have {MOST_WORDS} words or fewer")

@@ -168,6 +168,10 @@ def read_problems(
     except ValueError as error:
         raise ValueError(f"{flag} {dataset} {error}") from error
     chosen, why = (task, "asked for by --task") if task else choose_task(fields)
+    try:
+        chosen.check()
+    except ValueError as error:
+        raise ValueError(f"{flag} {dataset}: {why}: {error}") from error
     golds = read_golds(chosen, fields, decimal_separator)
     problems = to_problems(kept, fields, golds)
     blank = sorted(set(range(1, len(table.rows) + 1)) - {problem.row for problem in problems})

@@ -159,6 +159,7 @@ def held_out_problems(
         FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
     """
     saved, rows = record.trained, read_jsonl(record.records / EVAL_ITEMS)
+    record.style.task.check()
     if config.dataset is None and rows:
         report = read_json(record.records / EVAL)
         problems = [read_item(row) for row in rows[: config.num_items]]

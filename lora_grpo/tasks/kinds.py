@@ -3,13 +3,14 @@
 from typing import Any, Literal
 
 from lora_grpo.tasks.choice import CHOICE_TASK
+from lora_grpo.tasks.latex import MATH_TASK
 from lora_grpo.tasks.reasoning_gym import REASONING_GYM
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 from lora_grpo.tasks.text import TEXT_TASK
 
-TaskName = Literal["auto", "number", "choice", "text", "reasoning-gym"]
+TaskName = Literal["auto", "number", "choice", "text", "math", "reasoning-gym"]
 TASKS: dict[str, Task] = {
-    task.name: task for task in (NUMBER_TASK, CHOICE_TASK, TEXT_TASK, REASONING_GYM)
+    task.name: task for task in (NUMBER_TASK, CHOICE_TASK, TEXT_TASK, MATH_TASK, REASONING_GYM)
 }
 
 

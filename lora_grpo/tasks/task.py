@@ -35,9 +35,9 @@ class Task:
     `compare` returns whether an answer equals the gold answer, and may ask the problem's row;
     `can_read` returns whether a gold answer can be compared at all; `find_last` returns the last
     answer in a text without tags, for lenient accuracy; `write_gold` returns a gold answer as a
-    model would write it. `noun` says what an answer is.
-    A task that asks more of the row than its question sets `needs_row`: the row is then recorded
-    with the evaluated problems.
+    model would write it; `check` raises a ValueError where the task cannot judge on this machine.
+    `noun` says what an answer is. A task that asks more of the row than its question sets
+    `needs_row`: the row is then recorded with the evaluated problems.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Task:
     instruction: str = ""
     needs_row: bool = False
     write_gold: Callable[[str], str] = str
+    check: Callable[[], None] = lambda: None
     reasoning: Tags = ("<reasoning>", "</reasoning>")
     answer: Tags = ("<answer>", "</answer>")
 
