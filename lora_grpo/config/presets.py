@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_grpo.config.files import OF_ONE_CALL, read_config_file, read_run
-from lora_grpo.config.train_config import END_SETTINGS, MEMORY_SETTINGS, TrainConfig, flag
+from lora_grpo.config.train_config import (
+    END_SETTINGS,
+    MEMORY_SETTINGS,
+    REWARD_CALLS,
+    TrainConfig,
+    flag,
+)
 from lora_grpo.machine.hardware import find_gpu
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -77,7 +83,7 @@ LIMITS_OF_DATA = ("max_prompt_length", "num_validation_items")
 NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"})
 # What a resumed run may change: its output, its length, and how memory is used.
 FREE_AT_RESUME = frozenset(
-    {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS},
+    {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS},
 )
 # Paths whose contents the record knows by their hash or text; the paths themselves may change.
 LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})

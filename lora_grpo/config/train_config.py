@@ -32,6 +32,8 @@ MEMORY_SETTINGS = (
     *("eval_batch_size", "shared_prefix", "gpu_memory"),
     *("vllm_gpu_memory_utilization", "vllm_max_num_seqs"),
 )
+# How your own rewards are called, which changes no score: a resumed run may change these.
+REWARD_CALLS = ("reward_workers", "reward_timeout")
 Repeatable = Annotated[tuple[str, ...], UseAppendAction]
 
 
@@ -178,6 +180,10 @@ class TrainConfig:
     """Your own, as path/to/file.py:function=weight."""
     reward_weight: Repeatable = ()
     """Change a reward's weight, as name=value."""
+    reward_workers: int | None = None
+    """Call your own rewards for one completion at a time, so many at once; by default for all."""
+    reward_timeout: float | None = None
+    """Seconds for each such call; a completion whose score is late is left out of the step."""
 
     learning_rate: float = 2e-5
     """LoRA wants about ten times the rate of full fine-tuning."""
@@ -320,6 +326,11 @@ class TrainConfig:
                 "without validation no accuracy is known: hold some problems out, or use "
                 "--max-minutes"
             )
+        if self.reward_timeout is not None and self.reward_workers is None:
+            raise ValueError(
+                f"--reward-timeout {self.reward_timeout:g} is for the call of one completion: add "
+                "--reward-workers N, the number of such calls at once"
+            )
         banned = {"lm_head", "embed_tokens"} & set(self.target_modules)
         if banned or not self.target_modules:
             raise ValueError(
@@ -392,6 +403,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
             *("gradient_accumulation_steps", "num_eval_items", "eval_steps", "eval_batch_size"),
             "difficulty_problems",
             *("save_steps", "log_completions_steps", "report_steps", "vllm_max_num_seqs"),
+            "reward_workers",
         ),
     ),
     ("at least 2", lambda value: value >= 2, ("difficulty_samples",)),
@@ -400,7 +412,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         lambda value: 0 < value < math.inf,
         (
             *("learning_rate", "sft_learning_rate", "temperature", "max_grad_norm"),
-            *("num_train_epochs", "gpu_memory", "max_minutes"),
+            *("num_train_epochs", "gpu_memory", "max_minutes", "reward_timeout"),
         ),
     ),
     (

@@ -34,7 +34,7 @@ from lora_grpo.machine.out_of_memory import UPDATE, RowLimit, release_memory
 from lora_grpo.policy.checkpoints import WholeCheckpoints
 from lora_grpo.policy.layers import one_matrix
 from lora_grpo.policy.sampling import sample
-from lora_grpo.rewards.builtin import Reward
+from lora_grpo.rewards.builtin import Reward, left_out
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class LoraGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         self.replacements, self.columns = replacements, columns
         self.prefill, self.task = prefill, task
         self.reward_func_names = [reward.name for reward in rewards]
+        self.rewards, self.say = rewards, say
         self.abort_generation: Callable[[], None] = lambda: None
         self.generation_rows = RowLimit(
             "generation", say, self.release_generation, "as many completions are drawn"
@@ -189,6 +190,12 @@ class LoraGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         texts = [self.prefill + text for text in texts]
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         scores = super()._calculate_rewards(columns, prompts, completions, completion_ids_list)
+        # TRL would count what is missing as 0 beside the other rewards; a completion without any
+        # score it leaves out of its group.
+        rows, notes = left_out(self.rewards, len(texts))
+        scores[list(rows)] = math.nan
+        for note in notes:
+            self.say(f"step {self.state.global_step + 1}: {note}")
         weighted = scores * self.reward_weights.to(scores.device)  # (B, rewards)
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         self.step.batch = Batch(

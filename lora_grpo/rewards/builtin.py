@@ -12,15 +12,12 @@ from typing import Any
 
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import build_messages
-from lora_grpo.rewards.custom import (
-    Completion,
-    RewardFunction,
-    load_custom_reward,
-    parse_weight,
-    to_texts,
-)
+from lora_grpo.rewards.calls import Calls, Completion, RewardError, to_texts
+from lora_grpo.rewards.custom import load_custom_reward, parse_weight
 from lora_grpo.tasks.numbers import parse_number
 from lora_grpo.tasks.task import NUMBER_TASK, Task
+
+RewardFunction = Callable[..., list[float | None]]
 
 # What TRL passes to a reward by these names is its own: a dataset's column of that name stays out.
 NAMES_OF_TRL = frozenset(
@@ -40,6 +37,11 @@ class Reward:
     function: RewardFunction
     weight: float = 1.0
     sha256: str | None = None
+
+    @property
+    def left_out(self) -> dict[int, str]:
+        """Why completions of the last call got no score, by position; only of a user's own."""
+        return getattr(self.function, "left_out", {})
 
 
 def by_text(name: str, value: Callable[[str], float], weight: float) -> Reward:
@@ -142,10 +144,12 @@ def build_rewards(
     weights: dict[str, float] | None = None,
     max_completion_length: int | None = None,
     task: Task = NUMBER_TASK,
+    calls: Calls = Calls(),  # noqa: B008 - frozen
 ) -> list[Reward]:
     """Return the rewards of a set, then the user's own, with the weights by name put in.
 
-    Each of `custom` is `path/to/file.py:function=0.5`; `max_completion_length` is in tokens.
+    Each of `custom` is `path/to/file.py:function=0.5`, called as `calls` says;
+    `max_completion_length` is in tokens.
 
     Raises:
         FileNotFoundError: a custom reward's file is not there.
@@ -159,7 +163,7 @@ def build_rewards(
     }
     if reward_set not in sets:
         raise ValueError(f"--reward-set must be one of {', '.join(sets)}, got {reward_set!r}")
-    rewards = [*sets[reward_set], *(Reward(*load_custom_reward(spec)) for spec in custom)]
+    rewards = [*sets[reward_set], *(Reward(*load_custom_reward(spec, calls)) for spec in custom)]
     names = [reward.name for reward in rewards]
     if not names:
         raise ValueError(
@@ -248,6 +252,30 @@ def try_rewards(
             **batch,
             **passed,
         )
+    left_out(rewards, len(texts))
+
+
+def left_out(rewards: Sequence[Reward], total: int) -> tuple[set[int], list[str]]:
+    """Return the positions of the completions that a reward of the user's could not score in the
+    last call, and a sentence for each such reward.
+
+    Raises:
+        RewardError: a reward could score none of the completions, `total` in number.
+    """
+    rows: set[int] = set()
+    notes = []
+    for reward in rewards:
+        if reward.left_out:
+            rows |= reward.left_out.keys()
+            reason = next(iter(reward.left_out.values()))
+            count = f"reward {reward.name!r} did not score {len(reward.left_out)} of {total}"
+            notes.append(f"{count} completions, which are left out of the step: {reason}")
+            if len(reward.left_out) == total:
+                raise RewardError(
+                    f"{count} completions ({reason}), so there is nothing to learn from: see that "
+                    "it answers, or raise --reward-timeout; then --resume a run that had begun"
+                )
+    return rows, notes
 
 
 def perfect(answer: str, task: Task = NUMBER_TASK) -> str:

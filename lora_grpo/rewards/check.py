@@ -16,8 +16,8 @@ from lora_grpo.rewards.builtin import (
     parse_reward_weights,
     reward_columns,
 )
+from lora_grpo.rewards.calls import RewardError
 from lora_grpo.rewards.corpus import Ranking, rank
-from lora_grpo.rewards.custom import RewardError
 
 SHOWN_ROWS = 10
 

@@ -20,7 +20,7 @@ from lora_grpo.memory.fit import describe_memory
 from lora_grpo.policy.adapter import METRICS, VALIDATION
 from lora_grpo.policy.checkpoints import KEPT_CHECKPOINTS, check_run
 from lora_grpo.report.page import REPORT, write_report
-from lora_grpo.rewards.custom import RewardError
+from lora_grpo.rewards.calls import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan, describe_plan, make_plan
 

@@ -34,6 +34,7 @@ from lora_grpo.policy.base import (
     resolve_model,
 )
 from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
+from lora_grpo.rewards.calls import Calls
 from lora_grpo.train.prepare import Data, prepare_data, read_training_data
 from lora_grpo.train.unused_settings import describe_unused, find_unused
 
@@ -258,7 +259,8 @@ def make_plan(config: TrainConfig) -> Plan:
 
     weights, length = parse_reward_weights(config.reward_weight), config.max_completion_length
     reading = read_training_data(config)
-    rewards = build_rewards(config.reward_set, config.reward, weights, length, reading.task)
+    calls = Calls(config.reward_workers, config.reward_timeout)
+    rewards = build_rewards(config.reward_set, config.reward, weights, length, reading.task, calls)
     run_dir = name_run(config)
     folder = resolve_model(
         config.model, config.revision, weights=not (config.dry_run or config.preview)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.config.presets import LOCATIONS
-from lora_grpo.config.train_config import END_SETTINGS, MEMORY_SETTINGS
+from lora_grpo.config.train_config import END_SETTINGS, MEMORY_SETTINGS, REWARD_CALLS
 from lora_grpo.policy.adapter import hash_weights, read_train_config
 from lora_grpo.policy.base import Placement
 from lora_grpo.train.plan import Plan
 
-FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes", *END_SETTINGS, *MEMORY_SETTINGS)
+FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes")
+FOLLOWED += (*END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS)
 FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
 # Entries of the record that must be the same in a resumed run, and the flags they belong to.
 SAME = {

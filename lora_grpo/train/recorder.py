@@ -148,6 +148,7 @@ def describe_step(batch: Batch, num_generations: int, logs: dict[str, Any]) -> d
     return {
         "reward": mean(batch.totals()),
         "rewards": {name: mean(scores) for name, scores in batch.rewards.items()},
+        "unscored_ratio": mean(total is None for total in batch.totals()),
         "correct": batch.correct(),
         "format": batch.formatted(),
         "completion_length": mean(batch.tokens),

@@ -47,7 +47,7 @@ from lora_grpo.results.card import write_adapter_card
 from lora_grpo.results.evaluate import evaluate_model
 from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, summarise
 from lora_grpo.rewards.builtin import reward_columns
-from lora_grpo.rewards.custom import RewardError
+from lora_grpo.rewards.calls import RewardError
 from lora_grpo.train.console import START_NAMES, Display
 from lora_grpo.train.difficulty import check_kept, train_on_solvable
 from lora_grpo.train.lengths import describe_truncation

@@ -4,7 +4,7 @@ The plan mentions those that the user set, and `train_config.json` records null 
 """
 
 from lora_grpo.config.presets import PRESETS
-from lora_grpo.config.train_config import TrainConfig, flag
+from lora_grpo.config.train_config import REWARD_CALLS, TrainConfig, flag
 from lora_grpo.data.sources import BUILT_IN
 from lora_grpo.machine.backend import Choice
 from lora_grpo.policy.base import Placement, is_local
@@ -37,6 +37,7 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
             ("scale_rewards",),
         ),
         (config.sft_steps == 0, "no --sft-steps", ("sft_learning_rate",)),
+        (not config.reward, "no --reward of your own", REWARD_CALLS),
         (by_steps, "--max-steps decides; --max-steps None takes epochs", ("num_train_epochs",)),
         (
             config.lr_scheduler_type == "constant",

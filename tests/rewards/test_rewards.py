@@ -15,7 +15,7 @@ from lora_grpo.rewards.builtin import (
     score,
     score_with,
 )
-from lora_grpo.rewards.custom import RewardError
+from lora_grpo.rewards.calls import RewardError
 from lora_grpo.tasks.numbers import last_number, same_number
 from lora_grpo.tasks.task import NUMBER_TASK
 
@@ -239,7 +239,6 @@ def test_custom_rewards_come_after_the_set(tmp_path: Path) -> None:
         ({"custom": ("rewards.txt:good",)}, "must name a .py file, got rewards.txt"),
         ({"custom": ("FILE:nope",)}, r"no function 'nope': it has good, correctness, slow, bare$"),
         ({"custom": ("FILE:Thing",)}, "no function 'Thing'"),
-        ({"custom": ("FILE:slow",)}, "is an async function: make it a plain `def`"),
         ({"custom": ("FILE:bare",)}, r"must end its parameters with \*\*columns"),
         ({"custom": ("FILE:good", "FILE:good")}, "gives the name 'good' twice"),
         ({"custom": ("FILE:correctness",)}, "gives the name 'correctness' twice"),

@@ -15,7 +15,7 @@ from lora_grpo.machine.hardware import GPU
 from lora_grpo.memory.fit import settle_unplanned
 from lora_grpo.memory.terms import GIB
 from lora_grpo.policy.base import EMBEDDED_FOLDER, Placement
-from lora_grpo.rewards.custom import RewardError
+from lora_grpo.rewards.calls import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import check_engine, describe_plan, make_plan
 from lora_grpo.train.provenance import provenance
