@@ -239,15 +239,10 @@ def normalise(question: str) -> str:
 
 
 def take_example(train: list[Problem], wanted: bool) -> tuple[list[Problem], Problem | None]:
-    """Set the first problem with a worked solution apart as the example, where one is wanted;
-    repeats of its question go too."""
-    if not wanted:
+    """Set the first problem with a worked solution apart as the example, where one is wanted, or
+    the first problem where none has one; repeats of its question go too."""
+    if not wanted or not train:
         return train, None
-    example = next((problem for problem in train if problem.solution), None)
-    if example is None:
-        raise ValueError(
-            "--one-shot needs a training row with a worked solution before ####, found none: leave "
-            "it out"
-        )
+    example = next((problem for problem in train if problem.solution), train[0])
     question = normalise(example.question)
     return [problem for problem in train if normalise(problem.question) != question], example

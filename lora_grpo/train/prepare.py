@@ -151,6 +151,11 @@ def prepare_data(
         test_split = f"held out of {reading.split} with seed {config.seed}"
     train, example = take_example(train, config.one_shot)
     style = replace(style, example=example)
+    if example and not example.solution:
+        sieve.notes.append(
+            "--one-shot: no row has a worked solution before ####, so the example's reasoning is "
+            "its answer alone"
+        )
     limits = (style, tokenizer, config.max_prompt_length)
     train, longest = drop_long(sieve, "train", train, *limits)
     test = drop_long(sieve, "test", test, *limits)[0][: config.num_eval_items]
