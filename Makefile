@@ -1,4 +1,4 @@
-# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-llmcompressor · test-trl-newest · test-gpu · lint · lock: each sets up what it needs, once.
+# make train [ARGS="--preset tiny"] · test · test-vllm · test-llamacpp · test-llmcompressor · test-trl-newest · test-trackers · test-gpu · lint · lock: each sets up what it needs, once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,8 +21,10 @@ LLMCOMPRESSOR_VENV ?= .venv-llmcompressor
 LLMCOMPRESSOR_STAMP := $(LLMCOMPRESSOR_VENV)/installed-llmcompressor
 TRL_NEWEST_VENV ?= .venv-trl-newest
 TRL_NEWEST_STAMP := $(TRL_NEWEST_VENV)/installed-trl-newest
+TRACKERS_VENV ?= .venv-trackers
+TRACKERS_STAMP := $(TRACKERS_VENV)/installed-trackers
 
-.PHONY: train test test-vllm test-llamacpp test-llmcompressor test-trl-newest test-gpu lint lock
+.PHONY: train test test-vllm test-llamacpp test-llmcompressor test-trl-newest test-trackers test-gpu lint lock
 .DEFAULT_GOAL := help
 
 help:
@@ -111,6 +113,19 @@ $(TRL_NEWEST_STAMP): requirements-cpu.txt requirements-trl-newest.txt constraint
 # The trainer on the newest TRL that the transformers backend supports.
 test-trl-newest: $(TRL_NEWEST_STAMP)
 	OMP_NUM_THREADS=1 $(TRL_NEWEST_VENV)/bin/python -m pytest tests/grpo tests/train -n auto --dist loadfile $(ARGS)
+
+$(TRACKERS_STAMP): requirements-cpu.txt requirements-trackers.txt constraints.txt pyproject.toml
+	@echo "installing the trackers of --report-to into $(TRACKERS_VENV)"
+	@test -x $(TRACKERS_VENV)/bin/python || $(PYTHON) -m venv $(TRACKERS_VENV)
+	@sed '/^-c/d' requirements-cpu.txt > .trackers-cpu.txt; sed -E '/^(pillow|cachetools|importlib-metadata)==/d' constraints.txt > .trackers-constraints.txt
+	@$(TRACKERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c .trackers-constraints.txt \
+		-r .trackers-cpu.txt -r requirements-trackers.txt; status=$$?; rm .trackers-*.txt; exit $$status
+	@$(TRACKERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Every tracker of --report-to for real: wandb offline, mlflow in a file.
+test-trackers: $(TRACKERS_STAMP)
+	OMP_NUM_THREADS=1 $(TRACKERS_VENV)/bin/python -m pytest tests/train/test_trackers.py -v $(ARGS)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest tests/gpu -vv -rs $(ARGS)

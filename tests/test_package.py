@@ -135,7 +135,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
                 imported.add(node.module.partition(".")[0])
     # These come with unsloth, vllm and llmcompressor.
     imported -= {"lora_grpo", "unsloth_zoo", "loguru", "compressed_tensors"}
-    distributions = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python"}
+    distributions = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "mlflow": "mlflow-skinny"}
     declared = {
         canonicalize_name(Requirement(text).name)
         for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())

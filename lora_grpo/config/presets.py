@@ -84,7 +84,7 @@ NEEDS_GPU = frozenset({"qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b
 # What a resumed run may change: its output, its length, and how memory is used.
 FREE_AT_RESUME = frozenset(
     {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS},
-)
+) | {"report_to"}
 # Paths whose contents the record knows by their hash or text; the paths themselves may change.
 LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
 

@@ -21,6 +21,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 Preset = Literal["tiny", "smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen3-0.6b"]
 Backend = Literal["auto", "unsloth", "transformers"]
 Rollout = Literal["auto", "vllm", "generate"]
+ReportTo = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 Level = Literal["token", "sequence"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -224,6 +225,8 @@ class TrainConfig:
     """Steps between those of which one completion is printed and all are recorded."""
     report_steps: int = 10
     """Refresh report.html every so many steps; it is also written at the end."""
+    report_to: tuple[ReportTo, ...] = ("none",)
+    """Trackers that get each step's figures too, one or several; none: the run's own files only."""
 
     def __post_init__(self) -> None:
         for words, allows, names in LIMITS:
@@ -235,6 +238,10 @@ class TrainConfig:
         self._check_problems()
         self._check_loss()
         self._check_update()
+        if not self.report_to or ("none" in self.report_to and len(self.report_to) > 1):
+            raise ValueError(
+                f"--report-to must name trackers, or none alone, got {' '.join(self.report_to)}"
+            )
 
     def _check_groups(self) -> None:
         if self.num_generations < 2:

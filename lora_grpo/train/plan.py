@@ -36,6 +36,7 @@ from lora_grpo.policy.base import (
 from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
 from lora_grpo.rewards.calls import Calls
 from lora_grpo.train.prepare import Data, prepare_data, read_training_data
+from lora_grpo.train.trackers import check_trackers
 from lora_grpo.train.unused_settings import describe_unused, find_unused
 
 if TYPE_CHECKING:
@@ -251,6 +252,7 @@ def make_plan(config: TrainConfig) -> Plan:
         FileExistsError, FileNotFoundError, ValueError: the message says what is wrong and what to
         do, in one sentence.
     """
+    check_trackers(config.report_to)
     gpu = find_gpu()
     choice = choose_machine(config, gpu)
     from transformers import TrainerState

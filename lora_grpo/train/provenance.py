@@ -16,7 +16,7 @@ from lora_grpo.train.plan import Plan
 
 FOLLOWED = ("steps", "max_steps", "predicted_memory_bytes")
 FOLLOWED += (*END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS)
-FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward")
+FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward", "report_to")
 # Entries of the record that must be the same in a resumed run, and the flags they belong to.
 SAME = {
     "system_prompt": "--system-prompt-file",

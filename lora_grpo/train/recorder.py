@@ -36,6 +36,7 @@ from lora_grpo.policy.adapter import (
 from lora_grpo.policy.checkpoints import BEST, list_checkpoints, rotate_checkpoints, step_of
 from lora_grpo.report.page import REPORT, write_report
 from lora_grpo.train.console import Display
+from lora_grpo.train.trackers import Trackers
 
 # A new loss scale is halved until float16 holds it: from 65,536 to 1 that takes 16 updates.
 SKIPPED_IN_A_ROW = 20
@@ -214,12 +215,15 @@ class Recorder(StopOnSignal):
         predicted_memory: int | None = None,
         peak_memory: PeakMemory | None = None,
         began: float | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         super().__init__()
         self.trainer, self.config, self.run_dir = trainer, config, run_dir
         self.display, self.validate = display, validate
         self.predicted_memory = predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
+        self.trackers = trackers
+        self.validated: dict[str, Any] | None = None  # in this step
         self.said: set[str] = set()  # the rules whose findings were printed
         self.started = self.step_seconds = 0.0
         # The seconds of the commands before this one count too.
@@ -236,7 +240,7 @@ class Recorder(StopOnSignal):
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.started = time.perf_counter()
+        self.started, self.validated = time.perf_counter(), None
         self.trainer.step = StepState(self.trainer.step.batch)
 
     def on_pre_optimizer_step(
@@ -292,9 +296,13 @@ class Recorder(StopOnSignal):
             }
         )
         append_jsonl(self.run_dir / METRICS, [row])
-        if state.global_step % self.config.log_completions_steps == 0:
-            append_jsonl(self.run_dir / COMPLETIONS, batch.rows(state.global_step))
+        logged = state.global_step % self.config.log_completions_steps == 0
+        completions = batch.rows(state.global_step) if logged else []
+        if completions:
+            append_jsonl(self.run_dir / COMPLETIONS, completions)
         self.display.step(row, batch, state.max_steps, self.config.log_completions_steps)
+        if self.trackers:
+            self.trackers.step(row, self.validated, completions)
         if state.global_step < state.max_steps:
             self.look_at_run(state.global_step)
 
@@ -311,7 +319,7 @@ class Recorder(StopOnSignal):
 
     def keep_best(self, step: int) -> None:
         """Evaluate on the validation problems; save the adapter if no earlier step did better."""
-        row = {"step": step, **self.validate()}
+        self.validated = row = {"step": step, **self.validate()}
         earlier = [rank(found) for found in read_jsonl(self.run_dir / VALIDATION)]
         kept = rank(row) >= max(earlier, default=(-1.0, -1.0))
         if kept:

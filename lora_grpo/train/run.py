@@ -62,6 +62,7 @@ from lora_grpo.train.recorder import (
     stop_on_signals,
 )
 from lora_grpo.train.start import prepare_start
+from lora_grpo.train.trackers import Trackers
 
 # `.base_items.jsonl` and so on, until the end, so that a resumed run need not repeat them.
 ITEMS = "_items.jsonl"
@@ -207,6 +208,7 @@ def optimise(
     display: Display,
     peak_memory: PeakMemory | None = None,
     began: float | None = None,
+    trackers: Trackers | None = None,
 ) -> int:
     """Make the remaining steps, and return the number of the last one.
 
@@ -232,6 +234,7 @@ def optimise(
         plan.memory.peak_bytes if plan.memory else None,
         peak_memory,
         began,
+        trackers,
     )
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
@@ -302,6 +305,24 @@ def removed_if_never_started(plan: Plan) -> Iterator[None]:
         raise
 
 
+def write_results(
+    plan: Plan, models: dict[str, list[Item]], steps: int, best: int
+) -> dict[str, Any]:
+    """Write the evaluation and the card, and return the contents of `eval.json`."""
+    run_dir = plan.run_dir
+    report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
+    report |= {"best_step": best, "steps": steps}
+    if steps < plan.steps:
+        report["ended_early"] = reason_ended(plan.config, run_dir)
+    items = build_eval_items(plan.data.test, models, plan.data.style.task)
+    write_jsonl(run_dir / EVAL_ITEMS, items)
+    write_json(run_dir / EVAL, report)
+    write_adapter_card(run_dir)
+    for path in run_dir.glob(f".*{ITEMS}"):
+        path.unlink()
+    return report
+
+
 def train(plan: Plan, display: Display) -> dict[str, Any]:
     """Do the run, or the rest of it, and return the contents of `eval.json`.
 
@@ -316,22 +337,16 @@ def train(plan: Plan, display: Display) -> dict[str, Any]:
     with open_training_policy(plan) as policy:
         trainer = build_trainer(plan, policy, record, display)
         open_run(plan, record)
-        with removed_if_never_started(plan):
+        say, warn = display.say, display.say_always
+        trackers = Trackers(run_dir, plan.config.report_to, trainer.args, record, say, warn)
+        with removed_if_never_started(plan), trackers:
             models = models_before(plan, policy, trainer, display)
             if plan.config.difficulty_filter:
                 train_on_solvable(plan, record, policy, trainer, display)
             display.begin(explain=plan.config.resume is None)
-            steps = optimise(plan, policy, trainer, display, peak_memory, began)
-        best = keep_adapters(plan, trainer, steps)
-        models["adapter"] = evaluate_problems(plan, policy, "evaluating the adapter", display)
-    report = build_evaluation(plan.data.test_name, plan.data.test_split, models)
-    report |= {"best_step": best, "steps": steps}
-    if steps < plan.steps:
-        report["ended_early"] = reason_ended(plan.config, run_dir)
-    items = build_eval_items(plan.data.test, models, plan.data.style.task)
-    write_jsonl(run_dir / EVAL_ITEMS, items)
-    write_json(run_dir / EVAL, report)
-    write_adapter_card(run_dir)
-    for path in run_dir.glob(f".*{ITEMS}"):
-        path.unlink()
+            steps = optimise(plan, policy, trainer, display, peak_memory, began, trackers)
+            best = keep_adapters(plan, trainer, steps)
+            models["adapter"] = evaluate_problems(plan, policy, "evaluating the adapter", display)
+            report = write_results(plan, models, steps, best)
+            trackers.result(report)
     return report
