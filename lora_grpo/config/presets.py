@@ -86,7 +86,7 @@ FREE_AT_RESUME = frozenset(
     {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS},
 ) | {"report_to"}
 # Paths whose contents the record knows by their hash or text; the paths themselves may change.
-LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file"})
+LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file", "task_file"})
 
 # Schedules whose every rate depends on the number of steps.
 FALLING = ("linear", "cosine")
@@ -184,13 +184,14 @@ def absolute_reward(spec: str) -> str:
 
 def resolve_flags(config: Config) -> Config:
     """Make local paths absolute and let repeated flags override by name."""
-    prompt = config.system_prompt_file
+    prompt, task = config.system_prompt_file, config.task_file
     return dataclasses.replace(
         config,
         model=absolute(config.model),
         dataset=absolute(config.dataset),
         eval_dataset=config.eval_dataset and absolute(config.eval_dataset),
         system_prompt_file=prompt and Path(absolute(str(prompt))),
+        task_file=task and Path(absolute(str(task))),
         reward=keep_last(map(absolute_reward, config.reward), moved=config.resume is not None),
         reward_weight=keep_last(config.reward_weight),
     )

@@ -101,6 +101,10 @@ class TrainConfig:
     """Column of the gold answer; by default a usual name, such as answer or solution."""
     task: TaskName = "auto"
     """What an answer is; auto chooses from the gold answers where they leave no doubt."""
+    task_file: Path | None = None
+    """Your own task: a .py file with parse and same, or with a reward alone (docs/tasks.md)."""
+    accuracy_threshold: float = 1.0
+    """With a --task-file that has only a reward: what a right answer earns of it, at least."""
     decimal_separator: DecimalSeparator = "auto"
     """How gold answers write decimals: auto is comma where they can be read in no other way."""
     system_prompt_file: Path | None = None
@@ -234,6 +238,7 @@ class TrainConfig:
                 value = getattr(self, name)
                 if value is not None and not allows(value):
                     raise ValueError(f"{flag(name)} must be {words}, got {value}")
+        check_task(self.task, self.task_file)
         self._check_groups()
         self._check_problems()
         self._check_loss()
@@ -390,6 +395,14 @@ class TrainConfig:
     def max_sequence_length(self) -> int:
         """Tokens of the longest prompt with the longest completion."""
         return self.max_prompt_length + self.max_completion_length
+
+
+def check_task(task: str, task_file: Path | None) -> None:
+    """Raise a ValueError unless a task of one's own and its file go together."""
+    if task == "own" and task_file is None:
+        raise ValueError("--task own needs --task-file FILE, with parse, same or reward in it")
+    if task_file is not None and task not in ("own", "auto"):
+        raise ValueError(f"--task-file {task_file} is a task of its own: leave --task {task} out")
 
 
 LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [

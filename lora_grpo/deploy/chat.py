@@ -111,7 +111,7 @@ def chat(config: ChatConfig, stdin: TextIO | None = None) -> None:
     model = ChatModel(source, decoding, config.compare)
     for question in chain([first], questions):
         if config.json:
-            answered = to_json(question, model.answer(question), source.style.task)
+            answered = to_json(question, model.answer(question), source.task)
             print(json.dumps(answered), flush=True)
             continue
         if config.ask is None:

@@ -85,7 +85,7 @@ class ChatModel:
     @property
     def task(self) -> "Task":
         """What reads the answers."""
-        return self.source.style.task
+        return self.source.task
 
     def answer(self, question: str, say: Say = lambda side, text: None) -> dict[str, Completion]:
         """Return the completion of each side; `say` hears of it word by word.

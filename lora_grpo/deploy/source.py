@@ -12,11 +12,13 @@ from lora_grpo.machine.files import read_jsonl
 from lora_grpo.machine.folders import MODEL_FILE
 from lora_grpo.policy.adapter import CONFIG, EVAL_ITEMS, RunRecord, check_adapter, read_record
 from lora_grpo.policy.base import check_architecture, fit_padding, load_tokenizer
+from lora_grpo.tasks.task import NUMBER_TASK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lora_grpo.data.prompt import PromptStyle
+    from lora_grpo.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,16 @@ class ChatSource:
     @property
     def style(self) -> "PromptStyle":
         return self.record.fitted_style(self.tokenizer)
+
+    @property
+    def task(self) -> "Task":
+        """What reads the answers; where the file of the run's own task is gone, the answer tags."""
+        task = self.style.task
+        try:
+            task.check()
+        except (FileNotFoundError, ValueError):
+            return NUMBER_TASK
+        return task
 
     def describe(self) -> str:
         """Return what answers, in a few words."""

@@ -17,7 +17,7 @@ from lora_grpo.data.prompt import PLAIN, PromptStyle, fit_style
 from lora_grpo.machine.files import STAGED, read_json
 from lora_grpo.machine.folders import check_kind
 from lora_grpo.policy.base import EMBEDDED, EMBEDDED_FOLDER, resolve_model
-from lora_grpo.tasks.kinds import recall_task
+from lora_grpo.rewards.own_task import recall_task
 
 if TYPE_CHECKING:
     from peft import PeftModel

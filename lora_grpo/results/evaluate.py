@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lora_grpo.config.train_config import Rollout
+from lora_grpo.config.train_config import Rollout, check_task
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.problems import Problem, read_problems
 from lora_grpo.data.prompt import PromptStyle, build_messages, count_tokens, fit_style, render
@@ -47,8 +47,10 @@ from lora_grpo.results.scoring import (
     read_item,
 )
 from lora_grpo.rewards.builtin import build_rewards
+from lora_grpo.rewards.own_task import choose_by_flags
 from lora_grpo.rewards.usable import Sieve, keep_usable
-from lora_grpo.tasks.task import Task
+from lora_grpo.tasks.kinds import TaskName
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,6 +77,12 @@ class EvaluateConfig:
     """Column of the question, or several joined as body+question; by default a usual name."""
     answer_column: str | None = None
     """Column of the gold answer; by default a usual name, such as answer or solution."""
+    task: TaskName = "auto"
+    """What an answer is; by default the adapter's own task, or what the gold answers show."""
+    task_file: Path | None = None
+    """A task of your own, as in train_lora.py: a .py file with parse and same, or a reward."""
+    accuracy_threshold: float = 1.0
+    """With a --task-file that has only a reward: what a right answer earns of it, at least."""
     decimal_separator: DecimalSeparator = "auto"
     """How gold answers write decimals: auto is comma where they can be read in no other way."""
     num_items: int | None = None
@@ -97,6 +105,7 @@ class EvaluateConfig:
     """Write eval.json to this file, items and samples beside it; nothing is overwritten."""
 
     def __post_init__(self) -> None:
+        check_task(self.task, self.task_file)
         if self.adapter_dir is None and self.model is None:
             raise ValueError("give an adapter directory such as adapters/tiny, or --model")
         for name in ("num_items", "max_completion_length", "batch_size", "num_samples"):
@@ -159,11 +168,13 @@ def held_out_problems(
         FileNotFoundError, ValueError: no data, or none whose gold answer can be paid.
     """
     saved, rows = record.trained, read_jsonl(record.records / EVAL_ITEMS)
-    record.style.task.check()
+    task = choose_by_flags(config) or (record.style.task if saved else None)
+    if task is not None:
+        task.check()
     if config.dataset is None and rows:
         report = read_json(record.records / EVAL)
         problems = [read_item(row) for row in rows[: config.num_items]]
-        return problems, report["dataset"], report["split"], [], record.style.task
+        return problems, report["dataset"], report["split"], [], task or NUMBER_TASK
     dataset = config.dataset or saved.get("eval_dataset") or saved.get("dataset") or BUILT_IN
     known = saved if dataset in (saved.get("eval_dataset"), saved.get("dataset")) else {}
     separator = config.decimal_separator
@@ -175,7 +186,7 @@ def held_out_problems(
         config.question_column or known.get("question_column"),
         config.answer_column or known.get("answer_column"),
         decimal_separator=separator,
-        task=record.style.task if saved else None,
+        task=task,
     )
     sieve = Sieve(strict=False)
     problems = keep_usable(sieve, reading.split, reading, build_rewards(task=reading.task))
@@ -212,7 +223,7 @@ def prepare(config: EvaluateConfig) -> Examination:
         folder = resolve_model(config.model)
         record = read_record(folder)
     problems, dataset, split, notes, task = held_out_problems(config, record)
-    style = record.style
+    style = replace(record.style, task=task)
     if not record.trained:
         style = PromptStyle(task.system_prompt, task=task)
         notes.append(

@@ -1,13 +1,15 @@
 """Check rewards before training: rank the corpus, and run a dataset's gold answers through them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lora_grpo.data.problems import load_problems
+from lora_grpo.config.train_config import check_task
+from lora_grpo.data.problems import Problem, read_problems
 from lora_grpo.machine.terminal import make_console
 from lora_grpo.rewards.builtin import (
     Reward,
@@ -18,6 +20,9 @@ from lora_grpo.rewards.builtin import (
 )
 from lora_grpo.rewards.calls import RewardError
 from lora_grpo.rewards.corpus import Ranking, rank
+from lora_grpo.rewards.own_task import choose_by_flags
+from lora_grpo.tasks.kinds import TaskName
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 SHOWN_ROWS = 10
 
@@ -38,8 +43,15 @@ class CheckRewardsConfig:
     """Column with the question; found by its usual name if left out."""
     answer_column: str | None = None
     """Column with the gold answer; found by its usual name if left out."""
+    task: TaskName = "auto"
+    """What an answer is; auto is what the gold answers show, or number without --dataset."""
+    task_file: Path | None = None
+    """Your own task, as in train_lora.py: a .py file with parse and same, or a reward."""
+    accuracy_threshold: float = 1.0
+    """With a --task-file that has only a reward: what a right answer earns of it, at least."""
 
     def __post_init__(self) -> None:
+        check_task(self.task, self.task_file)
         if self.dataset is None and (self.question_column or self.answer_column):
             raise ValueError("--question-column and --answer-column need --dataset FILE")
 
@@ -53,18 +65,21 @@ def check_rewards(config: CheckRewardsConfig) -> bool:
         ValueError: a flag, a reward or the data cannot be used.
     """
     weights = parse_reward_weights(config.reward_weight)
-    rewards = build_rewards(config.reward_set, config.reward, weights)
-    columns = (config.question_column, config.answer_column)
-    problems = [] if config.dataset is None else load_problems(config.dataset, "train", *columns)
+    task, why, problems = find_problems(config)
+    rewards = build_rewards(config.reward_set, config.reward, weights, task=task)
     row = next(iter(reward_columns(problems[:1]).values()), {})
     try:
-        ranking = rank(rewards, config.reward_set, row)
-        unpaid = find_unpaid(problems, rewards)
+        unpaid = find_unpaid(problems, rewards, task)
+        paid = next((problem for problem in problems if problem not in unpaid), None)
+        ranking = rank(rewards, config.reward_set, row, task, paid)
     except RewardError as error:
         raise ValueError(str(error)) from error
-    print_scores(rewards, ranking)
-    lines = ranking_lines(ranking)
-    if config.dataset is not None and not ranking.rules:
+    if ranking.scores:
+        print_scores(rewards, ranking)
+    lines = [f"task: {task.name} ({why})", *ranking_lines(ranking, task)]
+    if config.dataset is not None and not task.reads_tags:
+        lines.append("gold answers: not checked, the task reads more than the answer tags")
+    elif config.dataset is not None and not ranking.rules:
         lines.append("gold answers: not checked, the rewards include no `correctness`")
     elif config.dataset is not None:
         paid = f"{len(problems) - len(unpaid)} of {len(problems)}"
@@ -74,6 +89,18 @@ def check_rewards(config: CheckRewardsConfig) -> bool:
             lines.append(f"  and {len(unpaid) - SHOWN_ROWS} more")
     print("\n".join(lines))
     return not ranking.violations and not unpaid
+
+
+def find_problems(config: CheckRewardsConfig) -> tuple[Task, str, list[Problem]]:
+    """Return the task, why it is that one, and the problems of the dataset, if one is given."""
+    asked = choose_by_flags(config)
+    if config.dataset is None:
+        task = asked or NUMBER_TASK
+        task.check()
+        return task, "asked for by --task" if asked else "no --dataset is given", []
+    columns = (config.question_column, config.answer_column)
+    reading = read_problems(config.dataset, "train", *columns, task=asked)
+    return reading.task, reading.why_task, reading.problems
 
 
 def print_scores(rewards: list[Reward], ranking: Ranking) -> None:
@@ -93,7 +120,9 @@ def print_scores(rewards: list[Reward], ranking: Ranking) -> None:
     make_console().print(table)
 
 
-def ranking_lines(ranking: Ranking) -> list[str]:
+def ranking_lines(ranking: Ranking, task: Task) -> list[str]:
+    if not task.reads_tags:
+        return ["ranking: not checked, the task reads more than the answer tags"]
     if not ranking.rules:
         return ["ranking: not checked, the rewards include no `correctness`"]
     verdict = f"{len(ranking.violations)} violations" if ranking.violations else "right"

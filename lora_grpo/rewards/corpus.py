@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import build_messages
 from lora_grpo.rewards.builtin import Reward, score_with
-from lora_grpo.tasks.task import NUMBER_TASK
+from lora_grpo.rewards.tricks import Tricks, make_tricks
+from lora_grpo.tasks.task import NUMBER_TASK, Task
 
 Standing = Literal["right", "loose", "flawed", "tagless"]
 QUESTION = "How many is that?"
@@ -20,7 +22,7 @@ NEAR = 1e-9
 
 OUTRANKS = "every correct, well-formed completion outranks every other one"
 OUTRANKS_IN_LAYOUT = "every correct completion in the prompt's layout outranks every flawed one"
-UNPAID = "a number without tags is paid nothing"
+UNPAID = "an answer without tags is paid nothing"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def lay_out(answer: str, reasoning: str = REASONING) -> str:
     return NUMBER_TASK.write(reasoning, answer)
 
 
+NUMBER_TRICKS = Tricks({}, {}, "73")  # whose answers have gold answers of their own
 RIGHT_ANSWERS = (
     ("Unicode minus", "\u22123", "-3"),
     ("answered 1,200", "1,200", "1200"),
@@ -83,86 +86,126 @@ WRONG_ANSWERS = (
     ("division 72/0", "72/0", "72"),
     ("number of 5,000 digits", "9" * 5_000, "72"),
 )
-# Completions of a problem whose gold answer is 72.
-PERFECT = lay_out("72")
-ANSWER_BLOCK = NUMBER_TASK.write_answer("72")
-REASONING_BLOCK = PERFECT.removesuffix(f"\n{ANSWER_BLOCK}")
-RIGHT = {
-    "perfect": PERFECT,
-    "many lines": lay_out("72", "Half of 48 is 24.\n\nThen:\n48 + 24 = 72"),
-    "white space around": f"\n\n  {PERFECT}\n\n",
-    "a megabyte of reasoning": lay_out("72", MEGABYTE),
-}
-LOOSE = {
-    "all on one line": PERFECT.replace("\n", ""),
-    "blank lines between": PERFECT.replace("\n", "\n\n"),
-}
-FLAWED = {
-    "empty": "",
-    "empty reasoning": lay_out("72", ""),
-    "no line in the reasoning": f"<reasoning>\n</reasoning>\n{ANSWER_BLOCK}",
-    "blank reasoning": lay_out("72", " \t\n "),
-    "blank answer": lay_out(" "),
-    "no reasoning block": ANSWER_BLOCK,
-    "no answer block": REASONING_BLOCK,
-    "answer before reasoning": f"{ANSWER_BLOCK}\n{REASONING_BLOCK}",
-    "answer inside reasoning": f"<reasoning>\n{REASONING}\n{ANSWER_BLOCK}\n</reasoning>",
-    "nested tags": lay_out("<answer>72</answer>"),
-    "two answers": f"{PERFECT}\n<answer>\n73\n</answer>",
-    "two equal answers": f"{PERFECT}\n{ANSWER_BLOCK}",
-    "two whole completions": f"{PERFECT}\n{PERFECT}",
-    "text before": f"Sure!\n{PERFECT}",
-    "text after the answer": f"{PERFECT}\nI hope this helps!",
-    "truncated in the reasoning": PERFECT[: len(PERFECT) // 3],
-    "truncated in the answer": PERFECT[: PERFECT.index("72") + 2],
-    "truncated in the last tag": PERFECT[:-4],
-    "closing tag first": PERFECT.replace("<answer>", "</answer>", 1),
-    "capital tags": PERFECT.upper(),
-    "tags repeated 1,000 times": PERFECT * 1_000,
-    "opening tags 1,000 times": "<reasoning>\n" * 1_000 + "<answer>\n" * 1_000 + "72",
-}
-TAGLESS = {
-    "no tags, number alone": "72",
-    "no tags, worked": f"{REASONING}\n72",
-    "no tags, sentence": "The answer is 72.",
-    "no tags, GSM8K's mark": f"{REASONING}\n#### 72",
-    "no tags, boxed": r"So we get \boxed{72}.",
-    "no tags, a megabyte of text": MEGABYTE + "72",
-}
 
 
-def build_corpus() -> list[Case]:
-    """Return every case, the right ones first."""
+def right_forms(gold: str) -> dict[str, str]:
+    """Return completions as the prompt asks for them."""
+    perfect = lay_out(gold)
+    return {
+        "perfect": perfect,
+        "many lines": lay_out(gold, "Half of 48 is 24.\n\nThen:\n48 + 24 = 72"),
+        "white space around": f"\n\n  {perfect}\n\n",
+        "a megabyte of reasoning": lay_out(gold, MEGABYTE),
+    }
 
-    def answers(cases: Sequence[tuple[str, str, str]], standing: Standing) -> list[Case]:
-        return [Case(name, lay_out(written), gold, standing) for name, written, gold in cases]
+
+def loose_forms(gold: str) -> dict[str, str]:
+    """Return completions in other white space."""
+    perfect = lay_out(gold)
+    return {
+        "all on one line": perfect.replace("\n", ""),
+        "blank lines between": perfect.replace("\n", "\n\n"),
+    }
+
+
+def flawed_forms(gold: str, other: str) -> dict[str, str]:
+    """Return completions in other layouts; `other` is a wrong answer."""
+    perfect, block = lay_out(gold), NUMBER_TASK.write_answer(gold)
+    return {
+        "empty": "",
+        "empty reasoning": lay_out(gold, ""),
+        "no line in the reasoning": f"<reasoning>\n</reasoning>\n{block}",
+        "blank reasoning": lay_out(gold, " \t\n "),
+        "blank answer": lay_out(" "),
+        "no reasoning block": block,
+        "no answer block": perfect.removesuffix(f"\n{block}"),
+        "answer before reasoning": f"{block}\n{perfect.removesuffix(block)}",
+        "answer inside reasoning": f"<reasoning>\n{REASONING}\n{block}\n</reasoning>",
+        "nested tags": lay_out(f"<answer>{gold}</answer>"),
+        "two answers": f"{perfect}\n<answer>\n{other}\n</answer>",
+        "two equal answers": f"{perfect}\n{block}",
+        "two whole completions": f"{perfect}\n{perfect}",
+        "text before": f"Sure!\n{perfect}",
+        "text after the answer": f"{perfect}\nI hope this helps!",
+        "truncated in the reasoning": perfect[: len(perfect) // 3],
+        "truncated in the answer": perfect[: perfect.rindex(gold) + len(gold)],
+        "truncated in the last tag": perfect[:-4],
+        "closing tag first": perfect.replace("<answer>", "</answer>", 1),
+        "capital tags": perfect.upper(),
+        "tags repeated 1,000 times": perfect * 1_000,
+        "opening tags 1,000 times": "<reasoning>\n" * 1_000 + "<answer>\n" * 1_000 + gold,
+    }
+
+
+def tagless_forms(gold: str) -> dict[str, str]:
+    """Return completions without tags."""
+    return {
+        "no tags, answer alone": gold,
+        "no tags, worked": f"{REASONING}\n{gold}",
+        "no tags, sentence": f"The answer is {gold}.",
+        "no tags, GSM8K's mark": f"{REASONING}\n#### {gold}",
+        "no tags, boxed": rf"So we get \boxed{{{gold}}}.",
+        "no tags, a megabyte of text": MEGABYTE + gold,
+    }
+
+
+def build_corpus(
+    gold: str = "72", answers: Tricks = NUMBER_TRICKS, written: str | None = None
+) -> list[Case]:
+    """Return every case, the right ones first: each layout with the gold answer as it is `written`,
+    and each tricky answer in the right layout."""
+    plain = gold if written is None else written
 
     def forms(cases: dict[str, str], standing: Standing) -> list[Case]:
-        return [Case(name, completion, "72", standing) for name, completion in cases.items()]
+        return [Case(name, completion, gold, standing) for name, completion in cases.items()]
+
+    def laid_out(cases: dict[str, str], standing: Standing) -> list[Case]:
+        return forms({name: lay_out(answer) for name, answer in cases.items()}, standing)
+
+    def numbers(cases: Sequence[tuple[str, str, str]], standing: Standing) -> list[Case]:
+        if answers is not NUMBER_TRICKS:
+            return []
+        return [Case(name, lay_out(one), gold, standing) for name, one, gold in cases]
 
     return [
-        *forms(RIGHT, "right"),
-        *answers(RIGHT_ANSWERS, "right"),
-        *forms(LOOSE, "loose"),
-        *answers(WRONG_ANSWERS, "flawed"),
-        *forms(FLAWED, "flawed"),
-        *forms(TAGLESS, "tagless"),
+        *forms(right_forms(plain), "right"),
+        *laid_out(answers.right, "right"),
+        *numbers(RIGHT_ANSWERS, "right"),
+        *forms(loose_forms(plain), "loose"),
+        *laid_out(answers.wrong, "flawed"),
+        *numbers(WRONG_ANSWERS, "flawed"),
+        *forms(flawed_forms(plain, answers.other), "flawed"),
+        *forms(tagless_forms(plain), "tagless"),
     ]
 
 
-def rank(rewards: list[Reward], reward_set: str, row: dict[str, Any] | None = None) -> Ranking:
+def rank(
+    rewards: list[Reward],
+    reward_set: str,
+    row: dict[str, Any] | None = None,
+    task: Task = NUMBER_TASK,
+    problem: Problem | None = None,
+) -> Ranking:
     """Score the corpus and check the rules that apply to this set.
 
     The first rule needs a reward named `correctness`. In the `classic` set, which pays for line
     breaks, `loose` completions are left out of it. The second is for the `default` set. Rewards of
     the user's own are there to pay for something else: the rules hold without them, and what they
-    change is remarked. `row` holds the columns of a row of the data, for rewards that ask.
+    change is remarked. `row` holds the columns of a row of the data, for rewards that ask; except
+    for numbers, the tricky answers are to `problem`, or to a made-up one. Nothing is checked of a
+    task that reads more of a completion than its answer tags.
     """
-    columns = {**(row or {}), "prompts": build_messages(QUESTION), "question": QUESTION}
+    if not task.reads_tags:
+        return Ranking([], [], [], [])
+    question, cases = QUESTION, build_corpus()
+    if task is not NUMBER_TASK:
+        chosen, answers = make_tricks(task, problem)
+        question = chosen.question
+        cases = build_corpus(chosen.answer, answers, task.write_gold(chosen.answer))
+    columns = {**(row or {}), "prompts": build_messages(question), "question": question}
     columns.pop("answer", None)
     scores = [
-        (case, score_with(rewards, case.completion, case.answer, **columns))
-        for case in build_corpus()
+        (case, score_with(rewards, case.completion, case.answer, **columns)) for case in cases
     ]
     rules = []
     if any(reward.name == "correctness" for reward in rewards):

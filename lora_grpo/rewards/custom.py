@@ -50,13 +50,13 @@ def parse_weight(flag: str, text: str, spec: str) -> float:
     return weight
 
 
-def import_file(path: Path) -> tuple[ModuleType, str]:
+def import_file(path: Path, flag: str = "--reward") -> tuple[ModuleType, str]:
     """Return the module and the SHA-256 of its file."""
     if path.suffix != ".py":
-        raise ValueError(f"--reward must name a .py file, got {path}")
+        raise ValueError(f"{flag} must name a .py file, got {path}")
     if not path.is_file():
         raise FileNotFoundError(
-            f"--reward {path} does not exist: check the path (relative to {Path.cwd()})"
+            f"{flag} {path} does not exist: check the path (relative to {Path.cwd()})"
         )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     # Two files of one name are two modules.
@@ -66,11 +66,13 @@ def import_file(path: Path) -> tuple[ModuleType, str]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--reward {path} cannot be imported: {describe_error(error)}") from error
+        raise ValueError(f"{flag} {path} cannot be imported: {describe_error(error)}") from error
     return module, sha256
 
 
-def find_function(module: ModuleType, path: str, name: str) -> Callable[..., Any]:
+def find_function(
+    module: ModuleType, path: str, name: str, flag: str = "--reward"
+) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function) or inspect.isclass(function):
         own = [
@@ -79,12 +81,12 @@ def find_function(module: ModuleType, path: str, name: str) -> Callable[..., Any
             if inspect.isfunction(value) and value.__module__ == module.__name__
         ]
         raise ValueError(
-            f"--reward {path} has no function {name!r}: it has {', '.join(own) or 'none'}"
+            f"{flag} {path} has no function {name!r}: it has {', '.join(own) or 'none'}"
         )
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ValueError(
-            f"--reward {path}:{name} must end its parameters with **columns: "
+            f"{flag} {path}:{name} must end its parameters with **columns: "
             "the trainer passes every column of the dataset"
         )
     return function

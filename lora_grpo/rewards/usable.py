@@ -28,13 +28,15 @@ def check_prompt(
         ValueError: it asks for other tags, or for no answer tags.
     """
     paid = {reward.name for reward in rewards if reward.sha256 is None and reward.weight}
-    paid -= READ_NOTHING
+    paid -= READ_NOTHING if task.reads_tags else {*READ_NOTHING, "correctness"}
     needed = task.tags if paid - READ_ANSWER else task.answer
     missing = [tag for tag in needed if tag not in prompt]
     others = [f"<{name}>" for name in PAIR_OF_TAGS.findall(prompt) if f"<{name}>" not in task.tags]
     if not missing or (has_example and not others):
         return []
     lacks = f"--system-prompt-file {path} does not contain {' '.join(missing)}"
+    if not paid and not task.reads_tags:
+        return []
     if not paid:
         return [f"{lacks}: strict accuracy and the best step count only what stands in these tags"]
     unpaid = paid if set(task.answer) & set(missing) else paid - READ_ANSWER

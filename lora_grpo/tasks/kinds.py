@@ -1,6 +1,6 @@
 """The tasks by name, as `--task` and the record of a run name them."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from lora_grpo.tasks.choice import CHOICE_TASK
 from lora_grpo.tasks.latex import MATH_TASK
@@ -8,7 +8,7 @@ from lora_grpo.tasks.reasoning_gym import REASONING_GYM
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 from lora_grpo.tasks.text import TEXT_TASK
 
-TaskName = Literal["auto", "number", "choice", "text", "math", "reasoning-gym"]
+TaskName = Literal["auto", "number", "choice", "text", "math", "own", "reasoning-gym"]
 TASKS: dict[str, Task] = {
     task.name: task for task in (NUMBER_TASK, CHOICE_TASK, TEXT_TASK, MATH_TASK, REASONING_GYM)
 }
@@ -17,8 +17,3 @@ TASKS: dict[str, Task] = {
 def find_task(name: str) -> Task | None:
     """Return the task of a name, None for `auto`, which is chosen from the gold answers."""
     return None if name == "auto" else TASKS[name]
-
-
-def recall_task(trained: dict[str, Any]) -> Task:
-    """Return the task that `train_config.json` records; older runs were of numbers."""
-    return find_task(trained.get("task") or NUMBER_TASK.name) or NUMBER_TASK

@@ -53,6 +53,17 @@ class Task:
     answer: Tags = ("<answer>", "</answer>")
 
     @property
+    def sha256(self) -> str | None:
+        """The hash of the file that the task comes from, None for a built-in one."""
+        return None
+
+    @property
+    def reads_tags(self) -> bool:
+        """Whether an answer is what stands between the answer tags, so that a gold answer there is
+        right."""
+        return True
+
+    @property
     def tags(self) -> tuple[str, ...]:
         """The four tags in the order of a completion."""
         return (*self.reasoning, *self.answer)

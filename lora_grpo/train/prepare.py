@@ -24,8 +24,8 @@ from lora_grpo.data.prompt import (
 )
 from lora_grpo.data.sources import list_splits
 from lora_grpo.rewards.builtin import Reward
+from lora_grpo.rewards.own_task import choose_by_flags
 from lora_grpo.rewards.usable import Sieve, check_prompt, keep_usable
-from lora_grpo.tasks.kinds import find_task
 from lora_grpo.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def read_training_data(config: TrainConfig) -> Reading:
     Raises:
         FileNotFoundError, ValueError: the data are missing or broken.
     """
-    separator, task = config.decimal_separator, find_task(config.task)
+    separator, task = config.decimal_separator, choose_by_flags(config)
     return read_data(config, config.dataset, "train", separator, task)
 
 

@@ -21,6 +21,7 @@ FOLLOWED += (*sorted(LOCATIONS), "base_model", "reward", "report_to")
 SAME = {
     "system_prompt": "--system-prompt-file",
     "rewards_sha256": "--reward",
+    "task_sha256": "--task-file",
     "base_sha256": "--model",
     "dataset_sha256": "--dataset",
     "columns_sha256": "--dataset",
@@ -84,6 +85,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "dataset_sha256": plan.data.sha256(),
         "columns_sha256": plan.data.columns_sha256() if own else None,
         "rewards_sha256": own,
+        "task_sha256": style.task.sha256,
         "system_prompt": style.system_prompt,
         "example": style.example.as_record() if style.example else None,
         "steps": plan.steps,

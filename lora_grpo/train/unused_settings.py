@@ -46,6 +46,7 @@ def find_unused(config: TrainConfig, choice: Choice, placement: Placement) -> di
         ),
         (config.num_validation_items == 0, "--num-validation-items is 0", ("eval_steps",)),
         (is_local(config.model), "the model is a local folder", ("revision",)),
+        (config.task_file is None, "no --task-file says what is right", ("accuracy_threshold",)),
         (built_in, "the problems are built in", ("question_column", "answer_column")),
     ]
     return {name: reason for unused, reason, names in rows if unused for name in names}

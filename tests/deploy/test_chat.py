@@ -214,6 +214,8 @@ def test_too_long_a_question_is_refused_and_the_next_is_answered(
 class Said:
     """Stands for a model that says given texts, so that what is drawn can be predicted."""
 
+    task = NUMBER_TASK
+
     def __init__(self, **texts: str) -> None:
         self.texts, self.sides = texts, tuple(texts)
 
