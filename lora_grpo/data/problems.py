@@ -26,6 +26,7 @@ from lora_grpo.data.columns import (
 )
 from lora_grpo.data.gold import DecimalSeparator
 from lora_grpo.data.options import find_option_columns
+from lora_grpo.data.procedural import write_solution
 from lora_grpo.data.sources import read_rows, resolve_split
 from lora_grpo.data.tables import Table
 from lora_grpo.tasks.choice import CHOICE_TASK
@@ -212,6 +213,7 @@ def take_procedural(
             number,
             row["question"].strip(),
             row["answer"].strip(),
+            write_solution(row),
             columns=row,
             source=row["answer"],
         )

@@ -119,6 +119,15 @@ def describe_sizes(generator: Generator, rows: list[dict[str, Any]], split: str)
     ]
 
 
+def write_solution(row: dict[str, Any]) -> str:
+    """Return what a worked example shows as the reasoning: the expression with its result, if the
+    problem is one, else that the answer is the answer. The generators give no worked solutions."""
+    expression, answer = row["metadata"].get("expression"), row["answer"].strip()
+    if isinstance(expression, str) and expression != answer:
+        return f"{expression} = {answer}"
+    return f"The answer is {answer}."
+
+
 @functools.lru_cache(maxsize=4)
 def read_procedural(dataset: str, split: str) -> Table:
     """Return the problems of a split, the generators' mixed in proportion to their sizes.

@@ -10,6 +10,8 @@ import pytest
 from dataset_files import write_rows
 
 from lora_grpo.data.problems import Reading, normalise, read_problems
+from lora_grpo.data.prompt import PromptStyle
+from lora_grpo.data.worked import write_completion
 from lora_grpo.tasks.reasoning_gym import REASONING_GYM, score
 from lora_grpo.tasks.task import NUMBER_TASK
 
@@ -43,6 +45,15 @@ def test_train_and_test_share_no_seed_and_no_question(name: str) -> None:
         for problem in reading.problems
     )
     assert train.task is REASONING_GYM and train.notes == ()
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_a_warm_up_and_an_example_find_a_solution(name: str) -> None:
+    problem = both(name + SIZES)[0].problems[0]
+    text = write_completion(problem, PromptStyle(task=REASONING_GYM))
+    assert text is not None and REASONING_GYM.is_right(text, problem.answer, problem.columns)
+    if name == "chain_sum":
+        assert f"{problem.columns['metadata']['expression']} = {problem.answer}" in text
 
 
 def test_a_small_space_is_shared_out_whatever_the_seed() -> None:
