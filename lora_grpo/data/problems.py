@@ -5,7 +5,7 @@ A dataset's name and a split go in; its rows become `Problem`s, by columns that 
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
@@ -152,14 +152,38 @@ def read_problems(
         table = read_rows(dataset, found)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{flag} {error}") from error
+    name = f"{flag} {dataset}"
     if dataset.startswith(PREFIX):
         named = (question_column or answer_column) is not None
-        return take_procedural(f"{flag} {dataset}", found, table, task, named)
+        return take_procedural(name, found, table, task, named)
     if task is REASONING_GYM:
         raise ValueError(
-            f"{flag} {dataset}: the task {task.name} judges only problems of its generators: use "
-            f"{flag} {PREFIX}NAME, or train with --task number"
+            f"{name}: the task {task.name} judges only problems of its generators: use {flag} "
+            f"{PREFIX}NAME, or train with --task number"
         )
+    reading = take_table(
+        name, found, table, question_column, answer_column, decimal_separator, task
+    )
+    if found == split:
+        return reading
+    instead = f"{dataset} has no {split} split: its {found} split stands for it"
+    return replace(reading, notes=(*reading.notes, instead))
+
+
+def take_table(
+    dataset: str,
+    split: str,
+    table: Table,
+    question_column: str | None,
+    answer_column: str | None,
+    decimal_separator: DecimalSeparator,
+    task: Task | None,
+) -> Reading:
+    """Return the problems of a table, by columns that are found or named.
+
+    Raises:
+        ValueError: a column that is not there, or a task that cannot be used.
+    """
     try:
         columns = list_columns(table.rows)
         question = find_question(columns, question_column)
@@ -167,12 +191,12 @@ def read_problems(
         options = find_option_columns(columns, [*question, *answer])
         kept, fields = read_fields_of(table.rows, question, answer, options)
     except ValueError as error:
-        raise ValueError(f"{flag} {dataset} {error}") from error
+        raise ValueError(f"{dataset} {error}") from error
     chosen, why = (task, "asked for by --task") if task else choose_task(fields)
     try:
         chosen.check()
     except ValueError as error:
-        raise ValueError(f"{flag} {dataset}: {why}: {error}") from error
+        raise ValueError(f"{dataset}: {why}: {error}") from error
     golds = read_golds(chosen, fields, decimal_separator)
     problems = to_problems(kept, fields, golds)
     blank = sorted(set(range(1, len(table.rows) + 1)) - {problem.row for problem in problems})
@@ -182,18 +206,8 @@ def read_problems(
     notes += unused_context(
         columns, question, [*answer, *(options if chosen is CHOICE_TASK else ())]
     )
-    if found != split:
-        notes.append(f"{dataset} has no {split} split: its {found} split stands for it")
-    return Reading(
-        f"{flag} {dataset}",
-        found,
-        problems,
-        blank,
-        golds.decimal_separator,
-        tuple(notes),
-        chosen,
-        why,
-    )
+    separator = golds.decimal_separator
+    return Reading(dataset, split, problems, blank, separator, tuple(notes), chosen, why)
 
 
 def take_procedural(
