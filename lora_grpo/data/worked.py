@@ -60,8 +60,8 @@ def build_worked(
         raise ValueError(
             f"--sft-steps learns from worked solutions, and none of the {len(problems):,} training "
             "problems has one that fits between the tags (a worked solution is the text before "
-            "`#### answer`): leave it out, use --one-shot with a row that has one, or start from "
-            "an adapter that was fine-tuned elsewhere (--adapter)"
+            "`#### answer`): leave it out, show the format in the prompt with --one-shot, or start "
+            "from an adapter that was fine-tuned elsewhere (--adapter)"
         )
     prompts = [render(tokenizer, build_messages(p.question, style)) for p, _ in written]
     prompt_ids, completion_ids = (

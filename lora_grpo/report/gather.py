@@ -57,7 +57,7 @@ def gather_run(run_dir: Path, budget: int, runs: int = 1) -> Row:
         },
         "used": {name: trained.get(name) for name in USED},
         "evaluation": evaluation,
-        "kept_step": evaluation.get("best_step") or find_kept(run_dir),
+        "kept_step": evaluation.get("best_step", find_kept(run_dir)),
         "step": last.get("step", 0),
         "steps": trained.get("steps"),
         "minutes": sum(row.get("seconds") or 0 for row in metrics) / 60,

@@ -49,10 +49,12 @@ const MODEL_ROWS = [
   ["tokens per completion", (model) => model.mean_completion_tokens.toFixed(1)],
 ];
 const interval = ([low, high]) => `${(100 * low).toFixed(1)} to ${percent(high)}`;
-const modelsOf = (run) => Object.entries(run.evaluation).filter(([, value]) => value && value.ci95);
+const STAGES = { base: "base", sft: "after warm-up", start: "given adapter", adapter: "adapter" };
+const modelsOf = (run) => Object.keys(STAGES).filter((name) => run.evaluation[name]?.ci95).map((name) => [STAGES[name], run.evaluation[name]]);
+const isKept = (run) => typeof run.kept_step === "number";
 const costs = (run) => [
   ["steps", `${run.step} of ${run.steps ?? "–"}`],
-  ["kept adapter", run.kept_step ? `of step ${run.kept_step}` : "–"],
+  ["kept adapter", isKept(run) ? `of step ${run.kept_step}` : "–"],
   ["time in steps", `${run.minutes.toFixed(1)} min`],
   ["peak memory", gigabytes(run.peak_memory_bytes)],
   ["memory planned", gigabytes(run.predicted_memory_bytes)],
@@ -94,6 +96,7 @@ function compareRuns(place) {
   const rows = [
     ["verdict", (run) => bdi(run.verdict[0].split(":")[0])],
     ["base, strict", (run) => share(run.evaluation.base)],
+    ...["sft", "start"].filter((name) => runs.some((run) => run.evaluation[name])).map((name) => [`${STAGES[name]}, strict`, (run) => share(run.evaluation[name])]),
     ["adapter, strict", (run) => share(run.evaluation.adapter)],
     ["McNemar's p", (run) => number(run.evaluation.mcnemar_p)],
     ...costs(runs[0]).map(([label], at) => [label, (run) => costs(run)[at][1]]),
@@ -181,8 +184,9 @@ function drawChart(place, chart, lines) {
 }
 
 function markKept(plot) {
-  for (const [at, { kept_step: step }] of runs.entries()) {
-    if (!step) continue;
+  for (const [at, run] of runs.entries()) {
+    if (!isKept(run)) continue;
+    const step = run.kept_step;
     const x = plot.valToPos(step, "x", true), { top, height } = plot.bbox;
     plot.ctx.save();
     plot.ctx.strokeStyle = shade(runs.length > 1 ? `--c${at % 6}` : "--quiet");
@@ -198,7 +202,7 @@ function markKept(plot) {
 
 function showCurves() {
   const place = section("curves"), grid = el("div", { className: "charts" }), missing = [];
-  const kept = runs.filter((run) => run.kept_step).map((run) => run.kept_step).join(", ");
+  const kept = runs.filter(isKept).map((run) => run.kept_step).join(", ");
   place.append(el("p", { className: "quiet" },
     "Solid: completions sampled in training. Dashed, with points: greedy on the validation problems. Dotted: the base, greedy on the test problems. ",
     kept ? `Vertical line: the step whose adapter was kept (${kept}). ` : null,
@@ -298,7 +302,7 @@ function showGroup(group, matching) {
 function showItem(item) {
   return [el("h3", {}, ...runName(item), `test problem ${item.index + 1}: ${item.change}`),
     el("div", { className: "question", dir: "auto" }, visible(item.question)), gold(item),
-    el("div", { className: "cards" }, card(item.base, "base"), card(item.adapter, "adapter"))];
+    el("div", { className: "cards" }, ...Object.keys(STAGES).filter((name) => item[name]).map((name) => card(item[name], STAGES[name])))];
 }
 
 function browser(entries, filters, completionsOf, unit, show) {

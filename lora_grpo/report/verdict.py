@@ -3,6 +3,7 @@
 from typing import Any
 
 from lora_grpo.results.card import percent
+from lora_grpo.results.scoring import STARTS, find_start
 
 SURE = 0.05  # McNemar's p below which two models differ
 
@@ -18,11 +19,16 @@ def compare(run: dict[str, Any]) -> tuple[str, str]:
     if not {"base", "adapter"} <= found.keys():
         again = f"lora-grpo train --resume {place}"
         return describe_progress(run), f"Next: let it end; if it was stopped, {again} continues it."
-    base, adapter, p = found["base"], found["adapter"], found["mcnemar_p"]
+    start = find_start(found)
+    before, adapter = found[start], found["adapter"]
+    p = found["mcnemar_p" if start == "base" else f"mcnemar_p_{start}"]
     change = (
-        f"strict accuracy went from {accuracy(base)} to {accuracy(adapter)} on the same "
+        f"strict accuracy went from {accuracy(before)} to {accuracy(adapter)} on the same "
         f"{found['num_items']:,} problems (McNemar's p = {p:.2g})"
     )
+    if start != "base":
+        change += f", by GRPO alone: the first figure is {STARTS[start]}, the base's is "
+        change += accuracy(found["base"])
     if p >= SURE:
         steps = 2 * (run["steps"] or run["step"])
         return (
@@ -30,7 +36,7 @@ def compare(run: dict[str, Any]) -> tuple[str, str]:
             f"Next: train longer (lora-grpo train --resume {place} --max-steps {steps}) or compare "
             "on more problems (--num-eval-items).",
         )
-    if adapter["strict_accuracy"] < base["strict_accuracy"]:
+    if adapter["strict_accuracy"] < before["strict_accuracy"]:
         return (
             f"It got worse: {change}.",
             "Next: read the lost answers below, and train again with a lower --learning-rate.",

@@ -20,6 +20,7 @@ from lora_grpo.policy.vllm import RANKS, allowed_rank
 from lora_grpo.results.curves import CURVES, write_curves
 from lora_grpo.results.metadata import Kind, build_metadata, write_yaml
 from lora_grpo.results.records import Records, lora_rank, read_records, short_name
+from lora_grpo.results.scoring import find_start, list_models
 
 CARD = "README.md"
 SAMPLES_HEADING = "## Sample answers of the adapter"
@@ -34,6 +35,7 @@ EMBEDDED_IN_SHELL = (
 )
 # The settings that decided a run.
 SHOWN = [
+    *("adapter", "sft_steps", "sft_learning_rate"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "load_in_4bit", "dtype"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"),
     *("max_completion_length", "temperature", "top_p", "dynamic_sampling_rounds", "loss_type"),
@@ -102,6 +104,11 @@ def collect_values(folder: Path, records: Records, note: CardNote) -> dict[str, 
         "base": records.base,
         "trained": trained,
         "found": records.evaluation,
+        "stages": [
+            (words, records.evaluation[name])
+            for name, words in list_models(records.evaluation).items()
+        ],
+        "started": describe_start(records.evaluation),
         "pairs": [(item["base"]["strict"], item["adapter"]["strict"]) for item in items],
         "had_signal": not records.metrics or any(map(had_signal, records.metrics)),
         "is_lora": note.kind == "adapter" and records.adapter.get("peft_type") == "LORA",
@@ -119,9 +126,16 @@ def collect_values(folder: Path, records: Records, note: CardNote) -> dict[str, 
     }
 
 
+def describe_start(evaluation: dict[str, Any]) -> dict[str, float] | None:
+    """Return the paired test of the adapter and what GRPO started from, None for the base."""
+    p = evaluation.get(f"mcnemar_p_{find_start(evaluation)}")
+    return None if p is None else {"p": p}
+
+
 def list_settings(trained: dict[str, Any]) -> dict[str, str]:
     """Return the recorded settings that decided the run, as text by their name."""
     hidden = () if trained.get("dynamic_sampling") else ("dynamic_sampling_rounds",)
+    hidden += () if trained.get("sft_steps") else ("sft_steps",)
     texts = {name: describe(trained.get(name)) for name in SHOWN if name not in hidden}
     return {name: text for name, text in texts.items() if text}
 

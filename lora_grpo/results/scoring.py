@@ -15,6 +15,8 @@ from lora_grpo.data.problems import Problem
 from lora_grpo.policy.generate import Completion
 from lora_grpo.tasks.task import NUMBER_TASK, Task
 
+# What `eval.json` calls the model that GRPO started from if not from a fresh adapter, in words.
+STARTS = {"sft": "after warm-up", "start": "given adapter"}
 Z95 = 1.959963984540054
 
 
@@ -103,11 +105,22 @@ def build_evaluation(dataset: str, split: str, models: dict[str, Sequence[Item]]
     if {"base", "adapter"} <= models.keys():
         strict = [[item.strict for item in models[name]] for name in ("base", "adapter")]
         found["mcnemar_p"] = mcnemar_p(*strict)
-    for name in {"sft", "start"} & models.keys():  # what GRPO itself added
+    for name in STARTS.keys() & models.keys():  # what GRPO itself added
         found[f"mcnemar_p_{name}"] = mcnemar_p(
             *([item.strict for item in models[part]] for part in (name, "adapter"))
         )
     return found
+
+
+def list_models(report: dict[str, Any]) -> dict[str, str]:
+    """Return the models of an `eval.json` in the order of training, each with its name in words."""
+    names = {"base": "base", **STARTS, "adapter": "adapter"}
+    return {name: words for name, words in names.items() if name in report}
+
+
+def find_start(report: dict[str, Any]) -> str:
+    """Return what an `eval.json` calls the model that GRPO started from."""
+    return next((name for name in STARTS if name in report), "base")
 
 
 def build_eval_items(

@@ -21,6 +21,7 @@ from lora_grpo.diagnosis.rules import Finding
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.machine.terminal import can_redraw, make_console, printable
 from lora_grpo.memory.terms import GIB
+from lora_grpo.results.scoring import STARTS, list_models
 from lora_grpo.train.live import LiveView
 
 LINES = 50
@@ -200,6 +201,8 @@ class Display:
         why = ""
         if row:
             why = f", the best of {len(validation)} validated: {describe_validation(row)}"
+            if step == 0:
+                why += "; no step of GRPO did better than what it started from"
         if step != steps:
             why += f"; the adapter of step {steps} is in {run_dir / 'last'}"
         self.say(f"adapter of step {step} of {steps}: {run_dir}{why}")
@@ -218,19 +221,18 @@ class Display:
 
     def results(self, report: dict[str, Any]) -> None:
         """Print base and adapter side by side."""
-        models = [name for name in ("base", *START_NAMES, "adapter") if name in report]
+        models = list_models(report)
         name = f"{report['dataset']} ({report['split']})"
         self.say_always(f"{report['num_items']} problems of {name}, greedy")
         table = Table()
         table.add_column("")
-        for name in models:
-            label = START_NAMES.get(name, name) if "adapter" in models else "model"
-            table.add_column(label, justify="right")
+        for words in models.values():
+            table.add_column(words if "adapter" in models else "model", justify="right")
         for label, cell in ROWS:
             table.add_row(label, *(cell(report[name]) for name in models))
         if sampled := report.get("sampled"):
             table.add_section()
-            for figure in sampled[models[0]]["ci95"]:
+            for figure in sampled["base"]["ci95"]:
                 table.add_row(figure, *(with_interval(sampled[name], figure) for name in models))
         self.console.print(table)
         if "mcnemar_p" in report:
@@ -238,7 +240,7 @@ class Display:
                 "McNemar's exact test of adapter and base on the same items: "
                 f"p = {report['mcnemar_p']:.2g}"
             )
-        for name, words in START_NAMES.items():
+        for name, words in STARTS.items():
             if (p := report.get(f"mcnemar_p_{name}")) is not None:
                 self.console.print(f"the same of adapter and {words}: p = {p:.2g}")
         if sampled:
@@ -272,8 +274,6 @@ def describe_sampling(sampled: dict[str, Any]) -> str:
     )
 
 
-# What `eval.json` calls where GRPO started from, in words.
-START_NAMES = {"sft": "after warm-up", "start": "given adapter"}
 SHARES = ("correct", "format", "clipped_ratio", "frac_reward_zero_std")
 ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("strict accuracy", lambda model: percent(model["strict_accuracy"])),

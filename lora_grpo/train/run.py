@@ -45,10 +45,10 @@ from lora_grpo.policy.checkpoints import list_checkpoints, step_of
 from lora_grpo.policy.open import Policy, open_policy
 from lora_grpo.results.card import write_adapter_card
 from lora_grpo.results.evaluate import evaluate_model
-from lora_grpo.results.scoring import Item, build_eval_items, build_evaluation, summarise
+from lora_grpo.results.scoring import STARTS, Item, build_eval_items, build_evaluation, summarise
 from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.calls import RewardError
-from lora_grpo.train.console import START_NAMES, Display
+from lora_grpo.train.console import Display
 from lora_grpo.train.difficulty import check_kept, train_on_solvable
 from lora_grpo.train.lengths import describe_truncation
 from lora_grpo.train.plan import Plan
@@ -125,7 +125,7 @@ def models_before(
     prepare_start(plan, trainer, display)
     if start:
         models[start] = items_once(plan, policy, start, "evaluating the start", display)
-        display.before(START_NAMES[start], summarise(models[start]))
+        display.before(STARTS[start], summarise(models[start]))
     warning = describe_truncation(models[start or "base"], plan.config.max_completion_length)
     if warning:
         display.say_always(warning)

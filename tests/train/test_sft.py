@@ -21,6 +21,8 @@ from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PLAIN, build_messages
 from lora_grpo.data.worked import build_worked
+from lora_grpo.report.gather import gather_run
+from lora_grpo.report.verdict import compare
 from lora_grpo.train.sft import SupervisedTrainer, rows_at_once, sft_arguments
 
 WARM = {**SMALL, "sft_steps": 3, "sft_learning_rate": 3e-3, "max_steps": 4, "beta": 0.1}
@@ -201,3 +203,11 @@ def test_sigterm_within_the_warm_up_saves(children, warm_run: Path, tmp_path: Pa
     assert any((run / "start").glob("*")), "the stage was saved"
     finish(children, outcome, resume=run)
     assert contents(run) == contents(warm_run)
+
+
+def test_card_and_verdict_do_not_take_the_warm_up_for_grpo_s_work(warm_run: Path) -> None:
+    card = (warm_run / "README.md").read_text()
+    assert "| base | after warm-up | adapter |" in card
+    report = json.loads((warm_run / "eval.json").read_text())
+    outcome, _ = compare(gather_run(warm_run, 10**6))
+    assert f"p = {report['mcnemar_p_sft']:.2g}" in outcome and "after warm-up" in outcome
