@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from lora_grpo.cli import FUNCTIONS
@@ -143,3 +144,27 @@ def test_every_package_that_is_imported_is_declared() -> None:
     }
     for name in imported - sys.stdlib_module_names:
         assert canonicalize_name(distributions.get(name, name)) in declared, name
+
+
+def test_the_dockerfile_copies_what_is_there_and_runs_commands_that_exist() -> None:
+    """Without Docker: what it would be sent, copy and start is read from the files."""
+    docker = (ROOT / "Dockerfile").read_text()
+    sources = [
+        source for line in re.findall(r"^COPY (.*)$", docker, re.M) for source in line.split()[:-1]
+    ]
+    assert {*sources} >= {
+        "requirements.txt",
+        "requirements-cpu.txt",
+        "constraints.txt",
+        "lora_grpo",
+    }
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    sent = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert sent == {*sources} and all((ROOT / source).exists() for source in sources)
+    named = {Path(name).parts[0] for name in (PROJECT["readme"], *PROJECT["license-files"])}
+    assert named <= {*sources}, "the wheel could not be built"
+    assert json.loads(re.search(r"^ENTRYPOINT (.*)$", docker, re.M)[1]) == [*PROJECT["scripts"]]
+    started = json.loads(re.search(r"^CMD (.*)$", docker, re.M)[1])
+    assert {*started, *re.findall(r" lora-grpo (\w+) --preset", docker)} <= FUNCTIONS.keys()
+    python = re.search(r"^FROM python:([\d.]+)-", docker, re.M)[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python)

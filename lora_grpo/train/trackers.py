@@ -71,13 +71,14 @@ def public_settings(record: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Tracker:
     """An open tracker: transformers' callback of it with its arguments, where to look, and how to
-    send a table (if it has any) and to end the tracker's run as failed or not."""
+    send a table (if it has any), to end the tracker's run as failed or not, and to ask it back."""
 
     callback: "TrainerCallback"
     args: "TrainingArguments"
     where: str
     table: Callable[[int, list[dict[str, Any]]], None] | None = None
     close: Callable[[bool], None] = lambda failed: None
+    last_step: Callable[[], int] | None = None  # that it holds, where a kill can lose some
 
     def call(self, event: str, step: int, **more: Any) -> None:
         """Let transformers' callback do what it does at this event of a training."""
@@ -120,8 +121,11 @@ def open_trackio(run_dir: Path, args: "TrainingArguments") -> Tracker:
 
         trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
 
+    def last_step() -> int:
+        return trackio.context_vars.current_run.get()._next_step - 1
+
     shown = f"run {args.run_name}: trackio show --project {args.project}"
-    return Tracker(AtStep(), args, shown, table)
+    return Tracker(AtStep(), args, shown, table, last_step=last_step)
 
 
 def open_wandb(run_dir: Path, args: "TrainingArguments") -> Tracker:
@@ -254,6 +258,8 @@ class Trackers:
         with redirect_stdout(io.StringIO()):
             tracker = OPEN[name](self.run_dir, args)
             tracker.call("on_train_begin", 0)
+        if name in self.sent and tracker.last_step:
+            self.sent[name] = min(self.sent[name], tracker.last_step())
         return tracker
 
     @contextmanager
