@@ -14,8 +14,12 @@ from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.policy.adapter import WEIGHTS, read_step
 from lora_grpo.policy.checkpoints import list_checkpoints
 from lora_grpo.train.console import Display
-from lora_grpo.train.recorder import Recorder, best_step
-from lora_grpo.train.run import clear_leftovers, return_to_checkpoint
+from lora_grpo.train.recorder import (
+    Recorder,
+    best_step,
+    clear_leftovers,
+    return_to_checkpoint,
+)
 
 EVERY = 2  # steps from one validation, and one checkpoint, to the next
 
