@@ -64,6 +64,7 @@ class Display:
         self.known: set[str] = set()  # the figures that had a value in some step
         self.started = time.perf_counter()
         self.first_step: int | None = None
+        self.max_minutes: float | None = None
 
     def say(self, text: str) -> None:
         """Print a line, unless quiet."""
@@ -133,6 +134,8 @@ class Display:
         """Return a step's figures; one that no step of the run had yet has no column."""
         done = row["step"] - self.first_step + 1
         left = (time.perf_counter() - self.started) / done * (total - row["step"])
+        if self.max_minutes is not None:
+            left = min(left, max(0.0, 60 * self.max_minutes - row["elapsed_seconds"]))
         drawn = f" ({row['drawn_groups']} groups drawn)" if batch.dropped_completions else ""
         share = {name: percent(row.get(name)) for name in SHARES}
         speed = number(row.get("tokens_per_second_generate"), ".0f")

@@ -220,6 +220,7 @@ class Recorder(StopOnSignal):
         super().__init__()
         self.trainer, self.config, self.run_dir = trainer, config, run_dir
         self.display, self.validate = display, validate
+        display.max_minutes = config.max_minutes
         self.predicted_memory = predicted_memory
         self.peak_memory = peak_memory or PeakMemory(None)
         self.trackers = trackers
