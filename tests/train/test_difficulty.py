@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from killed_runs import SMALL, finish, kill_at, lines_of, start
 from run_directory import contents, read_rows
-from test_train import SMALL, children, finish, kill_at, lines_of, start  # noqa: F401
 
 from lora_grpo.config.presets import check_resume
 from lora_grpo.config.train_config import TrainConfig
@@ -31,7 +31,7 @@ def cached(home: Path) -> list[Path]:
     return [*home.glob(".difficulty/*.jsonl")]
 
 
-def test_kills_while_sampling_and_training_change_nothing(children, tmp_path: Path) -> None:  # noqa: F811
+def test_kills_while_sampling_and_training_change_nothing(children, tmp_path: Path) -> None:
     whole, parts, outcome = tmp_path / "whole", tmp_path / "parts", tmp_path / "outcome"
     finish(children, outcome, **FILTER, adapters_dir=whole)
     process = start(children, outcome, **FILTER, adapters_dir=parts)

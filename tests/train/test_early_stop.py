@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from killed_runs import SMALL
 from run_directory import contents, read_rows
-from test_train import SMALL
 
 from lora_grpo.config.presets import parse_train_config
 from lora_grpo.config.train_config import TrainConfig

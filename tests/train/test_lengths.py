@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_train import SMALL
+from killed_runs import SMALL
 
 from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.results.scoring import Item
