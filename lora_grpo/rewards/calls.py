@@ -11,7 +11,7 @@ import math
 import threading
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from lora_grpo.machine.terminal import FailedError
 
 Completion = str | list[dict[str, Any]]
 LONGEST_SHOWN = 300
+WAKE_SECONDS = 0.5
 LOGGERS = ("log_extra", "log_metric")  # TRL's, which number calls in the order they come
 
 
@@ -153,6 +154,9 @@ def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Return a coroutine's result; an interruption cancels it."""
     future = asyncio.run_coroutine_threadsafe(coroutine, event_loop())
     try:
+        # A signal that comes just before this thread sleeps is handled only when it wakes.
+        while not future.done():
+            wait([future], WAKE_SECONDS)
         return future.result()
     except BaseException:
         future.cancel()
