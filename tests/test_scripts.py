@@ -61,7 +61,7 @@ def test_dry_run_and_preview_load_and_write_nothing(tmp_path: Path) -> None:
     assert "num_generations = 4" in planned.stdout
     shown = run_here("train_lora.py", *FEW, "--preview", home=tmp_path)
     assert shown.stdout.count("<|im_start|>assistant") == 3
-    assert shown.stdout.count("gold answer") == 3
+    assert shown.stdout.count(", gold answer '") == 3
     assert list(tmp_path.iterdir()) == []
 
 

@@ -261,11 +261,13 @@ def test_what_was_shown_stays_and_nothing_of_the_text_is_lost(pieces: list[str])
     stages = [paint(completion[:end], finished=False).plain for end in range(len(completion) + 1)]
     for earlier, later in pairwise([*stages, paint(completion).plain]):
         assert later.startswith(earlier)
-    shown = "".join(text for _, text in split_parts(completion))
+    # A mark between the parts, so that two of them do not join to a tag.
+    completion = completion.replace("\0", "")
+    shown = "\0".join(text for _, text in split_parts(completion))
     for tag in NUMBER_TASK.tags:
         completion, shown = completion.replace(tag, ""), shown.replace(tag, "")
     if not any(tag in completion + shown for tag in NUMBER_TASK.tags):
-        assert "".join(shown.split()) == "".join(completion.split())
+        assert "".join(shown.replace("\0", "").split()) == "".join(completion.split())
 
 
 @given(st.integers(), st.text(alphabet="0123456789+*=\n ", min_size=1).filter(str.strip))
