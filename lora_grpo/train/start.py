@@ -16,7 +16,12 @@ from lora_grpo.policy.adapter import START, WEIGHTS, load_weights, save_adapter
 from lora_grpo.policy.checkpoints import list_checkpoints
 from lora_grpo.train.console import Display
 from lora_grpo.train.plan import Plan
-from lora_grpo.train.recorder import Stopped, return_to_checkpoint, stop_on_signals
+from lora_grpo.train.recorder import (
+    Stopped,
+    clear_leftovers,
+    return_to_checkpoint,
+    stop_on_signals,
+)
 from lora_grpo.train.sft import SupervisedRecorder, fine_tune
 
 
@@ -31,6 +36,7 @@ def prepare_start(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> Non
     folder = plan.run_dir / START
     if not (folder / WEIGHTS).is_file():
         make_start(plan, trainer, folder, display)
+    clear_leftovers(folder)
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
     load_weights(trainer.model, folder / WEIGHTS)

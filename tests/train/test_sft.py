@@ -4,6 +4,7 @@ nothing."""
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from lora_grpo.config.train_config import TrainConfig
 from lora_grpo.data.problems import Problem
 from lora_grpo.data.prompt import PLAIN, build_messages
 from lora_grpo.data.worked import build_worked
+from lora_grpo.machine.files import STAGED
 from lora_grpo.report.gather import gather_run
 from lora_grpo.report.verdict import compare
 from lora_grpo.train.sft import SupervisedTrainer, rows_at_once, sft_arguments
@@ -211,3 +213,16 @@ def test_card_and_verdict_do_not_take_the_warm_up_for_grpo_s_work(warm_run: Path
     report = json.loads((warm_run / "eval.json").read_text())
     outcome, _ = compare(gather_run(warm_run, 10**6))
     assert f"p = {report['mcnemar_p_sft']:.2g}" in outcome and "after warm-up" in outcome
+
+
+def test_what_a_kill_left_of_saving_the_start_is_removed(
+    children, warm_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(warm_run, run)
+    half = run / "start" / f"{STAGED}adapter.half"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    (run / "eval.json").unlink()
+    finish(children, tmp_path / "outcome", resume=run)
+    assert contents(run) == contents(warm_run)
