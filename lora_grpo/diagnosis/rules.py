@@ -9,7 +9,7 @@ without a source were set between the runs that show the fault and healthy ones 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from statistics import fmean, pvariance, stdev
 
 from lora_grpo.diagnosis.history import WINDOW, History, Row
@@ -144,10 +144,12 @@ def truncated(history: History) -> Finding | None:
 
 
 def no_format(history: History) -> Finding | None:
-    """No completion in a hundred is in the format that the rewards pay for."""
+    """No completion in a hundred is in the format that the rewards pay for, or not one in twenty
+    where nearly all groups are dead."""
     if history.settings.get("reward_set") == "none":
         return None
-    since = held_since(history, "format", lambda share: share < 0.01)
+    enough = 0.05 if dead_since(history) else 0.01
+    since = held_since(history, "format", lambda share: share < enough)
     if since is None or truncated(history):
         return None
     return Finding(
@@ -161,11 +163,12 @@ def no_format(history: History) -> Finding | None:
 
 def no_reward(history: History) -> Finding | None:
     """Every reward function returned None for every completion of the last WINDOW steps."""
-    recent = history.steps[-WINDOW:]
-    if any("reward" not in row or row["reward"] is not None for row in recent):
+    steps = reversed(history.steps)
+    silent = list(takewhile(lambda row: "reward" in row and row["reward"] is None, steps))
+    if len(silent) < min(WINDOW, len(history.steps)):
         return None
     return Finding(
-        recent[0]["step"],
+        silent[-1]["step"],
         "every reward function returned None for every completion",
         "None means that a reward does not apply",
         "Give a --reward that returns numbers for these problems, or --reward-set default",

@@ -154,6 +154,7 @@ def test_a_fault_that_is_over_is_not_named(rule) -> None:
 def test_since_is_the_step_in_which_it_began() -> None:
     assert diagnose(FAULTS["truncated"])[0].since in (8, 9, 10, 11)
     assert diagnose(FAULTS["constant_reward"])[0].since == 1
+    assert diagnose(FAULTS["no_reward"])[0].since == 1
 
 
 def test_advice_holds_the_value_to_change_to() -> None:
