@@ -150,6 +150,19 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {error}") from None
 
 
+def read_base(adapter: Path) -> dict[str, Any]:
+    """Return the base of an adapter's folder as settings, and how its run loaded it; nothing where
+    the folder does not say."""
+    run, plain = (
+        read_mapping(path) if path.is_file() else {}
+        for path in (adapter / RUN_FILE, adapter / "adapter_config.json")
+    )
+    if run.get("model"):
+        return convert_all(adapter / RUN_FILE, run, {"model", "load_in_4bit"})
+    model = plain.get("base_model_name_or_path")
+    return {"model": model} if isinstance(model, str) and model else {}
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """Return the settings that a run began with; `max_steps` is the number of its steps.
 

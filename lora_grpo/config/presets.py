@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_grpo.config.files import OF_ONE_CALL, read_config_file, read_run
+from lora_grpo.config.files import OF_ONE_CALL, read_base, read_config_file, read_run
 from lora_grpo.config.train_config import (
     END_SETTINGS,
     MEMORY_SETTINGS,
@@ -86,7 +86,9 @@ FREE_AT_RESUME = frozenset(
     {"resume", "max_steps", *OF_ONE_CALL, *END_SETTINGS, *MEMORY_SETTINGS, *REWARD_CALLS},
 ) | {"report_to"}
 # Paths whose contents the record knows by their hash or text; the paths themselves may change.
-LOCATIONS = frozenset({"model", "dataset", "eval_dataset", "system_prompt_file", "task_file"})
+LOCATIONS = frozenset(
+    {"model", "adapter", "dataset", "eval_dataset", "system_prompt_file", "task_file"}
+)
 
 # Schedules whose every rate depends on the number of steps.
 FALLING = ("linear", "cosine")
@@ -111,7 +113,7 @@ def choose_preset() -> tuple[str, str]:
 def find_sources(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the flags that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", "resume", "model", "dataset"):
+    for name in ("preset", "config", "resume", "model", "adapter", "dataset"):
         parser.add_argument(f"--{name}", nargs="?")
     return parser.parse_known_args(arguments)[0]
 
@@ -129,18 +131,23 @@ def defaults_for(sources: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return settings, f"as the run in {sources.resume} began"
     settings = read_config_file(Path(sources.config)) if sources.config else {}
     preset = sources.preset or settings.get("preset")
+    base = {}
+    if sources.adapter and not (sources.preset or sources.model or sources.config):
+        base = read_base(Path(sources.adapter).expanduser())
     if preset in PRESETS:
         why = f"preset {preset}: {'asked for' if sources.preset else f'from {sources.config}'}"
     elif sources.preset or sources.model or settings.keys() & {"preset", "model"}:
         given = next(name for name in ("preset", "model", "config") if getattr(sources, name))
         preset, why = None, f"no preset: --{given} was given"
+    elif base:
+        preset, why = None, f"no preset: {base['model']} is the base of --adapter {sources.adapter}"
     else:
         preset, reason = choose_preset()
         why = f"preset {preset}: {reason}"
         if sources.config:
             why += f", and {sources.config} names neither preset nor model"
     chosen = preset_settings(preset, sources.dataset or settings.get("dataset"))
-    return {**chosen, **settings, "preset": preset}, why
+    return {**chosen, **base, **settings, "preset": preset}, why
 
 
 def preset_settings(preset: str | None, dataset: str | None) -> dict[str, Any]:
@@ -188,6 +195,7 @@ def resolve_flags(config: Config) -> Config:
     return dataclasses.replace(
         config,
         model=absolute(config.model),
+        adapter=config.adapter and absolute(config.adapter),
         dataset=absolute(config.dataset),
         eval_dataset=config.eval_dataset and absolute(config.eval_dataset),
         system_prompt_file=prompt and Path(absolute(str(prompt))),

@@ -138,6 +138,8 @@ class TrainConfig:
     """The seven linear layers of a block; never lm_head or embed_tokens, which Qwen2.5 ties."""
     use_rslora: bool = False
     """Scale by alpha/sqrt(r) (arXiv 2312.03732): for ranks of 64 and more."""
+    adapter: str | None = None
+    """Continue this adapter: a run, a PEFT folder or a Hub id; it decides --r and the like."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
     """Start of the adapter; each of these leaves the base as it is."""
 
@@ -379,7 +381,7 @@ class TrainConfig:
     @property
     def start(self) -> str | None:
         """What GRPO starts from, as `eval.json` calls it; None for a fresh adapter."""
-        return "sft" if self.sft_steps else None
+        return "sft" if self.sft_steps else "start" if self.adapter else None
 
     @property
     def completions_per_step(self) -> int:

@@ -151,7 +151,7 @@ def load_hub(name: str) -> "dict[str, datasets.Dataset]":
     except (OSError, ValueError, RuntimeError, DatasetsError, httpx.HTTPError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
-            reason = "the Hub cannot be reached, and the cache of earlier downloads has it not"
+            reason = "the Hub cannot be reached, and no earlier download is in the cache"
         raise FileNotFoundError(
             f"{name} is no local file, and the Hub did not give it ({reason}): name a "
             "configuration as owner/name:config, or give the path of a local file, or "

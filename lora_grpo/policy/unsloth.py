@@ -45,6 +45,9 @@ def refuse_what_unsloth_changes(config: TrainConfig, folder: Path) -> None:
         ),
         "--entropy-coef: Unsloth's loss has no entropy bonus": config.entropy_coef != 0,
         "--sft-steps: Unsloth's update has no supervised step": config.sft_steps > 0,
+        "--adapter with --beta: Unsloth's reference is the bare base, not the adapter": (
+            config.adapter is not None and config.beta > 0
+        ),
         "--dynamic-sampling: Unsloth orders its log-probs by the prompts of one draw, so that "
         "several draws cannot be joined": config.dynamic_sampling,
     }

@@ -137,6 +137,8 @@ def list_settings(trained: dict[str, Any]) -> dict[str, str]:
     hidden = () if trained.get("dynamic_sampling") else ("dynamic_sampling_rounds",)
     hidden += () if trained.get("sft_steps") else ("sft_steps",)
     texts = {name: describe(trained.get(name)) for name in SHOWN if name not in hidden}
+    if Path(texts["adapter"]).is_absolute():
+        texts["adapter"] = Path(texts["adapter"]).name
     return {name: text for name, text in texts.items() if text}
 
 

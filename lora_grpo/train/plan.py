@@ -35,6 +35,7 @@ from lora_grpo.policy.base import (
 )
 from lora_grpo.rewards.builtin import Reward, build_rewards, parse_reward_weights, try_rewards
 from lora_grpo.rewards.calls import Calls
+from lora_grpo.train.given_adapter import check_fits, find_given, take_shape
 from lora_grpo.train.prepare import Data, prepare_data, read_training_data
 from lora_grpo.train.trackers import check_trackers
 from lora_grpo.train.unused_settings import describe_unused, find_unused
@@ -58,6 +59,7 @@ class Plan:
     rewards: list[Reward]
     data: Data
     worked: list[Worked]
+    given: Path | None
     steps: int
     parameters: int
     trained_parameters: int
@@ -110,11 +112,12 @@ def count_candidates(config: TrainConfig, num_problems: int) -> int | None:
     return min(config.difficulty_problems or prompts, num_problems)
 
 
-def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
+def count_parameters(folder: Path, config: TrainConfig, given: Path | None) -> tuple[int, int]:
     """Return how many parameters the model and the adapter have, without loading weights.
 
     Raises:
-        ValueError: the model does not have a target module, or PEFT refuses the adapter.
+        ValueError: the model does not have a target module, PEFT refuses the adapter, or the
+            adapter that is given does not fit.
     """
     import torch
     from peft import get_peft_model
@@ -135,6 +138,8 @@ def count_parameters(folder: Path, config: TrainConfig) -> tuple[int, int]:
     total = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"), torch.random.fork_rng([]), saying("the adapter"):
         adapted = get_peft_model(model, lora_config(config))
+    if given is not None:
+        check_fits(config, given, adapted)
     return total, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
@@ -272,7 +277,10 @@ def make_plan(config: TrainConfig) -> Plan:
         check_4bit(choice, gpu, True)
         config = dataclasses.replace(config, load_in_4bit=True)
     tokenizer = load_tokenizer(folder)
-    parameters, trained = count_parameters(folder, config)
+    given = find_given(config, run_dir)
+    if given is not None:
+        config = take_shape(config, given, folder)
+    parameters, trained = count_parameters(folder, config, given)
     data = prepare_data(config, tokenizer, rewards, reading)
     steps = count_steps(config, len(data.train))
     worked, found = [], ""
@@ -328,6 +336,7 @@ def make_plan(config: TrainConfig) -> Plan:
         rewards=rewards,
         data=data,
         worked=worked,
+        given=given,
         steps=steps,
         parameters=parameters,
         trained_parameters=trained,
@@ -370,16 +379,19 @@ def describe_filter(config: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def describe_warm_up(config: TrainConfig) -> list[tuple[str, str]]:
-    """Return a row on the supervised fine-tuning before GRPO, if there is any."""
+def describe_start(config: TrainConfig) -> list[tuple[str, str]]:
+    """Return rows on the adapter that is continued, and on the supervised fine-tuning before GRPO,
+    if there are any."""
+    given = [("start", f"the adapter {config.adapter}")] if config.adapter else []
     if not config.sft_steps:
-        return []
+        return given
     return [
+        *given,
         (
             "warm-up",
             f"{config.sft_steps} steps of supervised fine-tuning on {config.prompts_per_step} "
             f"worked solutions each, learning rate {config.sft_learning_rate:g} falling to 0",
-        )
+        ),
     ]
 
 
@@ -457,7 +469,7 @@ def describe_plan(plan: Plan, why: str) -> list[tuple[str, str]]:
         ("task", data.why_task),
         *(("", note) for note in data.notes),
         ("rewards", describe_rewards(plan)),
-        *describe_warm_up(config),
+        *describe_start(config),
         (
             "steps",
             f"{plan.steps} of {config.prompts_per_step} prompts x {config.num_generations} "

@@ -23,6 +23,7 @@ SAME = {
     "rewards_sha256": "--reward",
     "task_sha256": "--task-file",
     "base_sha256": "--model",
+    "adapter_sha256": "--adapter",
     "dataset_sha256": "--dataset",
     "columns_sha256": "--dataset",
 }
@@ -80,6 +81,10 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "revision": plan.folder.name if snapshot else None,
         "base_model": config.model,
         "base_sha256": hash_weights(plan.folder),
+        # A resumed run that keeps the adapter it started from needs the given one no more.
+        "adapter_sha256": hash_weights(plan.given)
+        if plan.given
+        else read_train_config(plan.run_dir).get("adapter_sha256"),
         "predicted_memory_bytes": plan.memory.peak_bytes if plan.memory else None,
         "bnb_4bit_quant_type": "nf4" if config.load_in_4bit else None,
         "dataset_sha256": plan.data.sha256(),

@@ -1,5 +1,5 @@
-"""Where GRPO starts from, if not from a fresh adapter: one that supervised fine-tuning has taught
-the format.
+"""Where GRPO starts from, if not from a fresh adapter: a given one, or one that supervised
+fine-tuning has taught the format, or both in this order.
 
 It lies in the run's folder `start`, is evaluated beside the base and the trained adapter, and with
 beta it is the reference, not the bare base.
@@ -45,9 +45,13 @@ def prepare_start(plan: Plan, trainer: LoraGRPOTrainer, display: Display) -> Non
 
 
 def make_start(plan: Plan, trainer: LoraGRPOTrainer, folder: Path, display: Display) -> None:
-    """Fine-tune the adapter on the worked solutions, from the newest checkpoint if there is one,
-    and save it."""
+    """Read the adapter that is given, fine-tune on the worked solutions, from the newest checkpoint
+    if there is one, and save the result."""
     config = plan.config
+    if plan.given is not None:
+        load_weights(trainer.model, plan.given / WEIGHTS)
+    if not config.sft_steps:
+        return save_adapter(trainer.model, folder, step=0)
     checkpoint = return_to_checkpoint(folder)
     recorder = SupervisedRecorder(folder, config.save_steps, display)
     set_seed(config.seed)
