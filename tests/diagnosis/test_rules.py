@@ -136,6 +136,13 @@ def test_each_fault_is_named_first_by_its_own_rule(rule) -> None:
     assert "--" in str(found[0]) or rule.__name__ in ("reward_hacking", "length_collapse")
 
 
+def test_a_reward_that_fell_with_the_right_answers_is_not_hacked() -> None:
+    """As in a real run of few prompts per step: 22 %, then 74 %, then hard prompts with 45 %."""
+    shares = [0.22] * 8 + [0.74] * 9 + [0.45] * 8
+    run = build(lambda step: {"correct": shares[step - 1], "reward": shares[step - 1] + 0.2})
+    assert "reward_hacking" not in [found.rule for found in diagnose(run)]
+
+
 def test_every_rule_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs/diagnosis.md").read_text()
     assert all(f"`{rule.__name__}`" in page for rule in RULES)
