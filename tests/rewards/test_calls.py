@@ -196,7 +196,7 @@ def test_an_interruption_ends_a_process_that_waits_for_a_reward(kind: str) -> No
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout.readline() == b"called\n"
+    assert process.stdout.readline().startswith(b"called"), "two workers may print at once"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode and b"KeyboardInterrupt" in errors
