@@ -122,9 +122,13 @@ class LlamaCpp:
         return ids
 
     def complete(
-        self, prompts: list[str], max_completion_length: int, advance: Advance = lambda count: None
+        self,
+        prompts: list[str],
+        max_completion_length: int,
+        advance: Advance = lambda count: None,
+        sampling: None = None,
     ) -> list[Completion]:
-        """Answer each rendered prompt greedily, in their order."""
+        """Answer each rendered prompt greedily, in their order; nothing is sampled here."""
         completions = []
         for prompt in prompts:
             ids = self.continue_greedily(self.tokenize(prompt), max_completion_length)
