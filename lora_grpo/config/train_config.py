@@ -393,6 +393,20 @@ class TrainConfig:
         """P = B / G."""
         return self.completions_per_step // self.num_generations
 
+    def prompts_at_once(self, packed: bool) -> int:
+        """Return the most prompts that a micro-batch computes.
+
+        A packed step's rows come sorted by prompt, group after group; without its truncated
+        completions a group may have a single row.
+        """
+        size = self.per_device_train_batch_size
+        if not packed:
+            return size
+        if self.mask_truncated_completions:
+            return min(size, self.prompts_per_step)
+        group, starts = self.num_generations, range(0, self.completions_per_step, size)
+        return max((start + size - 1) // group - start // group + 1 for start in starts)
+
     @property
     def max_sequence_length(self) -> int:
         """Tokens of the longest prompt with the longest completion."""

@@ -23,18 +23,8 @@ MLP_READERS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
 def prompts_at_once(job: Job) -> int:
-    """Return the most prompts that a micro-batch computes.
-
-    A packed step's rows come sorted by prompt, group after group; without its truncated completions
-    a group may have a single row.
-    """
-    config, size = job.config, job.config.per_device_train_batch_size
-    if not job.packs:
-        return size
-    if config.mask_truncated_completions:
-        return min(size, config.prompts_per_step)
-    group, starts = config.num_generations, range(0, config.completions_per_step, size)
-    return max((start + size - 1) // group - start // group + 1 for start in starts)
+    """Return the most prompts that a micro-batch computes."""
+    return job.config.prompts_at_once(job.packs)
 
 
 def completion_tokens(job: Job) -> int:

@@ -50,6 +50,7 @@ from lora_grpo.rewards.builtin import reward_columns
 from lora_grpo.rewards.calls import RewardError
 from lora_grpo.train.console import Display
 from lora_grpo.train.difficulty import check_kept, train_on_solvable
+from lora_grpo.train.largest import LargestFirst, might_not_fit
 from lora_grpo.train.lengths import describe_truncation
 from lora_grpo.train.plan import Plan
 from lora_grpo.train.provenance import read_record
@@ -236,6 +237,9 @@ def optimise(
         began,
         trackers,
     )
+    if might_not_fit(plan):
+        longest, device = plan.data.longest_prompt, plan.placement.device
+        trainer.add_callback(LargestFirst(trainer, plan.config, longest, device))
     trainer.add_callback(recorder)
     set_seed(plan.config.seed)
     done = step_of(checkpoint) if checkpoint else 0

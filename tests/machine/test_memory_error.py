@@ -1,6 +1,7 @@
 """Running out of memory changes how much is done at once, never what comes out."""
 
 import contextlib
+import dataclasses
 import gc
 import json
 import weakref
@@ -12,9 +13,11 @@ import torch
 from commands import FEW, run_here
 from hypothesis import given
 from hypothesis import strategies as st
-from trainers import GradientCatcher, make_trainer
+from trainers import SMALL, GradientCatcher, make_trainer
 
 from lora_grpo.config.presets import parse_train_config
+from lora_grpo.config.train_config import TrainConfig
+from lora_grpo.grpo import packed_update
 from lora_grpo.grpo.trainer import LoraGRPOTrainer
 from lora_grpo.machine.files import read_jsonl
 from lora_grpo.machine.out_of_memory import (
@@ -23,8 +26,13 @@ from lora_grpo.machine.out_of_memory import (
     is_out_of_memory,
     largest_part,
 )
+from lora_grpo.memory.shape import read_shape
+from lora_grpo.memory.terms import Job
+from lora_grpo.memory.update import prompts_at_once, update_tokens
+from lora_grpo.policy.base import EMBEDDED_FOLDER
 from lora_grpo.policy.generate import complete
 from lora_grpo.train.command import advise_on_memory
+from lora_grpo.train.largest import LargestFirst, might_not_fit
 from lora_grpo.train.plan import make_plan
 
 CPU_MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."
@@ -180,6 +188,88 @@ def test_the_gradient_is_the_one_without_the_error(
     mine, theirs = trainer.state.log_history[0], whole.state.log_history[0]
     assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
     assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def train_largest_first(tmp_path: Path, length: int, **knobs):
+    config = TrainConfig(**{**SMALL, **knobs})
+    trainer, _, said = train(tmp_path, **knobs)
+    trainer.callback_handler.callbacks.insert(0, LargestFirst(trainer, config, length, "cpu"))
+    return trainer, said
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"lora_dropout": 0.1, "beta": 0.1, "max_steps": 2},
+        {"num_iterations": 2, "max_steps": 2, "save_steps": 2, "loss_type": "grpo"},
+        {"shared_prefix": False},
+    ],
+)
+def test_the_largest_micro_batch_changes_nothing(tmp_path: Path, knobs: dict) -> None:
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    plain, _, _ = train(tmp_path, **sizes, **knobs)
+    plain.train()
+    trainer, said = train_largest_first(tmp_path, 90, **sizes, **knobs)
+    trainer.train()
+    assert len(said) == 1 and "8 x 40 of completions" in said[0]
+    for mine, expected in zip(trainer.trained, plain.trained, strict=True):
+        assert torch.equal(mine, expected)
+    times = ("time", "runtime", "per_second")
+    for mine, expected in zip(trainer.state.log_history, plain.state.log_history, strict=True):
+        assert mine.keys() == expected.keys()
+        same = [name for name in mine if not any(word in name for word in times)]
+        assert len(same) > 2
+        assert repr([mine[name] for name in same]) == repr([expected[name] for name in same])
+
+
+@pytest.mark.parametrize("generations", [4, 16])
+def test_the_largest_micro_batch_has_the_planned_tokens(
+    tmp_path: Path, generations: int, monkeypatch
+) -> None:
+    """None of the run is larger, and the memory plan counts with the same."""
+    knobs = {
+        "num_generations": generations,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+    }
+    trainer, _ = train_largest_first(tmp_path, 90, **knobs)
+    counts, plain = [], packed_update.pack
+
+    def counting(*arguments):
+        counts.append(plain(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(packed_update, "pack", counting)
+    trainer.train()
+    tokens = [packed.input_ids.numel() for packed in counts]
+    shape, config = read_shape(EMBEDDED_FOLDER), TrainConfig(**{**SMALL, **knobs})
+    job = Job(shape, config, "transformers", "generate", "cpu", "float32", 90)
+    assert tokens[0] == update_tokens(job) and max(tokens[1:]) < tokens[0]
+    assert len(counts[0].groups) == prompts_at_once(job) == (2 if generations == 4 else 1)
+
+
+def test_memory_that_runs_out_does_so_before_the_first_step(tmp_path: Path) -> None:
+    knobs = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer, said = train_largest_first(tmp_path, 90, **knobs)
+    with small_memory(2, "update forward") as raised:
+        trainer.train()
+    assert raised == [8, 4] and trainer.state.global_step == 2
+    assert ["out of memory" in line for line in said] == [True, True, False]
+
+
+def test_the_largest_micro_batch_is_tried_where_the_plan_leaves_doubt(tmp_path: Path) -> None:
+    plan = make_plan(parse_train_config(["--preset", "tiny", "--adapters-dir", str(tmp_path)])[0])
+    peak = plan.memory.peak_bytes
+    tried = [
+        might_not_fit(
+            dataclasses.replace(
+                plan, memory=dataclasses.replace(plan.memory, budget_bytes=int(budget * peak))
+            )
+        )
+        for budget in (1.1, 1.9, 2.1)
+    ]
+    assert tried == [True, True, False]
+    assert might_not_fit(dataclasses.replace(plan, memory=None))
 
 
 def test_bnpo_whose_loss_depends_on_the_parts_is_not_split(tmp_path: Path) -> None:
